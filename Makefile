@@ -1,0 +1,52 @@
+# make help lists the targets. Everything below runs in .venv, made on first use.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PY := $(abspath $(VENV))/bin/python
+REQUIREMENTS := requirements.txt requirements-dev.txt
+# Set-up is skipped while the content of these files is unchanged: the mark carries their hash.
+HASH := $(shell cat $(REQUIREMENTS) $(CONSTRAINTS) | sha256sum | cut -c1-16)
+MARK := $(VENV)/.installed-$(HASH)
+WORKERS ?= 2
+# One thread a test process, no network, no telemetry.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.PHONY: help setup setup-llamacpp demo test test-all check style bench clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
+
+setup: $(MARK)  ## make .venv and install requirements under constraints.txt
+$(MARK):
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install $(foreach file,$(REQUIREMENTS),-r $(file)) -c $(CONSTRAINTS)
+	rm -f $(VENV)/.installed-* && touch $@
+
+setup-llamacpp: setup  ## llama-cpp-python for the full tests (builds about 5 minutes)
+	$(PY) -c "import llama_cpp" 2>/dev/null || $(PY) -m pip install -r requirements-llamacpp.txt
+
+demo: setup  ## the whole recipe on a laptop CPU, with a report in output/demo
+	PYTHON=$(PY) bash scripts/run_demo.sh
+
+test: setup  ## the tests, at most 6 minutes
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests
+
+test-all: setup-llamacpp  ## all counts: kills, fuzz, llama.cpp, full disks (at most 75 minutes)
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) tests
+
+check: setup  ## lint, format, types, shell
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy scripts/utils
+	$(abspath $(VENV))/bin/shellcheck -x scripts/*.sh .ci/run
+
+style: setup  ## mend what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup  ## side-by-side measurements into benchmarks/RESULTS.md
+	PYTHON=$(PY) bash benchmarks/run_all.sh
+
+clean:  ## remove what runs leave behind
+	rm -rf output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,200 @@
+"""Continued pre-training: text -> a LoRA adapter with full embed_tokens and lm_head, or a fully trained model.
+
+  python scripts/pt.py --model_name_or_path BASE --tokenizer_name_or_path MERGED --train_data zh.txt --validation_split 0.01 \
+      --modules_to_save embed_tokens,lm_head --output_dir output/pt
+  python scripts/pt.py --config_name CONFIG --full_finetuning --tokenizer_name_or_path TOKENIZER --train_data en.txt \
+      --output_dir output/base          (a new model from scratch)
+Run the same command again after an interruption: it resumes exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.arguments import (
+    DataArguments,
+    ExtendArguments,
+    LoraArguments,
+    ModelArguments,
+    arg,
+    list_arg,
+    raise_problems,
+    run,
+)
+from utils.files import InputError, write_json
+from utils.training import RunArguments, open_run, prepare_process
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from utils.data import Collator, MixedBlocks, PackedBlocks
+
+logger = logging.getLogger("pt")
+
+EMBEDDING_INITS = ("mean_of_pieces", "mean", "random", "zero")
+
+
+@dataclass
+class PretrainingArguments:
+    """How text becomes blocks."""
+
+    block_size: int = arg(512, help="Tokens per packed block; memory grows linearly.")
+    document_separator: str | None = arg(help="In txt files, the line that ends a document; default: a line a document.")
+    cross_document_attention: bool = arg(False, help="Let tokens attend to the document before theirs in the block.")
+    data_weights: list[float] = list_arg(help="Passes over each corpus of --train_data per epoch, e.g. 1 0.5; default 1.")
+    replay_data: list[str] = list_arg(help="Text of the old language, mixed in against forgetting.")
+    replay_share: float = arg(0.2, help="Share of all training blocks that comes from --replay_data, 0-1.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.block_size < 2:
+            problems.append(f"--block_size {self.block_size}: need at least 2 tokens")
+        if not 0 <= self.replay_share < 1:
+            problems.append(f"--replay_share {self.replay_share}: it is a share, 0 <= share < 1")
+        if any(weight < 0 for weight in self.data_weights):
+            problems.append(f"--data_weights {self.data_weights}: need numbers from 0")
+        raise_problems(problems)
+
+
+def main(
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    lora_args: LoraArguments,
+    data_args: DataArguments,
+    pretraining_args: PretrainingArguments,
+    training_args: RunArguments,
+) -> dict[str, Any]:
+    """Run the stage; returns the metrics of all_results.json."""
+    from utils.data import Collator
+    from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
+    from utils.tokenization import load_tokenizer
+    from utils.trainer import RecipeTrainer, describe_model, train_and_save
+
+    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    if folder is None:
+        raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
+    tokenizer = load_tokenizer(folder)
+    check_training_request(model_args, extend_args, lora_args, tokenizer)
+    all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
+    checkpoint = open_run(training_args, *all_args)
+    train_set, eval_sets = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
+
+    attention = choose_attention(model_args.attn_implementation)
+    collator = Collator(tokenizer, flatten=attention == "flash_attention_2")
+    model: Any = build_training_model(
+        model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
+    )
+    if extend_args.compare_embedding_init and checkpoint is None and eval_sets:
+        compare_embedding_inits(model, model_args, extend_args, training_args, train_set, eval_sets, tokenizer, collator)
+    if not lora_args.full_finetuning:
+        model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    logger.info("%s", describe_model(model))
+    trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    return train_and_save(trainer, checkpoint, "Continued pre-training", next_command(model_args, lora_args, training_args))
+
+
+def load_pretraining_data(
+    data_args: DataArguments,
+    pretraining_args: PretrainingArguments,
+    training_args: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[MixedBlocks, dict[str, PackedBlocks]]:
+    """Tokenise (once, into the cache) and pack the training and validation corpora."""
+    from utils.data import MixedBlocks, PackedBlocks, parse_corpora, split_documents, tokenize_corpus
+
+    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+    settings = pretraining_args
+
+    def tokenize(files: list[Path]) -> Any:
+        with training_args.main_process_first(local=False, desc="tokenising"):
+            return tokenize_corpus(
+                files,
+                tokenizer,
+                cache,
+                text_column=data_args.text_column,
+                document_separator=settings.document_separator,
+                on_bad_text=data_args.on_bad_text,
+                num_workers=data_args.preprocessing_num_workers,
+            )
+
+    def pack(corpus: Any, documents: Any, limit: int | None) -> PackedBlocks:
+        return PackedBlocks(corpus, documents, settings.block_size, settings.cross_document_attention, limit)
+
+    if not data_args.train_data:
+        raise InputError("pass --train_data: files or folders of text")
+    corpora = {name: tokenize(files) for name, files in parse_corpora(data_args.train_data).items()}
+    replays = {name: tokenize(files) for name, files in parse_corpora(settings.replay_data).items()}
+    validation = {name: tokenize(files) for name, files in parse_corpora(data_args.validation_data).items()}
+    share = 0.0 if validation else data_args.validation_split
+    train, held_out = {}, {}
+    for name, corpus in {**corpora, **replays}.items():
+        documents, kept_out = split_documents(corpus, share, training_args.seed)
+        train[name] = pack(corpus, documents, data_args.max_train_samples)
+        if share:
+            held_out[name] = pack(corpus, kept_out, data_args.max_eval_samples)
+    for name, corpus in validation.items():
+        held_out[name] = pack(corpus, None, data_args.max_eval_samples)
+    mixed = MixedBlocks(
+        {name: train[name] for name in corpora},
+        settings.data_weights or None,
+        {name: train[name] for name in replays},
+        settings.replay_share if replays else 0.0,
+        training_args.seed,
+    )
+    for line in mixed.describe():
+        logger.info("data: %s", line)
+    return mixed, held_out
+
+
+def compare_embedding_inits(
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    training_args: RunArguments,
+    train_set: MixedBlocks,
+    eval_sets: dict[str, PackedBlocks],
+    tokenizer: PreTrainedTokenizerBase,
+    collator: Collator,
+) -> None:
+    """Write embedding_init.json: validation bits-per-byte at step 0 for every way to set the new rows."""
+    from utils.modeling import find_tokenizer, initialise_rows
+    from utils.trainer import RecipeTrainer
+
+    old_tokenizer = find_tokenizer(model_args.model_name_or_path)
+    if old_tokenizer is None or len(old_tokenizer) >= len(tokenizer):
+        return
+    trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    report: dict[str, dict[str, float]] = {}
+    for method in EMBEDDING_INITS:
+        initialise_rows(model, old_tokenizer, tokenizer, method, len(old_tokenizer), training_args.seed)
+        metrics = trainer.evaluate()
+        report[method] = {name: metrics[f"eval_{name}_bits_per_byte"] for name in eval_sets}
+        logger.info("step 0, new rows by %s: bits per byte %s", method, report[method])
+    write_json(Path(training_args.output_dir) / "embedding_init.json", report)
+    initialise_rows(model, old_tokenizer, tokenizer, extend_args.embedding_init, len(old_tokenizer), training_args.seed)
+    prepare_process(training_args.seed)  # the comparison must not change the run that follows
+
+
+def next_command(model_args: ModelArguments, lora_args: LoraArguments, training_args: RunArguments) -> str:
+    """What to run after this stage."""
+    if lora_args.full_finetuning:
+        return f"MODEL={training_args.output_dir} DATA=... bash scripts/run_sft.sh"
+    return (
+        f"BASE={model_args.model_name_or_path} LORA={training_args.output_dir} OUT={training_args.output_dir}-merged "
+        "bash scripts/run_merge.sh"
+    )
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        ModelArguments,
+        ExtendArguments,
+        LoraArguments,
+        DataArguments,
+        PretrainingArguments,
+        RunArguments,
+        description=__doc__,
+    )

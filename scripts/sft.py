@@ -1,0 +1,147 @@
+"""Instruction tuning: conversations -> a LoRA adapter, or a fully trained model.
+
+  python scripts/sft.py --model_name_or_path MERGED --train_data sft.json --validation_split 0.02 --output_dir output/sft
+  python scripts/sft.py examples/configs/sft.yaml --learning_rate 5e-5
+Run the same command again after an interruption: it resumes exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, run
+from utils.files import InputError
+from utils.training import RunArguments, open_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("sft")
+
+
+@dataclass
+class TuningArguments:
+    """How conversations become rows."""
+
+    max_seq_length: int = arg(1024, help="Longest sample in tokens; longer ones are cut, their end token is kept.")
+    prompt_template: str = arg(
+        "alpaca-2", help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template)."
+    )
+    packing: bool = arg(True, help="Several samples a row, isolated from each other; off: one padded sample a row.")
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 8:
+            raise InputError(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
+
+
+def main(
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    lora_args: LoraArguments,
+    data_args: DataArguments,
+    tuning_args: TuningArguments,
+    training_args: RunArguments,
+) -> dict[str, Any]:
+    """Run the stage; returns the metrics of all_results.json."""
+    from utils.data import Collator
+    from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
+    from utils.prompts import resolve_template
+    from utils.tokenization import load_tokenizer
+    from utils.trainer import RecipeTrainer, describe_model, train_and_save
+
+    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    if folder is None:
+        raise InputError("pass --model_name_or_path")
+    tokenizer = load_tokenizer(folder)
+    check_training_request(model_args, extend_args, lora_args, tokenizer)
+    all_args = (model_args, extend_args, lora_args, data_args, tuning_args)
+    checkpoint = open_run(training_args, *all_args)
+    template = resolve_template(tuning_args.prompt_template, tokenizer)
+    tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
+    train_set, eval_sets = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
+
+    attention = choose_attention(model_args.attn_implementation)
+    collator = Collator(tokenizer, flatten=attention == "flash_attention_2")
+    model: Any = build_training_model(
+        model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
+    )
+    if not lora_args.full_finetuning:
+        model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    logger.info("%s", describe_model(model))
+    trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    return train_and_save(trainer, checkpoint, "Instruction tuning", next_command(model_args, lora_args, training_args))
+
+
+def load_tuning_data(
+    data_args: DataArguments,
+    tuning_args: TuningArguments,
+    training_args: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+) -> tuple[Any, dict[str, Any]]:
+    """Tokenise (once, into the cache), log statistics and the first example, and pack or pad."""
+    from utils.data import PackedSamples, PaddedSamples, describe_sample, load_sft_samples, parse_corpora, split_samples
+
+    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+
+    def load(files: list[Path], limit: int | None) -> Any:
+        with training_args.main_process_first(local=False, desc="tokenising"):
+            return load_sft_samples(
+                files,
+                tokenizer,
+                template,
+                tuning_args.max_seq_length,
+                cache,
+                on_bad_text=data_args.on_bad_text,
+                num_workers=data_args.preprocessing_num_workers,
+                max_samples=limit,
+            )
+
+    def arrange(samples: Any, ids: Any) -> Any:
+        if tuning_args.packing:
+            return PackedSamples(samples, ids, tuning_args.max_seq_length, training_args.seed)
+        return PaddedSamples(samples, ids)
+
+    if not data_args.train_data:
+        raise InputError("pass --train_data: json, jsonl or parquet files or folders")
+    files = [file for group in parse_corpora(data_args.train_data, records=True).values() for file in group]
+    samples = load(files, data_args.max_train_samples)
+    validation = {
+        name: load(group, data_args.max_eval_samples)
+        for name, group in parse_corpora(data_args.validation_data, records=True).items()
+    }
+    share = 0.0 if validation else data_args.validation_split
+    train_ids, held_out_ids = split_samples(samples, share, training_args.seed)
+    train_set = arrange(samples, train_ids)
+    eval_sets = {name: arrange(group, None) for name, group in validation.items()}
+    if share:
+        eval_sets["heldout"] = arrange(samples, held_out_ids)
+    logger.info("data: %s; %d rows", samples.describe(), len(train_set))
+    logger.info("first row, trained text between ⟦ and ⟧:\n%s", describe_sample(train_set[0], tokenizer))
+    return train_set, eval_sets
+
+
+def next_command(model_args: ModelArguments, lora_args: LoraArguments, training_args: RunArguments) -> str:
+    """What to run after this stage."""
+    if lora_args.full_finetuning:
+        return f"MODEL={training_args.output_dir} bash scripts/run_inference.sh --interactive"
+    return (
+        f"BASE={model_args.model_name_or_path} LORA={training_args.output_dir} OUT={training_args.output_dir}-merged "
+        "bash scripts/run_merge.sh"
+    )
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        ModelArguments,
+        ExtendArguments,
+        LoraArguments,
+        DataArguments,
+        TuningArguments,
+        RunArguments,
+        description=__doc__,
+    )

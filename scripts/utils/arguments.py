@@ -1,0 +1,380 @@
+"""Arguments: the dataclasses scripts share, one parser (command line > YAML/JSON file > default), and old spellings.
+
+A config file is only a saved command line: `python scripts/sft.py config.yaml --learning_rate 1e-4`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import errno
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .files import InputError, atomic_file
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+logger = logging.getLogger(__name__)
+
+RUN_CONFIG = "run_config.yaml"
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "sentencepiece", "bitsandbytes", "deepspeed")
+
+
+def arg(default: Any = None, *, help: str) -> Any:
+    """A dataclass field with its help text, the only place where that text stands."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def list_arg(default: Sequence[Any] = (), *, help: str) -> Any:
+    """A field that takes several values on the command line and a list in a config file."""
+    return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+# ---------------------------------------------------------------- dataclasses shared by scripts
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer, and how they are loaded."""
+
+    model_name_or_path: str | None = arg(help="Base model: a folder, or a hub id.")
+    tokenizer_name_or_path: str | None = arg(help="Tokenizer folder; default: the adapter's or the model's own.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = arg(
+        "auto", help="Type of the frozen base weights; auto: as stored (training), the run's precision with k-bit bases."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = arg(
+        "auto", help="Attention kernel; auto: flash_attention_2 where it is installed and CUDA is there, else sdpa."
+    )
+    load_in_kbits: Literal[4, 8, 16] = arg(16, help="Bits of the frozen base weights: 4 and 8 use bitsandbytes.")
+    quant_type: Literal["nf4", "fp4"] = arg("nf4", help="4-bit data type.")
+    double_quant: bool = arg(True, help="Quantise the 4-bit scales too (saves 0.4 bit a weight).")
+
+    def __post_init__(self) -> None:
+        if self.load_in_kbits not in (4, 8, 16):
+            raise InputError(f"--load_in_kbits {self.load_in_kbits}: need 4, 8 or 16")
+
+
+@dataclass
+class ExtendArguments:
+    """What training may do to the model's vocabulary, and models made from scratch."""
+
+    embedding_init: Literal["mean_of_pieces", "mean", "random", "zero"] = arg(
+        "mean_of_pieces",
+        help="New rows of embed_tokens and lm_head: mean of the rows of the pieces the old tokenizer cut the new piece "
+        "into; mean of all old rows; random with the old rows' spread; zero.",
+    )
+    compare_embedding_init: bool = arg(
+        False, help="Before training, report validation bits-per-byte at step 0 for every --embedding_init."
+    )
+    resize_embeddings: bool = arg(
+        False, help="Allow a larger vocabulary although embed_tokens and lm_head are not trained."
+    )
+    config_name: str | None = arg(help="Folder or file of a model config: train from scratch (with --full_finetuning).")
+    config_overrides: str | None = arg(help="Comma-separated changes to that config, e.g. hidden_size=256,num_hidden_layers=4.")
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adaptation, or full fine-tuning."""
+
+    adapter_name_or_path: str | None = arg(help="Continue this trainable PEFT adapter instead of starting a new one.")
+    lora_rank: int = arg(8, help="Rank of the update: more rank, more capacity and memory.")
+    lora_alpha: float = arg(32.0, help="Scaling numerator: the update is multiplied by alpha / rank.")
+    lora_dropout: float = arg(0.1, help="Dropout on the input of the update, 0-1.")
+    target_modules: str = arg("q_proj,v_proj", help="Comma-separated linear layers that get an update; all: every one.")
+    modules_to_save: str | None = arg(help="Comma-separated modules trained in full, e.g. embed_tokens,lm_head.")
+    use_rslora: bool = arg(False, help="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
+    use_dora: bool = arg(False, help="Weight-decomposed LoRA (DoRA).")
+    full_finetuning: bool = arg(False, help="Train every weight, no adapter.")
+    output_router_logits: bool = arg(False, help="Mixtral: add the router's load-balancing loss.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.lora_rank < 1:
+            problems.append(f"--lora_rank {self.lora_rank}: need at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"--lora_dropout {self.lora_dropout}: need 0 <= dropout < 1")
+        if self.full_finetuning and self.adapter_name_or_path:
+            problems.append("--full_finetuning and --adapter_name_or_path exclude each other; merge the adapter first")
+        raise_problems(problems)
+
+
+@dataclass
+class DataArguments:
+    """Where the data is and how it is cut; sizes are in tokens."""
+
+    train_data: list[str] = list_arg(
+        help="Files or folders (txt, json, jsonl, parquet; recursive, sorted), each optionally as name=path."
+    )
+    validation_data: list[str] = list_arg(help="Files or folders for evaluation, each optionally as name=path.")
+    validation_split: float = arg(
+        0.0, help="Share of every training corpus held out for evaluation when there is no --validation_data, 0-1."
+    )
+    text_column: str = arg("text", help="Field with the text in json, jsonl and parquet files.")
+    on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
+    data_cache_dir: str | None = arg(help="Folder of the token caches; default: <output_dir>/../.token_cache.")
+    preprocessing_num_workers: int | None = arg(help="Processes that tokenise; default: the cores available.")
+    max_train_samples: int | None = arg(help="Use only this many blocks or samples of each training corpus.")
+    max_eval_samples: int | None = arg(help="Use only this many blocks or samples of each validation corpus.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_split < 1:
+            raise InputError(
+                f"--validation_split {self.validation_split}: it is a fraction, 0 <= share < 1 (0.05 holds out 5 %)"
+            )
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises: InputError with all problems, if there is any."""
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+# ---------------------------------------------------------------- old spellings
+
+RENAMED = {
+    "base_model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "model": "model_name_or_path",
+    "tokenizer_path": "tokenizer_name_or_path",
+    "tokenizer_name": "tokenizer_name_or_path",
+    "peft_path": "adapter_name_or_path",
+    "lora_model": "adapter_name_or_path",
+    "dataset_dir": "train_data",
+    "train_file": "train_data",
+    "validation_file": "validation_data",
+    "validation_split_percentage": "validation_split",
+    "trainable": "target_modules",
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "force_resize_embeddings": "resize_embeddings",
+    "llama_tokenizer_dir": "base_tokenizer",
+    "include_tokens_per_second": "include_num_input_tokens_seen",
+}
+# Flags with a value or a switch that no longer do anything, and why.
+DROPPED = {
+    "save_safetensors": "weights are always saved as safetensors",
+    "overwrite_cache": "caches are keyed by content, so a stale one is never used",
+    "use_fast_tokenizer": "one exact tokenizer is loaded",
+    "model_type": "the config says it",
+    "model_revision": "pass a local folder of that revision",
+    "use_auth_token": "log in with the hub's own command line",
+    "cache_dir": "set HF_HOME",
+    "streaming": "data is always streamed into a memory-mapped cache",
+    "keep_linebreaks": "use --document_separator for documents of several lines",
+    "dataset_config_name": "local files are read",
+    "logging_dir": "set the tracker's own variable",
+    "debug_mode": "use --max_train_samples",
+    "fp16_full_eval": "evaluation runs in the training precision",
+    "half_precision_backend": "torch's own autocast is used",
+    "gpus": "set CUDA_VISIBLE_DEVICES",
+}
+REPLACED_SWITCHES = {
+    "use_flash_attention_2": ["--attn_implementation", "flash_attention_2"],
+    "group_by_length": ["--train_sampling_strategy", "group_by_length"],
+}
+FALSE_WORDS = ("false", "no", "0", "off")
+
+
+def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequence[str] = ()) -> list[str]:
+    """Give old flags their modern spelling, with one warning that lists all changes.
+
+    Args:
+        known: the names the script's own parser has; those are never touched.
+        documented: old names this script documents as its own; they change without a warning.
+    """
+    result: list[str] = []
+    changes: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, inline = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name in known:
+            result.append(token)
+            continue
+        # A value follows unless the next token is another flag (negative numbers are values).
+        takes = not equals and bool(tokens) and not tokens[0].startswith("--")
+        if name in REPLACED_SWITCHES and REPLACED_SWITCHES[name][0][2:] in known:
+            value = inline if equals else (tokens.pop(0) if takes else "True")
+            if value.lower() not in FALSE_WORDS:
+                result += REPLACED_SWITCHES[name]
+            changes.append(f"--{name} is now {' '.join(REPLACED_SWITCHES[name])}")
+        elif name in DROPPED:
+            if takes:
+                tokens.pop(0)
+            changes.append(f"--{name} has no effect: {DROPPED[name]}")
+        elif RENAMED.get(name) in known:
+            result.append(f"--{RENAMED[name]}{equals}{inline}")
+            if name not in documented:
+                changes.append(f"--{name} is now --{RENAMED[name]}")
+        else:
+            result.append(token)
+    if changes:
+        logger.warning("old flags accepted, see docs/migrating.md: %s", "; ".join(changes))
+    return result
+
+
+# ---------------------------------------------------------------- parsing
+
+
+def build_parser(types: Sequence[type], description: str | None = None) -> ArgumentParser:
+    """The argparse parser of some dataclasses; its long help text is the scripts' reference."""
+    from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
+
+    parser: ArgumentParser = HfArgumentParser(types, allow_abbrev=False, description=description)
+    return parser
+
+
+def parse_args(
+    *types: type, argv: Sequence[str] | None = None, documented: Sequence[str] = (), description: str | None = None
+) -> tuple[Any, ...]:
+    """Parse `[config.yaml|json] [--flag value ...]` into one instance of each dataclass in `types`.
+
+    Raises: InputError for an unknown key or flag, with the nearest known name; argparse exits with 2 on a bad value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(types, description)
+    known = {action.dest for action in parser._actions}
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = _file_to_flags(argv[0], known, documented) + argv[1:]
+    argv = translate_old_flags(argv, known, documented)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(_describe_unknown("command line", [flag.removeprefix("--") for flag in unknown], known))
+    raise_problems(
+        [
+            f"--{name} {value}: need a finite number"
+            for name, value in vars(namespace).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+    )
+    instances = []
+    for kind in types:
+        names = {field.name for field in dataclasses.fields(kind) if field.init}
+        try:
+            instances.append(kind(**{name: value for name, value in vars(namespace).items() if name in names}))
+        except ValueError as error:  # transformers' own checks of its arguments
+            raise InputError(str(error)) from None
+    return tuple(instances)
+
+
+def _describe_unknown(where: str, names: Sequence[str], known: set[str]) -> str:
+    described = []
+    for name in names:
+        near = difflib.get_close_matches(name.partition("=")[0], sorted(known), n=1)
+        described.append(f"'{name}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+    return f"{where}: unknown: {', '.join(described)}"
+
+
+def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> list[str]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise InputError(f"config file not found: {path}")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise InputError(f"{path}{'' if line is None else f':{line + 1}'}: broken YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: need 'name: value' lines, got {type(settings).__name__}")
+    accepted = known | {old for old, new in RENAMED.items() if new in known} | set(REPLACED_SWITCHES) | set(DROPPED)
+    if unknown := [str(name) for name in settings if name not in accepted]:
+        raise InputError(_describe_unknown(path, unknown, known))
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None or value == []:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words = [json.dumps(item) if isinstance(item, (bool, dict)) else str(item) for item in values]
+        flags += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+    return flags
+
+
+# ---------------------------------------------------------------- the record of a run
+
+
+def describe_arguments(*arguments: Any) -> dict[str, Any]:
+    """The plain settings that differ from their defaults: what run_config.yaml holds."""
+    settings: dict[str, Any] = {}
+    for instance in arguments:
+        for field in dataclasses.fields(instance):
+            if not field.init:
+                continue
+            value = getattr(instance, field.name)
+            value = value.value if isinstance(value, enum.Enum) else value
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            default = default.value if isinstance(default, enum.Enum) else default
+            plain = isinstance(value, (str, int, float, bool, list, dict))
+            if plain and value != default:
+                settings[field.name] = value
+    return settings
+
+
+def save_run_config(folder: str | Path, settings: dict[str, Any], notes: dict[str, str] | None = None) -> None:
+    """Write run_config.yaml: valid as a config file; package versions and `notes` stand in its comments."""
+    import yaml
+
+    lines = [f"# {name}: {value}" for name, value in (notes or {}).items()]
+    lines += [f"# {name}: {_version(name)}" for name in ("python", *RECORDED_PACKAGES)]
+    with atomic_file(Path(folder) / RUN_CONFIG) as file:
+        file.write("\n".join(lines) + "\n")
+        file.write(yaml.safe_dump(settings, allow_unicode=True, sort_keys=True))
+
+
+def _version(name: str) -> str:
+    if name == "python":
+        return sys.version.split()[0]
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ---------------------------------------------------------------- running a script
+
+
+def run(main: Callable[..., Any], *types: type, documented: Sequence[str] = (), description: str | None = None) -> None:
+    """Parse, call `main`, and end with one clear line and a non-zero status where the user can mend it.
+
+    Exit status: 2 bad input, 1 the system refused (no space left), 130 interrupted.
+    """
+    # No telemetry from the libraries below; set before they are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        main(*parse_args(*types, documented=documented, description=description))
+    except InputError as error:
+        _fail(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"error: no space left on the device{_named(error)}; free some, then run the same command again", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130)
+
+
+def _named(error: OSError) -> str:
+    return f" while writing {error.filename}" if error.filename else ""
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,400 @@
+"""Checkpoints: safetensors and .bin weights read tensor by tensor, safetensors shards written, in bounded memory.
+
+Files are read with pread: pages of a memory-mapped file would count into the process's memory, these do not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from .files import InputError, read_json, write_json
+from .lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+BLOCK_BYTES = 16 << 20  # bytes of one tensor handled at a time
+MIN_BLOCK_ROWS = 128  # products of smaller row blocks are not bit-equal to the whole product
+
+# https://github.com/huggingface/safetensors#format
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` bytes into `file`, or inside a file that must be loaded whole (offset None)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# ---------------------------------------------------------------- reading headers
+
+
+def _read_safetensors_header(path: Path) -> list[TensorInfo]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise InputError(f"{path} is a git-lfs pointer, not the weights; run: git lfs pull")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise InputError(
+                f"{path} is truncated or no safetensors file: {size} bytes, less than its header needs; copy it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = sorted((tuple(value["data_offsets"]), name, value) for name, value in header.items())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is corrupted: its safetensors header cannot be read; copy it again") from None
+    infos = []
+    end = 0
+    for offsets, name, value in entries:
+        if value.get("dtype") not in DTYPES:
+            raise InputError(f"{path}: tensor {name} has type {value.get('dtype')}, which cannot be read here")
+        info = TensorInfo(name, DTYPES[value["dtype"]], tuple(value["shape"]), path, 8 + length + offsets[0])
+        if offsets[0] != end or offsets[1] - offsets[0] != info.num_bytes:
+            raise InputError(f"{path} is corrupted: its header is wrong about the size of {name}; copy it again")
+        end = offsets[1]
+        infos.append(info)
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "corrupted"
+        raise InputError(f"{path} is {state}: it has {size} bytes, its header needs {8 + length + end}; copy it again")
+    return infos
+
+
+def _load_bin(path: Path, **kwargs: Any) -> dict[str, Tensor]:
+    """torch.load that never runs code from the file. Raises: InputError naming the file."""
+    try:
+        weights = torch.load(path, weights_only=True, **kwargs)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds Python objects besides weights, which may run code; refused") from None
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(f"{path} is truncated or corrupted ({reason}); copy it again") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{path} is no state dict: need names and tensors only")
+    return weights
+
+
+def _read_bin_header(path: Path) -> list[TensorInfo]:
+    infos = []
+    for name, tensor in _load_bin(path, map_location="meta").items():
+        # torch notes where a storage's bytes stand in the (uncompressed) zip; its old format has no such offsets.
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        offset = None
+        if start is not None and tensor.is_contiguous():
+            offset = start + tensor.storage_offset() * tensor.dtype.itemsize
+        infos.append(TensorInfo(name, tensor.dtype, tuple(tensor.shape), path, offset))
+    size = path.stat().st_size
+    if any(info.offset is not None and info.offset + info.num_bytes > size for info in infos):
+        raise InputError(f"{path} is truncated: it has {size} bytes, fewer than its tensors need; copy it again")
+    return infos
+
+
+def _read_header(path: Path) -> list[TensorInfo]:
+    if not path.is_file():
+        raise InputError(f"file not found: {path}")
+    return _read_bin_header(path) if path.suffix == ".bin" else _read_safetensors_header(path)
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
+    """The weight files of a model or adapter folder, safetensors first, and the index that names them.
+
+    Raises: InputError if there are none, or the index or the shards' own numbering names one that is missing.
+    """
+    adapter = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+    if adapter and (folder / ADAPTER_CONFIG).is_file():
+        return adapter[:1], None
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
+        if (folder / index).is_file():
+            names = sorted(set(_weight_map(folder / index).values()))
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                raise InputError(
+                    f"{folder / index} names files that are missing: {', '.join(missing)}; download them again"
+                )
+            return [folder / name for name in names], folder / index
+        if (folder / single).is_file():
+            return [folder / single], None
+        shards = sorted(folder.glob(single.replace(".", "-*-of-*.")))
+        if shards:
+            count = int(re.findall(r"\d+", shards[0].stem)[-1])
+            if len(shards) != count:
+                raise InputError(f"{folder} holds {len(shards)} of {count} weight files; download the others")
+            return shards, None
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{folder} has an {ADAPTER_CONFIG} but no {' or '.join(ADAPTER_WEIGHTS)}")
+    raise InputError(f"no weights in {folder}: need {SAFETENSORS} or {BIN}, or shards of them")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map; download it again")
+    if strange := [name for name in weight_map.values() if Path(str(name)).name != name]:
+        raise InputError(f"{index} names {strange[0]}, which is not a file of this folder")
+    return weight_map
+
+
+# ---------------------------------------------------------------- reading tensors
+
+
+class Checkpoint:
+    """The tensors of a folder. Files are opened at the first read; `close()`, or use it in a `with` statement."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]):
+        self.folder = folder
+        self.tensors = tensors
+        self._descriptors: dict[Path, int] = {}
+        self._whole: tuple[Path, dict[str, Tensor]] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors, self._whole = {}, None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its own type, in memory of its own."""
+        shape = self.tensors[name].shape
+        return (
+            self.read_rows(name, 0, shape[0]) if shape else self._read_elements(self.tensors[name], 0, 1).reshape(())
+        )
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of one tensor: (stop - start, *shape[1:])."""
+        info = self.tensors[name]
+        width = math.prod(info.shape[1:])
+        return self._read_elements(info, start * width, stop * width).reshape(stop - start, *info.shape[1:])
+
+    def _read_elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        if info.offset is None:
+            return self._read_whole_file(info.file)[info.name].reshape(-1)[start:stop].clone()
+        if info.file not in self._descriptors:
+            self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
+        size = info.dtype.itemsize
+        data = torch.empty((stop - start) * size, dtype=torch.uint8)
+        view, position = memoryview(data.numpy()), info.offset + start * size
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptors[info.file], [view[done:]], position + done)
+            if count == 0:
+                raise InputError(f"{info.file} ended while {info.name} was read; it was changed or truncated")
+            done += count
+        return data.view(info.dtype)
+
+    def _read_whole_file(self, path: Path) -> dict[str, Tensor]:
+        # Only for .bin files of torch < 1.6 and tensors saved as views; one file is kept at a time.
+        if self._whole is None or self._whole[0] != path:
+            self._whole = None
+            self._whole = (path, _load_bin(path, map_location="cpu"))
+        return self._whole[1]
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read the headers of a model's or an adapter's weights, and check them against the files' sizes.
+
+    Raises: InputError naming the file that is missing, truncated or corrupted.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"folder not found: {folder}")
+    files, index = _weight_files(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for info in _read_header(file):
+            if info.name in tensors:
+                raise InputError(
+                    f"{info.name} stands in {tensors[info.name].file} and in {file}; remove the stale file"
+                )
+            tensors[info.name] = info
+    if index is not None and (missing := sorted(_weight_map(index).keys() - tensors.keys())):
+        raise InputError(
+            f"{index} names {len(missing)} tensors that no file holds, first {missing[0]}; download again"
+        )
+    return Checkpoint(folder, tensors)
+
+
+def check_readable(folder: str | Path) -> None:
+    """A fast check before weights are loaded: every file is there, headers are sound, sizes agree with them.
+
+    Raises: InputError naming the file.
+    """
+    open_checkpoint(folder).close()
+
+
+def local_folder(name_or_path: str) -> Path:
+    """The folder of a model or adapter: itself, or the download of a hub id (safetensors preferred to .bin).
+
+    Raises: InputError if there is no such folder and the hub has (or reaches) nothing of that name.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        raise InputError(f"folder not found: {name_or_path}")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        names = [] if os.environ.get("HF_HUB_OFFLINE") == "1" else HfApi().list_repo_files(name_or_path)
+        skip = ["*.bin"] if any(name.endswith(".safetensors") for name in names) else []
+        return Path(
+            snapshot_download(
+                name_or_path,
+                allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors", "*.bin"],
+                ignore_patterns=skip,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"no folder {name_or_path}, and as a hub id it cannot be fetched: {reason}") from None
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 200MB or 1GiB. Raises: InputError."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    size = int(float(match[1]) * units[match[2].upper()]) if match and match[2].upper() in units else 0
+    if size < 1:
+        raise InputError(f"'{text}' is no size; need a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+    return size
+
+
+def row_blocks(shape: Sequence[int], itemsize: int = 4) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into (start, stop) row blocks of about BLOCK_BYTES, never under MIN_BLOCK_ROWS but for the last."""
+    rows = shape[0] if shape else 1
+    step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize) // 64 * 64)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """{file name: tensors in writing order}: filled in the given order; a larger tensor has a shard of its own."""
+    shards: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not shards or spec.num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(spec)
+        room -= spec.num_bytes
+    for shard in shards:
+        shard.sort(key=lambda spec: -spec.dtype.itemsize)  # wide types first keeps every tensor aligned; stable
+    count = len(shards)
+    names = [SAFETENSORS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return dict(zip(names, shards, strict=True))
+
+
+def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
+    """The bytes before the data of a safetensors file that holds `specs` in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.num_bytes
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_shards(folder: Path, shards: Mapping[str, Sequence[TensorSpec]], blocks: Any) -> None:
+    """Write safetensors shards and, if there are several, their index.
+
+    Args:
+        blocks: a function of a TensorSpec that yields the tensor's values in order, cut anywhere, in its type.
+    """
+    for file_name, specs in shards.items():
+        try:
+            with open(folder / file_name, "wb") as file:
+                file.write(safetensors_header(specs))
+                for spec in specs:
+                    _write_tensor(file, spec, blocks(spec))
+        except OSError as error:
+            # A failed write does not say which file it was.
+            raise OSError(error.errno, error.strerror, error.filename or str(folder / file_name)) from None
+    if len(shards) > 1:
+        everything = [spec for specs in shards.values() for spec in specs]
+        metadata = {
+            "total_size": sum(spec.num_bytes for spec in everything),
+            "total_parameters": sum(math.prod(spec.shape) for spec in everything),
+        }
+        weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
+        write_json(folder / SAFETENSORS_INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_tensor(file: IO[bytes], spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
+    written = 0
+    for block in blocks:
+        assert block.dtype == spec.dtype, f"{spec.name}: {block.dtype} instead of {spec.dtype}"
+        data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+        file.write(memoryview(data))
+        written += len(data)
+    assert written == spec.num_bytes, f"{spec.name}: {written} bytes instead of {spec.num_bytes}"

@@ -1,0 +1,501 @@
+"""Models: loading, precision, attention, quantisation, new vocabulary rows, adapters, and the chunked loss.
+
+Shapes: B batch, T positions, H hidden size, V vocabulary rows, N scored positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import ExtendArguments, LoraArguments, ModelArguments
+from .checkpoints import check_readable
+from .files import InputError
+from .lora import load_adapter_config, resolve_target_modules
+from .tokenization import embedding_rows, load_tokenizer, segment_with
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # targets of positions without loss, the value PyTorch's own losses skip
+CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in fp32
+WEIGHT_ROWS = 1 << 14  # rows of lm_head whose gradient is added at once
+
+
+# ---------------------------------------------------------------- loss without all logits
+
+
+class _SummedNLL(torch.autograd.Function):
+    """Sum of token negative log-likelihoods; gradients are made chunk by chunk while the logits are at hand.
+
+    The gradient of a sum is known in the forward pass up to the factor that comes in backward: softmax - one-hot. So every
+    chunk of logits is made once, used for loss and gradients, and dropped. Source: the idea of fused linear cross-entropy,
+    Hsu et al. 2024, "Liger Kernel", section 3.2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORED -> scalar float32."""
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = chunk_rows(weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
+            logits = (part @ weight.T).float()
+            log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            total += (log_normaliser - logits.gather(1, target)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            logits.sub_(log_normaliser).exp_()
+            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
+            grad_logits = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.matmul(grad_logits, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                for rows_of_weight in range(0, weight.shape[0], WEIGHT_ROWS):
+                    block = slice(rows_of_weight, rows_of_weight + WEIGHT_ROWS)
+                    grad_weight[block] += grad_logits[:, block].T @ part
+        # Kept outside save_for_backward so that backward can hand grad_weight over: a second reference would make autograd
+        # copy these V x H floats instead of taking them as the parameter's gradient.
+        ctx.gradients = (grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.gradients
+        del ctx.gradients
+        scale = upstream[0]
+        if grad_hidden is not None:
+            grad_hidden.mul_(scale)
+        if grad_weight is not None:
+            grad_weight.mul_(scale)
+        return grad_hidden, grad_weight, None
+
+
+class _GradientCast(torch.autograd.Function):
+    """A low-precision copy of a weight whose gradient comes back in float32 without passing through that precision."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0].to(ctx.dtype), None
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """How many positions' logits may exist at once (at least 64, so that the matrix products stay efficient)."""
+    return max(64, CHUNK_ELEMENTS // vocabulary)
+
+
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, without gradient.
+
+    Args: hidden (..., H); weight (V, H); targets (...), IGNORED where there is none.
+    Returns: float32 of targets' shape, 0 at ignored positions.
+    """
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    result = torch.zeros(flat_targets.shape, dtype=torch.float32, device=hidden.device)
+    kept = (flat_targets != IGNORED).nonzero().squeeze(1)
+    rows = chunk_rows(weight.shape[0])
+    for index in kept.split(rows):
+        logits = (flat_hidden[index] @ weight.T).float()
+        result[index] = torch.logsumexp(logits, 1) - logits.gather(1, flat_targets[index].unsqueeze(1)).squeeze(1)
+    return result.view(targets.shape)
+
+
+class LossHead(nn.Linear):
+    """An lm_head that, while `targets` is set, returns losses instead of logits.
+
+    The loss is computed inside the module's own forward, where DeepSpeed ZeRO-3 and FSDP have gathered the weight.
+    With gradients: the scalar sum of the negative log-likelihoods. Without: one value a position, as token_nll.
+    """
+
+    targets: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, T, H) -> logits (B, T, V), or the losses of `targets` (B, T)."""
+        if self.targets is None:
+            return super().forward(input)
+        dtype = torch.get_autocast_dtype(input.device.type) if torch.is_autocast_enabled(input.device.type) else input.dtype
+        with torch.autocast(input.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return token_nll(input.to(dtype), self.weight.to(dtype), self.targets)
+            flat_targets = self.targets.reshape(-1)
+            kept = (flat_targets != IGNORED).nonzero().squeeze(1)
+            hidden = input.reshape(-1, input.shape[-1])[kept].to(dtype)
+            weight = _GradientCast.apply(self.weight, dtype) if self.weight.dtype != dtype else self.weight
+            return _SummedNLL.apply(hidden, weight, flat_targets[kept])
+
+
+def install_loss_head(model: PreTrainedModel) -> None:
+    """Replace a plain lm_head by a LossHead that shares its weight (a tied weight stays tied)."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise InputError(f"{type(model).__name__} has no plain lm_head; need a Llama-family causal language model")
+    replacement = LossHead(head.in_features, head.out_features, bias=False, device="meta")
+    replacement.weight = head.weight
+    model.set_output_embeddings(replacement)
+
+
+@contextlib.contextmanager
+def loss_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
+    """Within the block, the model's forward returns losses of `targets` (B, T) as its "logits"; see LossHead."""
+    heads = [module for module in model.modules() if isinstance(module, LossHead)]
+    assert heads, "install_loss_head comes first"
+    for head in heads:
+        head.targets = targets
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.targets = None
+
+
+# ---------------------------------------------------------------- loading
+
+
+def bf16_is_supported() -> bool:
+    """Whether bf16 arithmetic is native here (GPU, or a CPU with AVX-512 BF16 or AMX), not emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_attention(requested: str) -> str:
+    """The attention implementation for "auto". Raises: InputError if flash-attn is asked for and cannot run."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    if requested == "auto":
+        return "flash_attention_2" if available else "sdpa"
+    if requested == "flash_attention_2" and not available:
+        if torch.cuda.is_available():
+            raise InputError("flash_attention_2 needs the package flash-attn: pip install -r requirements-gpu.txt")
+        logger.warning("flash_attention_2 needs a CUDA GPU; sdpa is used")
+        return "sdpa"
+    return requested
+
+
+def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Any:
+    """transformers' bitsandbytes configuration for 4 or 8 bits, None for 16. Raises: InputError without bitsandbytes."""
+    if bits == 16:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"--load_in_kbits {bits} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """Read a model's config. Raises: InputError if the folder or its config.json is absent or broken."""
+    from transformers import AutoConfig
+
+    path = Path(name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        adapter = " (it holds an adapter: pass the base model here)" if (path / "adapter_config.json").is_file() else ""
+        raise InputError(f"{path} has no config.json, so it is no model folder{adapter}")
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the model config of {name_or_path}: {error}") from None
+
+
+def load_model(args: ModelArguments, compute_dtype: torch.dtype, device_map: Any = None) -> PreTrainedModel:
+    """Load a causal language model's weights, with damaged or missing files named before anything slow.
+
+    Args:
+        compute_dtype: the type arithmetic runs in; k-bit weights are dequantised to it.
+    Raises: InputError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    assert args.model_name_or_path is not None
+    load_config(args.model_name_or_path)
+    if Path(args.model_name_or_path).is_dir():
+        check_readable(args.model_name_or_path)
+    quantization = quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, compute_dtype)
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if quantization is not None and dtype == "auto":
+        dtype = compute_dtype
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=choose_attention(args.attn_implementation),
+        quantization_config=quantization,
+        device_map=device_map,
+    )
+    return model
+
+
+def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreTrainedModel:
+    """A model with random weights from --config_name and --config_overrides, with `vocabulary` rows."""
+    from transformers import AutoModelForCausalLM
+
+    assert args.config_name is not None
+    path = Path(args.config_name)
+    config = load_config(str(path.parent if path.name == "config.json" else path)) if path.exists() else None
+    if config is None:
+        raise InputError(f"--config_name {args.config_name}: no such folder or file")
+    for override in (args.config_overrides or "").split(","):
+        if not override:
+            continue
+        name, equals, text = override.partition("=")
+        if not equals or not hasattr(config, name):
+            raise InputError(f"--config_overrides {override}: need name=value with a name of {type(config).__name__}")
+        old = getattr(config, name)
+        value = text.lower() == "true" if isinstance(old, bool) else type(old)(text)
+        setattr(config, name, value)
+    config.vocab_size = vocabulary
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=choose_attention(attention)
+    )
+    return model
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, may_grow: bool) -> None:
+    """Raises: InputError if the tokenizer has ids the model has no rows for and growing was not allowed."""
+    if len(tokenizer) > rows and not may_grow:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay untrained; "
+            "train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the model's own tokenizer"
+        )
+
+
+def extend_vocabulary(
+    model: PreTrainedModel,
+    old_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    seed: int,
+) -> int:
+    """Give embed_tokens and lm_head rows for every token of a larger tokenizer; returns how many were added.
+
+    Rows the model has beyond its old tokenizer (padding) are initialised too. Methods: see --embedding_init.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    first_new = min(rows, len(old_tokenizer)) if old_tokenizer is not None else rows
+    if len(tokenizer) <= first_new:
+        return 0
+    if old_tokenizer is not None:
+        _check_same_prefix(old_tokenizer, tokenizer, first_new)
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(embedding_rows(tokenizer), mean_resizing=False)
+    initialise_rows(model, old_tokenizer, tokenizer, method, first_new, seed)
+    return len(tokenizer) - first_new
+
+
+def _check_same_prefix(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, count: int) -> None:
+    ids = list(range(count))
+    for index, (a, b) in enumerate(zip(old.convert_ids_to_tokens(ids), new.convert_ids_to_tokens(ids), strict=True)):
+        if a != b:
+            raise InputError(
+                f"token {index} is {a!r} in the model's tokenizer but {b!r} in the new one: the new vocabulary must extend "
+                "the model's own; pass a tokenizer made by merge_tokenizers.py from this base"
+            )
+
+
+@torch.no_grad()
+def initialise_rows(
+    model: PreTrainedModel,
+    old_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    first_new: int,
+    seed: int,
+) -> None:
+    """Set the rows from `first_new` on of embed_tokens and (untied) lm_head. Raises: InputError as extend_vocabulary."""
+    if method == "mean_of_pieces" and old_tokenizer is None:
+        raise InputError(
+            "--embedding_init mean_of_pieces needs the old tokenizer in the model's folder; copy it there or pass mean"
+        )
+    pieces: Sequence[Sequence[int]] = []
+    if method == "mean_of_pieces" and old_tokenizer is not None:
+        pieces = [segment_with(old_tokenizer, tokenizer, index) for index in range(first_new, len(tokenizer))]
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for weight in [embedding] if head is embedding else [embedding, head]:
+        weight[first_new:] = _new_rows(weight, first_new, pieces, method, seed).to(weight)
+
+
+def _new_rows(weight: Tensor, first_new: int, pieces: Sequence[Sequence[int]], method: str, seed: int) -> Tensor:
+    """Rows (new, H) in float32 on the CPU; rows past the tokenizer (padding) get the mean."""
+    old = weight[:first_new].float().cpu()
+    count = weight.shape[0] - first_new
+    mean = old.mean(0)
+    if method == "zero":
+        return torch.zeros(count, old.shape[1])
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return mean + old.std(0) * torch.randn(count, old.shape[1], generator=generator)
+    rows = mean.repeat(count, 1)
+    for index, ids in enumerate(pieces):
+        if ids:
+            rows[index] = old[list(ids)].mean(0)
+    return rows
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def build_training_model(
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    lora_args: LoraArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> PreTrainedModel:
+    """Load or create the model with a row for every token, weights in training precision, and its LossHead.
+
+    attach_adapter comes next, unless every weight is trained. Raises: InputError.
+    """
+    if extend_args.config_name:
+        model = create_model(extend_args, embedding_rows(tokenizer), model_args.attn_implementation)
+    else:
+        device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
+        model = load_model(model_args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
+        old_tokenizer = find_tokenizer(model_args.model_name_or_path)
+        added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
+        if added:
+            logger.info("%d rows of embed_tokens and lm_head are new, set by %s", added, extend_args.embedding_init)
+    if lora_args.full_finetuning and model_args.dtype == "auto":
+        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
+    if lora_args.output_router_logits:
+        model.config.output_router_logits = True
+    install_loss_head(model)
+    return model
+
+
+def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's folder, None if the folder has none."""
+    try:
+        return load_tokenizer(str(name_or_path))
+    except InputError:
+        return None
+
+
+def check_training_request(
+    model_args: ModelArguments, extend_args: ExtendArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
+    if extend_args.config_name:
+        if not lora_args.full_finetuning:
+            raise InputError("--config_name makes a model from scratch: add --full_finetuning")
+        return
+    if not model_args.model_name_or_path:
+        raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
+    config = load_config(model_args.model_name_or_path)
+    if Path(model_args.model_name_or_path).is_dir():
+        check_readable(model_args.model_name_or_path)
+    if lora_args.full_finetuning and model_args.load_in_kbits != 16:
+        raise InputError(f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits")
+    trained = set((lora_args.modules_to_save or "").split(","))
+    if lora_args.adapter_name_or_path:
+        trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
+        check_readable(lora_args.adapter_name_or_path)
+    may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
+    check_vocabulary(config.vocab_size, tokenizer, may_grow)
+
+
+def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int) -> Any:
+    """Wrap a model for LoRA training, or open a trainable adapter to go on with; trainable weights become float32.
+
+    Raises: InputError for unknown modules, an adapter of another shape, or lm_head among target_modules.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if kbits != 16:
+        # Checkpointing is the Trainer's to switch on; here only norms are made float32 and weights frozen.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if args.adapter_name_or_path:
+        check_adapter_fits(args.adapter_name_or_path, model)
+        wrapped: Any = PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
+    else:
+        targets = resolve_target_modules(args.target_modules, model.config)
+        saved = [name for name in (args.modules_to_save or "").split(",") if name]
+        if "lm_head" in targets:
+            raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+            modules_to_save=saved or None,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+            ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
+        )
+        wrapped = get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates
+    return wrapped
+
+
+def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
+    """Raises: InputError if the adapter's embeddings have other rows than the model, or its files are damaged."""
+    from .checkpoints import open_checkpoint
+
+    load_adapter_config(adapter)
+    rows = model.get_input_embeddings().weight.shape[0]
+    for name, shape in open_checkpoint(adapter).shapes.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
+            raise InputError(
+                f"adapter {adapter}: {name} has {shape[0]} rows, the model {rows}: they belong to different vocabularies; "
+                f"pass --tokenizer_name_or_path {adapter} and the base model this adapter was trained on"
+            )
+
+
+def trainable_summary(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameter counts; packed 4-bit weights count their real number of weights."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if parameter.__class__.__name__ == "Params4bit":
+            count *= 2
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def train_flops_per_token(model: nn.Module, tokens_per_row: int) -> float:
+    """Model FLOPs of one training token: 2 forward, 2 for input gradients, 2 for the gradients of trained weights.
+
+    Plus causal attention, 6 L H T. Embedding look-ups count nothing. Source: Kaplan et al. 2020, section 2.1.
+    """
+    config = model.config
+    frozen = trained = 0
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or ".original_module." in name:
+            continue
+        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+        if getattr(config, "num_local_experts", None) and ".experts." in name:
+            count = count * config.num_experts_per_tok // config.num_local_experts
+        trained, frozen = (trained + count, frozen) if parameter.requires_grad else (trained, frozen + count)
+    if getattr(config, "tie_word_embeddings", False):
+        trained += config.vocab_size * config.hidden_size
+    return 6.0 * trained + 4.0 * frozen + 6.0 * config.num_hidden_layers * config.hidden_size * tokens_per_row

@@ -1,0 +1,280 @@
+"""Training runs: their arguments, the rules of their output folder, what they measure and how they end."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import resource
+import shutil
+import socket
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from .arguments import RUN_CONFIG, arg, describe_arguments, raise_problems, save_run_config
+from .files import InputError, atomic_file, read_json, remove, write_json
+from .modeling import bf16_is_supported
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "all_results.json"  # the last file a run writes; a folder without it is unfinished
+COMPLETE = "complete"  # the last file of a checkpoint; a checkpoint without it is removed
+CHECKPOINT_PREFIX = "checkpoint-"
+# Settings that may change between the two halves of an interrupted run without changing the weights it ends with.
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers", "ddp_timeout",
+    "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps", "logging_strategy",
+    "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train", "local_rank",
+}  # fmt: skip
+PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first name found in the device's name
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments with this project's defaults and its rules for output folders."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
+        "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."
+    )
+    overwrite_output_dir: bool = arg(False, help="Replace a finished run in output_dir (an unfinished one is resumed).")
+    restart: bool = arg(False, help="Start over, also where output_dir holds an unfinished run.")
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: batches hold what the model needs."})
+    save_total_limit: int | None = field(default=3, metadata={"help": "How many checkpoints are kept."})
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if not getattr(self, name) > 0:
+                problems.append(f"--{name} {getattr(self, name)}: need a number above 0")
+        if self.fp16 and self.bf16:
+            problems.append("--fp16 and --bf16 exclude each other")
+        raise_problems(problems)
+        self._choose_precision()
+        if self.deepspeed:
+            self.deepspeed = prepare_deepspeed(self.deepspeed)
+        self._prepare_checkpointing()
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise InputError(f"{self.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+
+    def _choose_precision(self) -> None:
+        if not (self.fp16 or self.bf16):
+            self.fp16 = self.precision == "fp16"
+            self.bf16 = self.precision == "bf16" or (self.precision == "auto" and bf16_is_supported())
+        if self.fp16 and not torch.cuda.is_available():
+            logger.warning("--fp16 needs a GPU; bf16 is used instead")
+            self.fp16, self.bf16 = False, True
+        self.precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+
+    def _prepare_checkpointing(self) -> None:
+        # transformers renamed gradient_checkpointing to activation_checkpointing; people know the first name.
+        new = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+        if self.gradient_checkpointing or getattr(self, new):
+            self.gradient_checkpointing = None if new != "gradient_checkpointing" else True
+            setattr(self, new, True)
+            if getattr(self, f"{new}_kwargs") is None:
+                # The re-entrant form loses gradients when the embeddings are frozen, as in LoRA training.
+                setattr(self, f"{new}_kwargs", {"use_reentrant": False})
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type matrix products run in."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+
+
+def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
+    """Read a DeepSpeed config and mend what today's DeepSpeed or this machine refuses, each with a warning."""
+    settings: dict[str, Any] = dict(config) if isinstance(config, dict) else read_json(config)
+    fp16 = dict(settings.get("fp16", {}))
+    if 0 < fp16.get("min_loss_scale", 1) < 1:
+        logger.warning("DeepSpeed: min_loss_scale %s is refused today, 1 is used", fp16["min_loss_scale"])
+        fp16["min_loss_scale"] = 1
+        settings["fp16"] = fp16
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if settings.pop("fp16", None) is not None:
+            logger.warning("DeepSpeed: the fp16 section is dropped, there is no GPU")
+    settings.setdefault("bf16", {"enabled": "auto"})
+    # Without torchrun there is one process, and DeepSpeed would look for MPI.
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    return settings
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def open_run(args: RunArguments, *arguments: Any) -> str | None:
+    """Decide whether this run starts, resumes or is refused, and record its settings.
+
+    Returns: the checkpoint to resume from, or None to start.
+    Raises: InputError if output_dir holds a finished run, a run with other settings, or anything else.
+    """
+    assert args.output_dir is not None
+    folder = Path(args.output_dir)
+    settings = describe_arguments(*arguments, args)
+    if args.process_index == 0:
+        _claim_folder(folder, args, settings)
+    with args.main_process_first(desc="opening the run"):
+        recorded = _read_settings(folder)
+    if recorded.get("seed", 42) != args.seed:
+        logger.warning("resuming with the recorded seed %s, not %s", recorded.get("seed", 42), args.seed)
+        args.seed = recorded.get("seed", 42)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    prepare_process(args.seed)
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _claim_folder(folder: Path, args: RunArguments, settings: dict[str, Any]) -> None:
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder} is a file; pass the name of a folder")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not (folder / RUN_CONFIG).is_file():
+        raise InputError(f"--output_dir {folder} holds files that are no training run; pass another folder")
+    finished = (folder / FINISHED).is_file()
+    if finished and not (args.overwrite_output_dir or args.restart):
+        raise InputError(f"--output_dir {folder} holds a finished run; pass another folder, or --overwrite_output_dir")
+    if occupied and (finished or args.restart):
+        logger.warning("replacing the %s run in %s", "finished" if finished else "unfinished", folder)
+        remove(folder)
+        occupied = False
+    if occupied:
+        _refuse_other_run(folder, settings)
+        for checkpoint in folder.glob(f"{CHECKPOINT_PREFIX}*"):
+            if not (checkpoint / COMPLETE).is_file():
+                remove(checkpoint)  # its writing was cut off
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_run_config(folder, settings, {"command": " ".join(sys.argv)})
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    settings: dict[str, Any] = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8")) or {}
+    return settings
+
+
+def _refuse_other_run(folder: Path, settings: dict[str, Any]) -> None:
+    recorded = _read_settings(folder)
+    # As YAML would give them back, so that equal settings compare equal.
+    current = json.loads(json.dumps(settings))
+    names = sorted((recorded.keys() | current.keys()) - FREE_TO_CHANGE)
+    changed = [name for name in names if recorded.get(name) != current.get(name)]
+    if changed:
+        described = ", ".join(f"{name} {recorded.get(name)!r} -> {current.get(name)!r}" for name in changed)
+        raise InputError(
+            f"--output_dir {folder} holds an unfinished run with other settings ({described}); repeat them to resume, pass "
+            "another folder, or --restart to start over"
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    complete = [path.parent for path in folder.glob(f"{CHECKPOINT_PREFIX}*/{COMPLETE}")]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step a checkpoint folder's name tells."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+def seal_checkpoint(folder: Path, step: int, keep: int | None, best: str | None) -> None:
+    """Mark checkpoint `step` complete, then remove all but the newest `keep` (and the best)."""
+    with atomic_file(folder / f"{CHECKPOINT_PREFIX}{step}" / COMPLETE) as file:
+        file.write(f"{step}\n")
+    if not keep:
+        return
+    for checkpoint in sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"), key=checkpoint_step)[:-keep]:
+        if best is None or checkpoint.name != Path(best).name:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def prepare_process(seed: int) -> None:
+    """Seed every generator, and keep freed memory from staying with the process."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        # glibc keeps freed blocks below 32 MB; on a CPU those are activations and gradients, a fifth of a step's memory.
+        mmap_threshold = -3
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(mmap_threshold, 1 << 20)
+
+
+# ---------------------------------------------------------------- what a run measures
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in 1e9 bytes: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of the GPU from its data sheet, None where it is not known (CPUs too)."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and evaluation losses over optimizer steps into a png; nothing is drawn without two points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name == "loss" or (name.startswith("eval_") and name.endswith("_loss")) or name == "eval_loss":
+                curves.setdefault("train" if name == "loss" else name.removesuffix("_loss"), []).append(
+                    (entry["step"], value)
+                )
+    if not any(len(points) > 1 for points in curves.values()):
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, points in curves.items():
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, label=name, linewidth=1.2 if name == "train" else 1.8, marker="" if name == "train" else "o")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    with atomic_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def finish_run(folder: Path, metrics: dict[str, Any], next_command: str) -> None:
+    """Write the results, which marks the run finished, and log its summary."""
+    write_json(folder / FINISHED, metrics)
+    width = max(len(name) for name in metrics)
+    lines = [f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}"
+             for name, value in metrics.items()]  # fmt: skip
+    logger.info("finished\n%s\n  files in %s\n  next: %s", "\n".join(lines), folder, next_command)
