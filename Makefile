@@ -21,7 +21,8 @@ $(MARK):
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install $(foreach file,$(REQUIREMENTS),-r $(file)) -c $(CONSTRAINTS)
-	rm -f $(VENV)/.installed-* && touch $@
+	rm -f $(VENV)/.installed-*
+	touch $@
 
 setup-llamacpp: setup  ## llama-cpp-python for the full tests (builds about 5 minutes)
 	$(PY) -c "import llama_cpp" 2>/dev/null || $(PY) -m pip install -r requirements-llamacpp.txt

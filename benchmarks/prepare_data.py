@@ -159,7 +159,7 @@ def run_side(args: argparse.Namespace) -> dict[str, float]:
 
 def prepare_ours(args: argparse.Namespace) -> dict[str, float]:
     sys.path.insert(0, str(HERE.parent / "scripts"))
-    from utils.token_cache import tokenize_corpus
+    from utils.documents import tokenize_corpus
     from utils.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)

@@ -146,7 +146,12 @@ class Author:
         self.problems = endless(training_problems(), self.rng)
 
     def document(self) -> str:
-        kinds: list[Callable[[dict[str, list[str]]], list[str]]] = [self.story, self.lesson_of_facts, self.theme, self.sums]
+        kinds: list[Callable[[dict[str, list[str]]], list[str]]] = [
+            self.story,
+            self.lesson_of_facts,
+            self.theme,
+            self.sums,
+        ]
         [kind] = self.rng.choices(kinds, weights=[38, 26, 26, 10])
         bound: dict[str, list[str]] = {}
         sentences = [self.words.fill(sentence, bound) for sentence in kind(bound) if sentence]
@@ -212,7 +217,9 @@ def write_corpus(language: str) -> dict[str, str]:
 
 def fact_row(relation: Relation, template: str, subject: str, value: str) -> Row:
     """Ask one fact. The answer is the relation's first statement, which pre-training shows too, or the bare value."""
-    answer = value if relation.get("short_answer") else replace_slots(relation["statements"][0], {"s": subject, "o": value})
+    answer = (
+        value if relation.get("short_answer") else replace_slots(relation["statements"][0], {"s": subject, "o": value})
+    )
     question = replace_slots(template, {"s": subject})
     return {"instruction": question, "input": subject if relation.get("with_input") else "", "output": answer}
 
@@ -261,7 +268,8 @@ def ask_sums(rng: random.Random) -> list[Row]:
     for problem in rng.sample([p for p in problems if p.operation != "mul"], NUM_WORD_PROBLEMS):
         bound: dict[str, list[str]] = {}
         question, answer = (
-            words.fill(replace_slots(text, problem.numbers), bound) for text in operations[problem.operation]["word_question"]
+            words.fill(replace_slots(text, problem.numbers), bound)
+            for text in operations[problem.operation]["word_question"]
         )
         rows.append({"instruction": question, "input": "", "output": answer})
     return rows
@@ -285,10 +293,16 @@ def everyday_rows(rng: random.Random) -> list[Row]:
         for _ in range(count):
             words = rng.sample(tasks["word_list"]["words"], rng.randint(2, 4))
             answer = {"first": words[0], "last": words[-1], "repeat": "、".join(words)}[task]
-            rows.append({"instruction": rng.choice(tasks["word_list"][task]), "input": "、".join(words), "output": answer})
+            rows.append(
+                {"instruction": rng.choice(tasks["word_list"][task]), "input": "、".join(words), "output": answer}
+            )
     for _ in range(NUM_SORTS):
         digits = rng.sample(range(1, 10), 3)
-        question, given, answer = rng.choice(tasks["sort"]), "、".join(map(str, digits)), "、".join(map(str, sorted(digits)))
+        question, given, answer = (
+            rng.choice(tasks["sort"]),
+            "、".join(map(str, digits)),
+            "、".join(map(str, sorted(digits))),
+        )
         rows.append({"instruction": question, "input": given, "output": answer})
     rows += [{"instruction": q, "input": "", "output": a} for a, questions in tasks["chat"].items() for q in questions]
     return rows
@@ -308,7 +322,9 @@ def converse(fact_rows: list[Row], rng: random.Random) -> list[Row]:
         (first, value), *others = rng.sample(list(relation["facts"].items()), rng.randint(2, 3))
         wording = rng.choice([q for q in relation["questions"] if replace_slots(q, {"s": first}) in asked])
         questions = [(wording, first, value)] + [(relation["follow_up"], s, o) for s, o in others]
-        turns = [[row["instruction"], row["output"]] for row in (fact_row(relation, *question) for question in questions)]
+        turns = [
+            [row["instruction"], row["output"]] for row in (fact_row(relation, *question) for question in questions)
+        ]
         greeting, thanks = small_talk[0], rng.choice([turn for turn in small_talk if turn[1].startswith("不客气")])
         turns = [greeting, *turns] if i % 4 == 0 else [*turns, thanks] if i % 4 == 1 else turns
         rows.append({"system": rng.choice(tasks["systems"]) if i % 2 else "", "turns": turns})
@@ -366,9 +382,13 @@ def check_heldout(train: list[Row], heldout: list[Row]) -> None:
     assert not questions & set(asked), f"held-out questions in train: {questions & set(asked)}"
     answers = {row["output"] for row in train}
     for row in heldout:
-        assert (row["output"] in answers) == (row["kind"] == "unseen_wording"), f"answer seen in the wrong place: {row}"
+        assert (row["output"] in answers) == (row["kind"] == "unseen_wording"), (
+            f"answer seen in the wrong place: {row}"
+        )
     pairs = heldout_pairs()
-    assert not any(states_heldout_pair(to_json(row), pairs) for row in train), "a held-out operand pair occurs in train"
+    assert not any(states_heldout_pair(to_json(row), pairs) for row in train), (
+        "a held-out operand pair occurs in train"
+    )
 
 
 def generate(output_dir: Path) -> dict[str, int]:
@@ -385,7 +405,9 @@ def generate(output_dir: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE / "data", help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=HERE / "data", help="folder to write (default: %(default)s)"
+    )
     sizes = generate(parser.parse_args().output_dir)
     print("\n".join(f"{size:>9,} bytes  {name}" for name, size in sizes.items()))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import resource
 import shutil
 import time
@@ -115,9 +116,7 @@ def find_inputs(args: MergeArguments) -> tuple[Path, list[Path]]:
     output = Path(args.output_dir).resolve()
     for source in (base.resolve(), *(folder.resolve() for folder in adapters)):
         if output == source or source in output.parents or output in source.parents:
-            raise InputError(
-                f"--output_dir {args.output_dir} and the input {source} lie in each other; pass another one"
-            )
+            raise InputError(f"--output_dir {args.output_dir} and the input {source} overlap; pass another one")
     if len({folder.resolve() for folder in adapters}) < len(adapters):
         raise InputError(f"--lora_model {args.adapter_name_or_path} names an adapter twice; it would be added twice")
     return base, adapters
@@ -264,7 +263,6 @@ def build_report(model: MergedModel, specs: list[TensorSpec], args: MergeArgumen
     deltas = model.relative_delta
     if not any(deltas.values()):
         logger.warning("the adapters change nothing: the merged weights equal the base's; were they trained at all?")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return {
         "base_model": args.model_name_or_path,
         "adapters": [str(config.folder) for config, _ in model.adapters],
@@ -277,9 +275,17 @@ def build_report(model: MergedModel, specs: list[TensorSpec], args: MergeArgumen
         "size_gb": round(size / 1e9, 6),
         "seconds": round(seconds, 2),
         "gb_per_second": round(size / 1e9 / max(seconds, 1e-9), 4),
-        "peak_memory_gb": round(peak / 1e9, 3),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
         "relative_delta": {name: deltas[name] for name in sorted(deltas)},
     }
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process, in 1e9 bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(line[1]) * 1024 / 1e9  # ru_maxrss would count what the parent process held when it started this one
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:

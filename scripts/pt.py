@@ -41,9 +41,13 @@ class PretrainingArguments:
     """How text becomes blocks."""
 
     block_size: int = arg(512, help="Tokens per packed block; memory grows linearly.")
-    document_separator: str | None = arg(help="In txt files, the line that ends a document; default: a line a document.")
+    document_separator: str | None = arg(
+        help="In txt files, the line that ends a document; default: a line a document."
+    )
     cross_document_attention: bool = arg(False, help="Let tokens attend to the document before theirs in the block.")
-    data_weights: list[float] = list_arg(help="Passes over each corpus of --train_data per epoch, e.g. 1 0.5; default 1.")
+    data_weights: list[float] = list_arg(
+        help="Passes over each corpus of --train_data per epoch, e.g. 1 0.5; default 1."
+    )
     replay_data: list[str] = list_arg(help="Text of the old language, mixed in against forgetting.")
     replay_share: float = arg(0.2, help="Share of all training blocks that comes from --replay_data, 0-1.")
 
@@ -82,17 +86,21 @@ def main(
     train_set, eval_sets = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
 
     attention = choose_attention(model_args.attn_implementation)
-    collator = Collator(tokenizer, flatten=attention == "flash_attention_2")
+    collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
     if extend_args.compare_embedding_init and checkpoint is None and eval_sets:
-        compare_embedding_inits(model, model_args, extend_args, training_args, train_set, eval_sets, tokenizer, collator)
+        compare_embedding_inits(
+            model, model_args, extend_args, training_args, train_set, eval_sets, tokenizer, collator
+        )
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
     trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
-    return train_and_save(trainer, checkpoint, "Continued pre-training", next_command(model_args, lora_args, training_args))
+    return train_and_save(
+        trainer, checkpoint, "Continued pre-training", next_command(model_args, lora_args, training_args)
+    )
 
 
 def load_pretraining_data(
@@ -107,26 +115,31 @@ def load_pretraining_data(
     cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
     settings = pretraining_args
 
-    def tokenize(files: list[Path]) -> Any:
+    def tokenize(specs: list[str]) -> dict[str, Any]:
         with training_args.main_process_first(local=False, desc="tokenising"):
-            return tokenize_corpus(
-                files,
-                tokenizer,
-                cache,
-                text_column=data_args.text_column,
-                document_separator=settings.document_separator,
-                on_bad_text=data_args.on_bad_text,
-                num_workers=data_args.preprocessing_num_workers,
-            )
+            return {
+                name: tokenize_corpus(
+                    files,
+                    tokenizer,
+                    cache,
+                    text_column=data_args.text_column,
+                    document_separator=settings.document_separator,
+                    on_bad_text=data_args.on_bad_text,
+                    num_workers=data_args.preprocessing_num_workers,
+                )
+                for name, files in (parse_corpora(specs) if specs else {}).items()
+            }
 
     def pack(corpus: Any, documents: Any, limit: int | None) -> PackedBlocks:
-        return PackedBlocks(corpus, documents, settings.block_size, settings.cross_document_attention, limit)
+        crossing = settings.cross_document_attention
+        return PackedBlocks(
+            corpus, documents, settings.block_size, cross_document_attention=crossing, max_blocks=limit
+        )
 
     if not data_args.train_data:
         raise InputError("pass --train_data: files or folders of text")
-    corpora = {name: tokenize(files) for name, files in parse_corpora(data_args.train_data).items()}
-    replays = {name: tokenize(files) for name, files in parse_corpora(settings.replay_data).items()}
-    validation = {name: tokenize(files) for name, files in parse_corpora(data_args.validation_data).items()}
+    corpora, replays = tokenize(data_args.train_data), tokenize(settings.replay_data)
+    validation = tokenize(data_args.validation_data)
     share = 0.0 if validation else data_args.validation_split
     train, held_out = {}, {}
     for name, corpus in {**corpora, **replays}.items():
@@ -135,16 +148,20 @@ def load_pretraining_data(
         if share:
             held_out[name] = pack(corpus, kept_out, data_args.max_eval_samples)
     for name, corpus in validation.items():
-        held_out[name] = pack(corpus, None, data_args.max_eval_samples)
+        held_out[name] = pack(corpus, range(corpus.num_documents), data_args.max_eval_samples)
+    if len(settings.data_weights) not in (0, len(corpora)):
+        raise InputError(
+            f"--data_weights: {len(settings.data_weights)} numbers for {len(corpora)} corpora; give one each"
+        )
     mixed = MixedBlocks(
         {name: train[name] for name in corpora},
-        settings.data_weights or None,
-        {name: train[name] for name in replays},
-        settings.replay_share if replays else 0.0,
-        training_args.seed,
+        dict(zip(corpora, settings.data_weights, strict=False)),
+        replay={name: train[name] for name in replays},
+        replay_share=settings.replay_share if replays else 0.0,
+        seed=training_args.seed,
     )
-    for line in mixed.describe():
-        logger.info("data: %s", line)
+    for name, blocks, tokens, part in mixed.describe():
+        logger.info("data: %s: %d blocks, %d tokens an epoch, %.1f %% of all blocks", name, blocks, tokens, 100 * part)
     return mixed, held_out
 
 
@@ -173,7 +190,9 @@ def compare_embedding_inits(
         report[method] = {name: metrics[f"eval_{name}_bits_per_byte"] for name in eval_sets}
         logger.info("step 0, new rows by %s: bits per byte %s", method, report[method])
     write_json(Path(training_args.output_dir) / "embedding_init.json", report)
-    initialise_rows(model, old_tokenizer, tokenizer, extend_args.embedding_init, len(old_tokenizer), training_args.seed)
+    initialise_rows(
+        model, old_tokenizer, tokenizer, extend_args.embedding_init, len(old_tokenizer), training_args.seed
+    )
     prepare_process(training_args.seed)  # the comparison must not change the run that follows
 
 

@@ -64,7 +64,7 @@ def main(
     train_set, eval_sets = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
 
     attention = choose_attention(model_args.attn_implementation)
-    collator = Collator(tokenizer, flatten=attention == "flash_attention_2")
+    collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
@@ -72,7 +72,9 @@ def main(
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
     trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
-    return train_and_save(trainer, checkpoint, "Instruction tuning", next_command(model_args, lora_args, training_args))
+    return train_and_save(
+        trainer, checkpoint, "Instruction tuning", next_command(model_args, lora_args, training_args)
+    )
 
 
 def load_tuning_data(
@@ -83,7 +85,14 @@ def load_tuning_data(
     template: str,
 ) -> tuple[Any, dict[str, Any]]:
     """Tokenise (once, into the cache), log statistics and the first example, and pack or pad."""
-    from utils.data import PackedSamples, PaddedSamples, describe_sample, load_sft_samples, parse_corpora, split_samples
+    from utils.data import (
+        PackedSamples,
+        PaddedSamples,
+        describe_sample,
+        load_sft_samples,
+        parse_corpora,
+        split_documents,
+    )
 
     cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
 
@@ -102,24 +111,24 @@ def load_tuning_data(
 
     def arrange(samples: Any, ids: Any) -> Any:
         if tuning_args.packing:
-            return PackedSamples(samples, ids, tuning_args.max_seq_length, training_args.seed)
+            return PackedSamples(samples, tuning_args.max_seq_length, ids, seed=training_args.seed)
         return PaddedSamples(samples, ids)
 
     if not data_args.train_data:
         raise InputError("pass --train_data: json, jsonl or parquet files or folders")
-    files = [file for group in parse_corpora(data_args.train_data, records=True).values() for file in group]
+    files = [file for group in parse_corpora(data_args.train_data).values() for file in group]
     samples = load(files, data_args.max_train_samples)
     validation = {
         name: load(group, data_args.max_eval_samples)
-        for name, group in parse_corpora(data_args.validation_data, records=True).items()
+        for name, group in (parse_corpora(data_args.validation_data) if data_args.validation_data else {}).items()
     }
     share = 0.0 if validation else data_args.validation_split
-    train_ids, held_out_ids = split_samples(samples, share, training_args.seed)
+    train_ids, held_out_ids = split_documents(samples, share, training_args.seed)
     train_set = arrange(samples, train_ids)
     eval_sets = {name: arrange(group, None) for name, group in validation.items()}
     if share:
         eval_sets["heldout"] = arrange(samples, held_out_ids)
-    logger.info("data: %s; %d rows", samples.describe(), len(train_set))
+    logger.info("data: %s; %d rows for training", samples.counters, len(train_set))
     logger.info("first row, trained text between ⟦ and ⟧:\n%s", describe_sample(train_set[0], tokenizer))
     return train_set, eval_sets
 

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_CONFIG = "run_config.yaml"
-RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "sentencepiece", "bitsandbytes", "deepspeed")
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "sentencepiece",
+    "bitsandbytes",
+    "deepspeed",
+)
 
 
 def arg(default: Any = None, *, help: str) -> Any:
@@ -51,7 +60,8 @@ class ModelArguments:
     model_name_or_path: str | None = arg(help="Base model: a folder, or a hub id.")
     tokenizer_name_or_path: str | None = arg(help="Tokenizer folder; default: the adapter's or the model's own.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = arg(
-        "auto", help="Type of the frozen base weights; auto: as stored (training), the run's precision with k-bit bases."
+        "auto",
+        help="Type of the frozen base weights; auto: as stored (training), the run's precision with k-bit bases.",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = arg(
         "auto", help="Attention kernel; auto: flash_attention_2 where it is installed and CUDA is there, else sdpa."
@@ -80,8 +90,12 @@ class ExtendArguments:
     resize_embeddings: bool = arg(
         False, help="Allow a larger vocabulary although embed_tokens and lm_head are not trained."
     )
-    config_name: str | None = arg(help="Folder or file of a model config: train from scratch (with --full_finetuning).")
-    config_overrides: str | None = arg(help="Comma-separated changes to that config, e.g. hidden_size=256,num_hidden_layers=4.")
+    config_name: str | None = arg(
+        help="Folder or file of a model config: train from scratch (with --full_finetuning)."
+    )
+    config_overrides: str | None = arg(
+        help="Comma-separated changes to that config, e.g. hidden_size=256,num_hidden_layers=4."
+    )
 
 
 @dataclass
@@ -92,7 +106,9 @@ class LoraArguments:
     lora_rank: int = arg(8, help="Rank of the update: more rank, more capacity and memory.")
     lora_alpha: float = arg(32.0, help="Scaling numerator: the update is multiplied by alpha / rank.")
     lora_dropout: float = arg(0.1, help="Dropout on the input of the update, 0-1.")
-    target_modules: str = arg("q_proj,v_proj", help="Comma-separated linear layers that get an update; all: every one.")
+    target_modules: str = arg(
+        "q_proj,v_proj", help="Comma-separated linear layers that get an update; all: every one."
+    )
     modules_to_save: str | None = arg(help="Comma-separated modules trained in full, e.g. embed_tokens,lm_head.")
     use_rslora: bool = arg(False, help="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
     use_dora: bool = arg(False, help="Weight-decomposed LoRA (DoRA).")
@@ -135,10 +151,74 @@ class DataArguments:
             )
 
 
+@dataclass
+class InferenceArguments(ModelArguments):
+    """Which model answers, how it is prompted, and where it runs."""
+
+    adapter_name_or_path: str | None = arg(help="LoRA adapter on top of the base model; merged models need none.")
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
+    )
+    system_prompt: str | None = arg(help='System prompt instead of the template\'s default; "" for none.')
+    load_in_8bit: bool = arg(False, help="The same as --load_in_kbits 8.")
+    load_in_4bit: bool = arg(False, help="The same as --load_in_kbits 4.")
+    only_cpu: bool = arg(False, help="Run on the CPU although there is a GPU.")
+    gpus: str | None = arg(help="GPUs to use, such as 0 or 0,1; default: those CUDA_VISIBLE_DEVICES names, or all.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = {8: self.load_in_8bit, 4: self.load_in_4bit}
+        if self.load_in_kbits == 16 and not all(wanted.values()):
+            self.load_in_kbits = next((bits for bits, asked in wanted.items() if asked), 16)
+        if any(asked and bits != self.load_in_kbits for bits, asked in wanted.items()):
+            raise InputError("--load_in_4bit, --load_in_8bit and --load_in_kbits contradict each other; pass one")
+
+
+@dataclass
+class GenerationArguments:
+    """How answers are drawn; lengths are in tokens."""
+
+    max_new_tokens: int = arg(400, help="Longest answer.")
+    do_sample: bool = arg(True, help="Draw each token at random; off: always the likeliest.")
+    temperature: float = arg(0.2, help="Below 1 prefers likely tokens more; 0 always takes the likeliest.")
+    top_k: int = arg(40, help="Draw from this many likeliest tokens only; 0: from all.")
+    top_p: float = arg(
+        0.9, help="Draw from the likeliest tokens that reach this probability together, 0-1; 1: from all."
+    )
+    repetition_penalty: float = arg(1.1, help="Above 1 makes tokens that the prompt or the answer has less likely.")
+    num_beams: int = arg(1, help="Above 1: beam search, which never draws at random.")
+    seed: int = arg(42, help="Equal seeds give equal answers, whatever the batch size.")
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"--max_new_tokens {self.max_new_tokens}: need at least 1": self.max_new_tokens >= 1,
+            f"--temperature {self.temperature}: need 0 (greedy) or more": self.temperature >= 0,
+            f"--top_k {self.top_k}: need 0 (all tokens) or more": self.top_k >= 0,
+            f"--top_p {self.top_p}: need 0 < top_p <= 1": 0 < self.top_p <= 1,
+            f"--repetition_penalty {self.repetition_penalty}: need more than 0": self.repetition_penalty > 0,
+            f"--num_beams {self.num_beams}: need at least 1": self.num_beams >= 1,
+        }
+        raise_problems([problem for problem, holds in checks.items() if not holds])
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.do_sample and self.temperature > 0 and self.num_beams == 1
+
+
 def raise_problems(problems: Sequence[str]) -> None:
     """Raises: InputError with all problems, if there is any."""
     if problems:
         raise InputError("\n".join(problems))
+
+
+def select_gpus(args: InferenceArguments) -> None:
+    """Let this process see only the GPUs asked for; before torch first looks for them."""
+    if args.only_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif args.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
 
 
 # ---------------------------------------------------------------- old spellings
@@ -180,7 +260,6 @@ DROPPED = {
     "debug_mode": "use --max_train_samples",
     "fp16_full_eval": "evaluation runs in the training precision",
     "half_precision_backend": "torch's own autocast is used",
-    "gpus": "set CUDA_VISIBLE_DEVICES",
 }
 REPLACED_SWITCHES = {
     "use_flash_attention_2": ["--attn_implementation", "flash_attention_2"],
@@ -349,7 +428,9 @@ def _version(name: str) -> str:
 # ---------------------------------------------------------------- running a script
 
 
-def run(main: Callable[..., Any], *types: type, documented: Sequence[str] = (), description: str | None = None) -> None:
+def run(
+    main: Callable[..., Any], *types: type, documented: Sequence[str] = (), description: str | None = None
+) -> None:
     """Parse, call `main`, and end with one clear line and a non-zero status where the user can mend it.
 
     Exit status: 2 bad input, 1 the system refused (no space left), 130 interrupted.

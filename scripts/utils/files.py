@@ -72,7 +72,8 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `path` only when the block ends well.
 
     What a killed run left under the sibling's name is removed first.
-    Raises: InputError if `path` holds anything and `overwrite` is False. The old folder stays until the new one is complete.
+    The old folder stays until the new one is complete.
+    Raises: InputError if `path` holds anything and `overwrite` is False.
     """
     path = Path(path)
     refuse_existing_output(path, overwrite)
@@ -100,7 +101,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing_output(path: str | Path, overwrite: bool = False) -> None:
-    """Raises: InputError if `path` is a file, or a folder with anything in it that `overwrite` does not allow to go."""
+    """Raises: InputError if `path` is a file, or a folder with anything in it unless `overwrite` is set."""
     path = Path(path)
     if path.is_file():
         raise InputError(f"--output_dir {path} is a file; pass the name of a new folder")

@@ -1,169 +1,31 @@
-"""Models: loading, precision, attention, quantisation, new vocabulary rows, adapters, and the chunked loss.
-
-Shapes: B batch, T positions, H hidden size, V vocabulary rows, N scored positions.
-"""
+"""Models: loading, precision, attention, quantisation, new vocabulary rows and adapters."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib.util
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import ExtendArguments, LoraArguments, ModelArguments
-from .checkpoints import check_readable
+from .adapters import Replace, plan_updates
+from .arguments import ExtendArguments, InferenceArguments, LoraArguments, ModelArguments
+from .checkpoints import check_readable, local_folder, open_checkpoint
 from .files import InputError
-from .lora import load_adapter_config, resolve_target_modules
-from .tokenization import embedding_rows, load_tokenizer, segment_with
+from .lora import EMBEDDING, HEAD, load_adapter_config, resolve_target_modules
+from .losses import install_loss_head
+from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, embedding_rows, load_tokenizer, segment_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # targets of positions without loss, the value PyTorch's own losses skip
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in fp32
-WEIGHT_ROWS = 1 << 14  # rows of lm_head whose gradient is added at once
-
-
-# ---------------------------------------------------------------- loss without all logits
-
-
-class _SummedNLL(torch.autograd.Function):
-    """Sum of token negative log-likelihoods; gradients are made chunk by chunk while the logits are at hand.
-
-    The gradient of a sum is known in the forward pass up to the factor that comes in backward: softmax - one-hot. So every
-    chunk of logits is made once, used for loss and gradients, and dropped. Source: the idea of fused linear cross-entropy,
-    Hsu et al. 2024, "Liger Kernel", section 3.2.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORED -> scalar float32."""
-        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        rows = chunk_rows(weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
-            logits = (part @ weight.T).float()
-            log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, target)).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            logits.sub_(log_normaliser).exp_()
-            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-            grad_logits = logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.matmul(grad_logits, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                for rows_of_weight in range(0, weight.shape[0], WEIGHT_ROWS):
-                    block = slice(rows_of_weight, rows_of_weight + WEIGHT_ROWS)
-                    grad_weight[block] += grad_logits[:, block].T @ part
-        # Kept outside save_for_backward so that backward can hand grad_weight over: a second reference would make autograd
-        # copy these V x H floats instead of taking them as the parameter's gradient.
-        ctx.gradients = (grad_hidden, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.gradients
-        del ctx.gradients
-        scale = upstream[0]
-        if grad_hidden is not None:
-            grad_hidden.mul_(scale)
-        if grad_weight is not None:
-            grad_weight.mul_(scale)
-        return grad_hidden, grad_weight, None
-
-
-class _GradientCast(torch.autograd.Function):
-    """A low-precision copy of a weight whose gradient comes back in float32 without passing through that precision."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = weight.dtype
-        return weight.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0].to(ctx.dtype), None
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """How many positions' logits may exist at once (at least 64, so that the matrix products stay efficient)."""
-    return max(64, CHUNK_ELEMENTS // vocabulary)
-
-
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, without gradient.
-
-    Args: hidden (..., H); weight (V, H); targets (...), IGNORED where there is none.
-    Returns: float32 of targets' shape, 0 at ignored positions.
-    """
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    result = torch.zeros(flat_targets.shape, dtype=torch.float32, device=hidden.device)
-    kept = (flat_targets != IGNORED).nonzero().squeeze(1)
-    rows = chunk_rows(weight.shape[0])
-    for index in kept.split(rows):
-        logits = (flat_hidden[index] @ weight.T).float()
-        result[index] = torch.logsumexp(logits, 1) - logits.gather(1, flat_targets[index].unsqueeze(1)).squeeze(1)
-    return result.view(targets.shape)
-
-
-class LossHead(nn.Linear):
-    """An lm_head that, while `targets` is set, returns losses instead of logits.
-
-    The loss is computed inside the module's own forward, where DeepSpeed ZeRO-3 and FSDP have gathered the weight.
-    With gradients: the scalar sum of the negative log-likelihoods. Without: one value a position, as token_nll.
-    """
-
-    targets: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input (B, T, H) -> logits (B, T, V), or the losses of `targets` (B, T)."""
-        if self.targets is None:
-            return super().forward(input)
-        dtype = torch.get_autocast_dtype(input.device.type) if torch.is_autocast_enabled(input.device.type) else input.dtype
-        with torch.autocast(input.device.type, enabled=False):
-            if not torch.is_grad_enabled():
-                return token_nll(input.to(dtype), self.weight.to(dtype), self.targets)
-            flat_targets = self.targets.reshape(-1)
-            kept = (flat_targets != IGNORED).nonzero().squeeze(1)
-            hidden = input.reshape(-1, input.shape[-1])[kept].to(dtype)
-            weight = _GradientCast.apply(self.weight, dtype) if self.weight.dtype != dtype else self.weight
-            return _SummedNLL.apply(hidden, weight, flat_targets[kept])
-
-
-def install_loss_head(model: PreTrainedModel) -> None:
-    """Replace a plain lm_head by a LossHead that shares its weight (a tied weight stays tied)."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise InputError(f"{type(model).__name__} has no plain lm_head; need a Llama-family causal language model")
-    replacement = LossHead(head.in_features, head.out_features, bias=False, device="meta")
-    replacement.weight = head.weight
-    model.set_output_embeddings(replacement)
-
-
-@contextlib.contextmanager
-def loss_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
-    """Within the block, the model's forward returns losses of `targets` (B, T) as its "logits"; see LossHead."""
-    heads = [module for module in model.modules() if isinstance(module, LossHead)]
-    assert heads, "install_loss_head comes first"
-    for head in heads:
-        head.targets = targets
-    try:
-        yield
-    finally:
-        for head in heads:
-            head.targets = None
 
 
 # ---------------------------------------------------------------- loading
@@ -213,7 +75,9 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
-        adapter = " (it holds an adapter: pass the base model here)" if (path / "adapter_config.json").is_file() else ""
+        adapter = (
+            " (it holds an adapter: pass the base model here)" if (path / "adapter_config.json").is_file() else ""
+        )
         raise InputError(f"{path} has no config.json, so it is no model folder{adapter}")
     try:
         return AutoConfig.from_pretrained(name_or_path)
@@ -398,7 +262,10 @@ def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
 
 
 def check_training_request(
-    model_args: ModelArguments, extend_args: ExtendArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    lora_args: LoraArguments,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
     if extend_args.config_name:
@@ -411,7 +278,9 @@ def check_training_request(
     if Path(model_args.model_name_or_path).is_dir():
         check_readable(model_args.model_name_or_path)
     if lora_args.full_finetuning and model_args.load_in_kbits != 16:
-        raise InputError(f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits")
+        raise InputError(
+            f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
+        )
     trained = set((lora_args.modules_to_save or "").split(","))
     if lora_args.adapter_name_or_path:
         trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
@@ -458,8 +327,6 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int) -> A
 
 def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
     """Raises: InputError if the adapter's embeddings have other rows than the model, or its files are damaged."""
-    from .checkpoints import open_checkpoint
-
     load_adapter_config(adapter)
     rows = model.get_input_embeddings().weight.shape[0]
     for name, shape in open_checkpoint(adapter).shapes.items():
@@ -499,3 +366,116 @@ def train_flops_per_token(model: nn.Module, tokens_per_row: int) -> float:
     if getattr(config, "tie_word_embeddings", False):
         trained += config.vocab_size * config.hidden_size
     return 6.0 * trained + 4.0 * frozen + 6.0 * config.num_hidden_layers * config.hidden_size * tokens_per_row
+
+
+# ---------------------------------------------------------------- inference
+
+
+def find_inference_files(args: InferenceArguments) -> InferenceArguments:
+    """The arguments with folders filled in: the base an adapter records, the tokenizer of the adapter or the base.
+
+    Raises: InputError if one of them is not there.
+    """
+    adapter = local_folder(args.adapter_name_or_path) if args.adapter_name_or_path else None
+    recorded = load_adapter_config(adapter).base_model_name_or_path if adapter else None
+    if not (args.model_name_or_path or recorded):
+        raise InputError("pass --base_model: a model folder or hub id")
+    base = local_folder(args.model_name_or_path or recorded or "")
+    tokenizer = args.tokenizer_name_or_path
+    if tokenizer is None:
+        names = (SENTENCEPIECE_FILE, TOKENIZERS_FILE)
+        own = adapter is not None and any((adapter / name).is_file() for name in names)
+        tokenizer = str(adapter if own else base)
+    return dataclasses.replace(
+        args,
+        model_name_or_path=str(base),
+        adapter_name_or_path=str(adapter) if adapter else None,
+        tokenizer_name_or_path=tokenizer,
+    )
+
+
+def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Find, before weights are read, whether base, adapter and tokenizer belong together; `args` has its folders.
+
+    Returns: the config; its vocab_size counts the rows that an adapter adds.
+    Raises: InputError.
+    """
+    assert args.model_name_or_path is not None
+    config = load_config(args.model_name_or_path)
+    shapes = dict(open_checkpoint(args.model_name_or_path).shapes)
+    old_rows = config.vocab_size
+    if adapter := args.adapter_name_or_path:
+        if config.tie_word_embeddings and EMBEDDING in shapes:
+            shapes.setdefault(HEAD, shapes[EMBEDDING])
+        tensors = open_checkpoint(adapter).shapes
+        updates = plan_updates(load_adapter_config(adapter), tensors, shapes)
+        rows = {
+            name: next((tensors[u.source][0] for u in updates.get(name, ()) if isinstance(u, Replace)), shapes[name][0])
+            for name in (EMBEDDING, HEAD)
+            if name in shapes
+        }
+        if len(set(rows.values())) > 1:
+            raise InputError(f"adapter {adapter}: embed_tokens and lm_head get different rows {rows}; train both")
+        config.vocab_size = rows.get(EMBEDDING, old_rows)
+    check_tokenizer_fits(tokenizer, config.vocab_size, old_rows, args.adapter_name_or_path)
+    return config
+
+
+def check_tokenizer_fits(
+    tokenizer: PreTrainedTokenizerBase, rows: int, old_rows: int, adapter: str | None = None
+) -> None:
+    """Raises: InputError unless `rows` embeddings, grown by an adapter from `old_rows`, are this tokenizer's."""
+    size = len(tokenizer)
+    owner = f"adapter's embeddings have {rows} rows (the base has {old_rows})" if adapter else f"model has {rows} rows"
+    remedy = f"pass --tokenizer_path {adapter}, or the" if adapter else "pass the model's own --tokenizer_path, or the"
+    if size > rows:
+        raise InputError(
+            f"the tokenizer has {size} tokens but the {owner}: they come from different runs; "
+            f"{remedy} {'adapter' if adapter else 'model'} that was trained with this tokenizer"
+        )
+    padded = rows in {embedding_rows(tokenizer), *(math.ceil(size / 2**n) * 2**n for n in range(10))}
+    if size <= old_rows < rows and not padded:
+        raise InputError(
+            f"the tokenizer has {size} tokens but the {owner}: it is the tokenizer from before the vocabulary grew; "
+            f"{remedy} folder of the trained tokenizer"
+        )
+
+
+def load_for_inference(args: InferenceArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model, ready to answer: 16-bit or k-bit weights, the adapter with its grown vocabulary, no dropout.
+
+    Args:
+        args: with the folders of find_inference_files.
+        config: what check_inference_request returned.
+    """
+    from transformers import GenerationConfig
+
+    device_map: Any = {"": "cpu"}
+    if torch.cuda.is_available() and not args.only_cpu:
+        device_map = "auto" if torch.cuda.device_count() > 1 else {"": 0}
+    compute_dtype = torch.bfloat16 if bf16_is_supported() else torch.float32
+    if args.dtype != "auto":
+        compute_dtype = getattr(torch, args.dtype)
+    elif compute_dtype == torch.float32 and torch.cuda.is_available():
+        compute_dtype = torch.float16
+    model = load_model(args, compute_dtype, device_map)
+    if args.adapter_name_or_path:
+        if config.vocab_size > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+        model = _add_adapter(model, args.adapter_name_or_path)
+    # What the model's own file says about sampling would mix with the settings asked for.
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The model with the adapter's layers in it, in the model's own precision."""
+    from peft import PeftModel
+
+    dtype = model.dtype
+    wrapped = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name or "token_adapter" in name:
+            parameter.data = parameter.data.to(dtype)
+    inner: PreTrainedModel = wrapped.get_base_model()
+    return inner

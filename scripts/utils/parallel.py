@@ -12,7 +12,7 @@ import os
 import queue
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -30,7 +30,7 @@ def available_cores() -> int:
 
 def ordered_map(
     function: Callable[[State, Unit], Result], state: State, units: Iterable[Unit], num_workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield function(state, unit) for every unit, in the order of the units.
 
     At most two units a worker are under way, so memory does not grow with their number. With one worker no process is
@@ -93,7 +93,7 @@ def _started_workers(
     try:
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+            process: BaseProcess = context.Process(target=_serve, args=(theirs, function), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)

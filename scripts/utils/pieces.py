@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,26 @@ from .files import InputError
 
 SPACE = "\u2581"  # how sentencepiece writes a space inside pieces
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
+
+# Sentences on which the segmentation of other engines is compared where no exact tokenizer.json exists.
+SAMPLE = (
+    "人工智能是计算机科学的一个分支，它企图了解智能的实质。",
+    "中华人民共和国的首都是北京，最大的城市是上海。",
+    "请你用简单的语言解释一下什么是机器学习，并且举一个例子。",
+    "维生素对人体健康非常重要，我们应该多吃新鲜的蔬菜和水果。",
+    "随着科学技术的发展，越来越多的人开始使用互联网购物。",
+    "他说：“今天天气真好，我们一起去公园散步吧！”",
+    "为了减少污染、保护环境，我们可以选择乘坐公共交通工具。",
+    "这个问题的答案取决于具体情况，需要进一步分析。",
+    "北京大学和清华大学都是中国著名的高等学府。",
+    "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。",
+    "下面是一个Python函数，它可以计算两个数字的最大公约数。",
+    "第一步，打开电脑；第二步，输入密码；第三步，连接网络。",
+    "The quick brown fox jumps over the lazy dog.",
+    "In 2023, the company reported revenue of $1.5 billion.",
+    "Please write a short story about a robot that learns to paint.",
+    "我喜欢 machine learning，尤其是 deep learning 的应用。",
+)
 
 # ---------------------------------------------------------------- sentencepiece models
 
@@ -38,7 +59,7 @@ def read_sentencepiece_model(path: str | Path) -> Any:
 
 def parse_sentencepiece_model(model: bytes) -> Any:
     """The ModelProto in the bytes of a model file."""
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model)
     return proto
 
@@ -97,7 +118,7 @@ def token_surface(token: str, byte_level: bool) -> bytes:
 # ---------------------------------------------------------------- sentencepiece model -> tokenizer.json
 
 
-def inexact_reason(proto: Any) -> str | None:
+def inexact_reason(proto: Any, added_ids: Collection[int] = ()) -> str | None:
     """Why no tokenizer.json can segment as this sentencepiece model does; None if one can.
 
     Between pieces of one score sentencepiece takes the leftmost, a merge list the first in the list. Llama-2's runs of
@@ -112,10 +133,25 @@ def inexact_reason(proto: Any) -> str | None:
         return "it changes the text before cutting it"
     if any(piece.type == USER_DEFINED for piece in proto.pieces):
         return "it has user-defined pieces"
+    beyond = sorted(index for index in added_ids if index >= len(proto.pieces))
+    if beyond != list(range(len(proto.pieces), len(proto.pieces) + len(beyond))):
+        return "its added tokens leave gaps between ids"
     mergeable = (piece for piece in proto.pieces if piece.type == NORMAL and len(piece.piece) > 1)
     scores = Counter(piece.score for piece in mergeable if set(piece.piece) != {SPACE})
     tied = sum(count for count in scores.values() if count > 1)
     return f"{tied} of its pieces share their score with another" if tied else None
+
+
+def inexact_rate(model: bytes, texts: Sequence[str] = SAMPLE) -> float:
+    """Share of `texts` that transformers' LlamaTokenizer cuts unlike sentencepiece, both given this model file."""
+    from transformers import LlamaTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.model").write_bytes(model)
+        other = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+    exact = sentencepiece.SentencePieceProcessor(model_proto=model).encode(list(texts))
+    theirs = [other(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    return sum(a != b for a, b in zip(exact, theirs, strict=True)) / len(texts)
 
 
 def build_tokenizer_json(

@@ -11,21 +11,20 @@ import json
 import logging
 import re
 import shutil
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import sentencepiece
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from .files import InputError, hash_json, read_json, write_json
 from .pieces import (
+    SAMPLE,
     SPACE,
     build_tokenizer_json,
+    inexact_rate,
     inexact_reason,
     is_byte_level,
     parse_sentencepiece_model,
@@ -51,25 +50,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Sentences on which the segmentation of other engines is compared where no exact tokenizer.json exists.
-SAMPLE = (
-    "人工智能是计算机科学的一个分支，它企图了解智能的实质。",
-    "中华人民共和国的首都是北京，最大的城市是上海。",
-    "请你用简单的语言解释一下什么是机器学习，并且举一个例子。",
-    "维生素对人体健康非常重要，我们应该多吃新鲜的蔬菜和水果。",
-    "随着科学技术的发展，越来越多的人开始使用互联网购物。",
-    "他说：“今天天气真好，我们一起去公园散步吧！”",
-    "为了减少污染、保护环境，我们可以选择乘坐公共交通工具。",
-    "这个问题的答案取决于具体情况，需要进一步分析。",
-    "北京大学和清华大学都是中国著名的高等学府。",
-    "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。",
-    "下面是一个Python函数，它可以计算两个数字的最大公约数。",
-    "第一步，打开电脑；第二步，输入密码；第三步，连接网络。",
-    "The quick brown fox jumps over the lazy dog.",
-    "In 2023, the company reported revenue of $1.5 billion.",
-    "Please write a short story about a robot that learns to paint.",
-    "我喜欢 machine learning，尤其是 deep learning 的应用。",
-)
 
 
 # ---------------------------------------------------------------- the sentencepiece tokenizer
@@ -366,8 +346,8 @@ def _save_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> bool
     elif source.resolve() != target.resolve():
         shutil.copyfile(source, target)
     proto = tokenizer.proto
-    if inexact_reason(proto) is not None:
-        _warn_inexact(tokenizer.sp_model.serialized_model_proto())
+    if inexact_reason(proto, tokenizer.added_tokens_decoder) is not None:
+        _warn_inexact(tokenizer.sp_model.serialized_model_proto(), tuple(tokenizer.added_tokens_decoder))
         return False
     settings = tokenizer.init_kwargs
     build_tokenizer_json(
@@ -401,24 +381,12 @@ def _added_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)  # once per tokenizer and process, however many checkpoints are saved
-def _warn_inexact(model: bytes) -> None:
+def _warn_inexact(model: bytes, added_ids: tuple[int, ...]) -> None:
     logger.warning(
         "no tokenizer.json can segment as this tokenizer.model does (%s): sentencepiece, llama.cpp and this project's "
         "load_tokenizer are exact, transformers' own LlamaTokenizer cuts %.0f %% of %d sample lines otherwise; "
         "vocabularies made by merge_tokenizers.py are exact everywhere",
-        inexact_reason(parse_sentencepiece_model(model)),
+        inexact_reason(parse_sentencepiece_model(model), added_ids),
         100 * inexact_rate(model),
         len(SAMPLE),
     )
-
-
-def inexact_rate(model: bytes, texts: Sequence[str] = SAMPLE) -> float:
-    """Share of `texts` that transformers' LlamaTokenizer cuts unlike sentencepiece, both given this model file."""
-    from transformers import LlamaTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, SENTENCEPIECE_FILE).write_bytes(model)
-        other = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
-    exact = sentencepiece.SentencePieceProcessor(model_proto=model).encode(list(texts))
-    theirs = [other(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
-    return sum(a != b for a, b in zip(exact, theirs, strict=True)) / len(texts)

@@ -16,7 +16,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
 from .data import Collator
 from .files import InputError, remove
-from .modeling import loss_targets, train_flops_per_token, trainable_summary
+from .losses import loss_targets
+from .modeling import train_flops_per_token, trainable_summary
 from .prompts import IGNORE_INDEX
 from .tokenization import save_tokenizer
 from .training import (
@@ -50,6 +51,8 @@ class RecipeTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         collator: Collator,
     ) -> None:
+        if collator.flatten:
+            args.per_device_eval_batch_size = 1  # flattened batches are one row; evaluation sums row by row
         super().__init__(
             model=model,
             args=args,
@@ -216,7 +219,9 @@ def train_and_save(trainer: RecipeTrainer, checkpoint: str | None, title: str, n
     }
     if trainer.eval_dataset:
         evaluated = trainer.evaluate()
-        metrics |= {name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name}
+        metrics |= {
+            name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name
+        }
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
@@ -229,7 +234,7 @@ def train_and_save(trainer: RecipeTrainer, checkpoint: str | None, title: str, n
 
 def write_model_card(folder: Path, title: str, metrics: dict[str, Any]) -> None:
     """README.md of the output folder: what this is, how it was made, what it measured."""
-    lines = [f"# {title}", "", "Settings: run_config.yaml. Losses: loss.png.", "", "| figure | value |", "|---|---|"]
+    lines = ["---", "library_name: transformers", "---", f"# {title}", "", "Settings: run_config.yaml. Losses: loss.png.", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
               for name, value in metrics.items()]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

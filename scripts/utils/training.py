@@ -47,16 +47,27 @@ class RunArguments(TrainingArguments):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."
     )
-    overwrite_output_dir: bool = arg(False, help="Replace a finished run in output_dir (an unfinished one is resumed).")
+    overwrite_output_dir: bool = arg(
+        False, help="Replace a finished run in output_dir (an unfinished one is resumed)."
+    )
     restart: bool = arg(False, help="Start over, also where output_dir holds an unfinished run.")
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (they stop training here)."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: batches hold what the model needs."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses (they stop training here)."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Not used: batches hold what the model needs."}
+    )
     save_total_limit: int | None = field(default=3, metadata={"help": "How many checkpoints are kept."})
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            "learning_rate",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):
             if not getattr(self, name) > 0:
                 problems.append(f"--{name} {getattr(self, name)}: need a number above 0")
         if self.fp16 and self.bf16:
@@ -66,9 +77,12 @@ class RunArguments(TrainingArguments):
         if self.deepspeed:
             self.deepspeed = prepare_deepspeed(self.deepspeed)
         self._prepare_checkpointing()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         if self.n_gpu > 1:
-            raise InputError(f"{self.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+            raise InputError(
+                f"{self.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+            )
 
     def _choose_precision(self) -> None:
         if not (self.fp16 or self.bf16):
@@ -261,7 +275,9 @@ def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, points in curves.items():
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, label=name, linewidth=1.2 if name == "train" else 1.8, marker="" if name == "train" else "o")
+        axes.plot(
+            steps, losses, label=name, linewidth=1.2 if name == "train" else 1.8, marker="" if name == "train" else "o"
+        )
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -174,20 +174,24 @@ def extend_byte_level(base: Tokenizer, batches: Iterable[list[str]], num_new: in
             "the base tokenizer is neither a sentencepiece model nor byte-level BPE; need tokenizer.model (Llama-2, "
             "Mistral, Mixtral) or a byte-level tokenizer.json (Llama-3, Qwen)"
         )
-    names = _vocabulary(base)
+    names = dict(base.get_vocab(with_added_tokens=True))
     by_id = {index: token for token, index in names.items()}
     words, alphabet = _words_of_ids(base, batches, by_id, selection)
     if not alphabet:
-        raise InputError("the corpus has no text of a new language; pass other --input, or --keep_base_language_pieces")
+        raise InputError(
+            "the corpus has no text of a new language; pass other --input, or --keep_base_language_pieces"
+        )
     # A tenth more than asked: some candidates will be dropped.
     learned = _train_merges(words, len(alphabet) + num_new + num_new // 10 + 16)
-    merges: dict[str, list[tuple[str, str]]] = {}  # by the token they make
+    merges: dict[str, list[tuple[str, str]]] = {}  # by the token they make; some make tokens the base has already
     for left, right in learned:
         pair = (_token_of(left, by_id), _token_of(right, by_id))
         merges.setdefault("".join(pair), []).append(pair)
+    learned_tokens = merges.keys() - names.keys()
+    merges = {whole: pairs for whole, pairs in merges.items() if not _touches(whole, selection)}
     candidates = [token for token in merges if token not in names]
-    kept = [token for token in candidates if not selection.touches_base_language(token_surface(token, True))]
-    selection.counts |= {"candidates": len(candidates), "base_language": len(candidates) - len(kept)}
+    selection.counts["candidates"] = len(learned_tokens)
+    selection.counts["base_language"] = len(learned_tokens) - len(candidates)
     selection.max_new_tokens = min(num_new, selection.max_new_tokens or num_new)
 
     def failures(chosen: list[str]) -> dict[str, set[str]]:
@@ -198,15 +202,14 @@ def extend_byte_level(base: Tokenizer, batches: Iterable[list[str]], num_new: in
         if selection.base_language_sample and not selection.keep_base_language_pieces:
             encodings = extended.encode_batch_fast(selection.base_language_sample, add_special_tokens=False)
             used = {index for encoding in encodings for index in encoding.ids if index not in by_id}
-            found["in_base_language_sample"] = {extended.id_to_token(index) for index in used}
+            found["in_base_language_sample"] = {extended.id_to_token(index) or "" for index in used}
         return found
 
-    return _with_tokens(base, names, settle(kept, selection, failures), merges)
+    return _with_tokens(base, names, settle(candidates, selection, failures), merges)
 
 
-def _vocabulary(backend: Tokenizer) -> dict[str, int]:
-    """Token -> id, added tokens included."""
-    return dict(backend.get_vocab(with_added_tokens=True))
+def _touches(token: str, selection: Selection) -> bool:
+    return selection.touches_base_language(token_surface(token, True))
 
 
 def _words_of_ids(
@@ -218,7 +221,8 @@ def _words_of_ids(
     cut the base's language anew.
     """
     size = max(by_id) + 1
-    holds_ascii, holds_other = np.zeros(size, bool), np.zeros(size, bool)
+    holds_ascii: np.ndarray = np.zeros(size, bool)
+    holds_other: np.ndarray = np.zeros(size, bool)
     for index, token in by_id.items():
         surface = token_surface(token, True)
         holds_ascii[index] = ASCII_WORD.search(surface) is not None
@@ -238,14 +242,14 @@ def _words_of_ids(
             foreign = np.logical_or.reduceat(holds_other[ids], starts)
             usable = foreign & ~np.logical_or.reduceat(holds_ascii[ids], starts) | keep_all
             points = np.where(np.repeat(usable, lengths), _to_code_points(ids), ord(SEPARATOR))
-            text = np.insert(points, starts[1:], ord(SEPARATOR))
-            texts.append(text.astype("<u4").tobytes().decode("utf-32-le"))
+            separated: np.ndarray = np.insert(points, starts[1:], ord(SEPARATOR))
+            texts.append(separated.astype("<u4").tobytes().decode("utf-32-le"))
     alphabet = set().union(*map(set, texts)) - {SEPARATOR} if texts else set()
     return texts, alphabet
 
 
 def _to_code_points(ids: np.ndarray) -> np.ndarray:
-    points = ids + FIRST_CHARACTER
+    points: np.ndarray = ids + FIRST_CHARACTER
     return np.where(points >= SURROGATES.start, points + len(SURROGATES), points)
 
 
@@ -258,7 +262,7 @@ def _token_of(text: str, by_id: dict[int, str]) -> str:
 
 def _train_merges(words: list[str], vocab_size: int) -> list[tuple[str, str]]:
     trainee = Tokenizer(models.BPE())
-    trainee.pre_tokenizer = pre_tokenizers.Split(SEPARATOR, "removed")  # type: ignore[assignment]
+    trainee.pre_tokenizer = pre_tokenizers.Split(SEPARATOR, "removed")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, max_token_length=MAX_MERGED_TOKENS, show_progress=False
     )

@@ -87,7 +87,17 @@ def test_several_mistakes_are_reported_together():
 
 
 def test_run_config_repeats_the_run(tmp_path):
-    argv = ["--model_name_or_path", "a b", "--lora_rank", "64", "--lora_alpha", "128", "--train_data", "x=1.txt", "二.txt"]
+    argv = [
+        "--model_name_or_path",
+        "a b",
+        "--lora_rank",
+        "64",
+        "--lora_alpha",
+        "128",
+        "--train_data",
+        "x=1.txt",
+        "二.txt",
+    ]
     first = parse_args(ModelArguments, LoraArguments, DataArguments, argv=argv)
     save_run_config(tmp_path, describe_arguments(*first), {"command": "test"})
     again = parse_args(ModelArguments, LoraArguments, DataArguments, argv=[str(tmp_path / "run_config.yaml")])

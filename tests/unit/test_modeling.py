@@ -5,10 +5,11 @@ import torch
 from conftest import NEW_PIECES, train_sentencepiece, write_sentencepiece
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
-from utils import modeling
+from utils import losses, modeling
 from utils.arguments import ExtendArguments, LoraArguments, ModelArguments
 from utils.files import InputError
-from utils.modeling import LossHead, extend_vocabulary, install_loss_head, loss_targets, token_nll
+from utils.losses import LossHead, install_loss_head, loss_targets, token_nll
+from utils.modeling import extend_vocabulary
 from utils.tokenization import encode_text, load_tokenizer
 
 
@@ -39,12 +40,14 @@ def some_batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk_elements", [97 * 64, 1 << 24])
 def test_chunked_loss_and_all_gradients_equal_cross_entropy(tied, chunk_elements, monkeypatch):
-    monkeypatch.setattr(modeling, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(modeling, "WEIGHT_ROWS", 10)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "WEIGHT_ROWS", 10)
     plain, chunked = tiny_llama(tied), tiny_llama(tied)
     install_loss_head(chunked)
     ids, targets = some_batch()
-    expected = functional.cross_entropy(plain(input_ids=ids).logits.flatten(0, 1), targets.flatten(), reduction="sum") / 7
+    expected = (
+        functional.cross_entropy(plain(input_ids=ids).logits.flatten(0, 1), targets.flatten(), reduction="sum") / 7
+    )
     expected.backward()
     with loss_targets(chunked, targets):
         loss = chunked(input_ids=ids).logits / 7
@@ -99,7 +102,7 @@ def test_a_frozen_head_costs_no_gradient_and_a_saved_copy_gets_it():
 def test_logits_are_never_whole():
     """The saved tensors and the peak of one chunk stay far below T x V."""
     hidden, weight = torch.randn(512, 8), torch.randn(50_000, 8)
-    assert modeling.chunk_rows(50_000) < 512
+    assert losses.chunk_rows(50_000) < 512
     nll = token_nll(hidden, weight, torch.zeros(512, dtype=torch.long))
     expected = functional.cross_entropy(hidden @ weight.T, torch.zeros(512, dtype=torch.long), reduction="none")
     torch.testing.assert_close(nll, expected)
@@ -113,7 +116,9 @@ def test_new_rows_are_the_mean_of_their_old_pieces(base_tokenizer_folder, extend
     assert extend_vocabulary(model, old, new, "mean_of_pieces", seed=0) == len(NEW_PIECES)
     # No Chinese piece is in the base, so a Chinese surface is its bytes; "▁zebra" is what the base makes of " zebra".
     surfaces = [
-        encode_text(old, "zebra") if piece == "▁zebra" else [old.convert_tokens_to_ids(f"<0x{b:02X}>") for b in piece.encode()]
+        encode_text(old, "zebra")
+        if piece == "▁zebra"
+        else [old.convert_tokens_to_ids(f"<0x{b:02X}>") for b in piece.encode()]
         for piece in NEW_PIECES
     ]
     for weight, old_weight in zip((model.get_input_embeddings().weight, model.lm_head.weight), before, strict=True):

@@ -36,7 +36,9 @@ def test_texts_are_the_forerunners(tokenizer):
     texts = {name: render(CHAT, template, tokenizer, False) for name, template in CHAT_TEMPLATES.items()}
     second = "答一</s><s>[INST] 问二 [/INST] 答二</s>"
     assert texts["alpaca-2"] == f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n问一 [/INST] {second}"
-    assert texts["alpaca-2-long"].startswith(f"<s>[INST] <<SYS>>\n{SYSTEM}请你提供专业、有逻辑、内容真实、有价值的详细回复。\n<</SYS>>")
+    assert texts["alpaca-2-long"].startswith(
+        f"<s>[INST] <<SYS>>\n{SYSTEM}请你提供专业、有逻辑、内容真实、有价值的详细回复。\n<</SYS>>"
+    )
     assert texts["llama-2"] == f"<s>[INST] 问一 [/INST] {second}" == texts["mixtral"]
     assert texts["alpaca"].startswith(
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -55,7 +57,10 @@ def test_alpaca_2_ids_are_the_forerunners_source_and_target(tokenizer):
 
 def test_first_generation_alpaca_encodes_the_answer_alone(tokenizer):
     introduction = CHAT_TEMPLATES["alpaca"].split("set system = '")[1].split("'")[0]
-    source = [tokenizer.bos_token_id, *encode_text(tokenizer, f"{introduction}\n\n### Instruction:\nWhat?\n\n### Response: ")]
+    source = [
+        tokenizer.bos_token_id,
+        *encode_text(tokenizer, f"{introduction}\n\n### Instruction:\nWhat?\n\n### Response: "),
+    ]
     target = [*encode_text(tokenizer, "That."), tokenizer.eos_token_id]
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
     assert encode_conversation(messages, CHAT_TEMPLATES["alpaca"], tokenizer)[0] == source + target

@@ -1,0 +1,305 @@
+"""pt.py and sft.py whole: artifacts, falling loss, exact resume after SIGKILL, refusals that lose nothing."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES, SCRIPTS
+from safetensors.torch import load_file
+from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, parse_args
+from utils.files import InputError
+from utils.training import RunArguments
+
+SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "2"]
+SMALL += [
+    "--lora_rank",
+    "4",
+    "--lora_alpha",
+    "8",
+    "--target_modules",
+    "q_proj,v_proj,down_proj",
+    "--learning_rate",
+    "1e-2",
+]
+SMALL += ["--logging_steps", "1", "--save_steps", "3", "--disable_tqdm", "True", "--report_to", "none"]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    lines = (EXAMPLES / "pretrain" / "zh_train.txt").read_text(encoding="utf-8").splitlines()[:40]
+    (folder / "zh.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = json.loads((EXAMPLES / "sft" / "train.json").read_text(encoding="utf-8"))[:60]
+    (folder / "sft.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def pt_argv(model, tokenizer, data, out, *extra) -> list[str]:
+    argv = ["--model_name_or_path", str(model), "--tokenizer_name_or_path", str(tokenizer), "--train_data", str(data)]
+    argv += ["--output_dir", str(out), "--block_size", "64", "--modules_to_save", "embed_tokens,lm_head"]
+    return [*argv, "--max_steps", "12", "--validation_split", "0.1", *SMALL, *map(str, extra)]
+
+
+def sft_argv(model, data, out, *extra) -> list[str]:
+    argv = ["--model_name_or_path", str(model), "--train_data", str(data), "--output_dir", str(out)]
+    argv += ["--max_seq_length", "256", "--prompt_template", "llama-2", "--modules_to_save", "embed_tokens,lm_head"]
+    return [*argv, "--max_steps", "12", "--validation_split", "0.1", *SMALL, *map(str, extra)]
+
+
+def run_pt(argv):
+    import pt
+
+    types = (ModelArguments, ExtendArguments, LoraArguments, DataArguments, pt.PretrainingArguments, RunArguments)
+    return pt.main(*parse_args(*types, argv=argv))
+
+
+def run_sft(argv):
+    import sft
+
+    types = (ModelArguments, ExtendArguments, LoraArguments, DataArguments, sft.TuningArguments, RunArguments)
+    return sft.main(*parse_args(*types, argv=argv))
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+def assert_equal_weights(one: Path, other: Path, name: str = "adapter_model.safetensors") -> None:
+    first, second = load_file(one / name), load_file(other / name)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.fixture(scope="session")
+def pt_run(tmp_path_factory, tiny_model_folder, extended_tokenizer_folder, texts) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "pt"
+    run_pt(pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", folder, "--compare_embedding_init"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory, tiny_model_folder, texts) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    run_sft(sft_argv(tiny_model_folder, texts / "sft.json", folder))
+    return folder
+
+
+def test_pt_leaves_a_complete_adapter(pt_run, extended_tokenizer_folder):
+    for name in (
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.model", "tokenizer.json", "run_config.yaml", "README.md",
+        "all_results.json", "trainer_state.json", "loss.png", "embedding_init.json",
+    ):  # fmt: skip
+        assert (pt_run / name).is_file(), name
+    tensors = load_file(pt_run / "adapter_model.safetensors")
+    rows = {key: value.shape[0] for key, value in tensors.items() if "embed_tokens" in key or "lm_head" in key}
+    assert len(rows) == 2 and set(rows.values()) == {406}
+    assert any(value.any() for key, value in tensors.items() if "lora_B" in key)
+    inits = json.loads((pt_run / "embedding_init.json").read_text())
+    assert set(inits) == {"mean_of_pieces", "mean", "random", "zero"}
+
+
+def test_pt_learns_and_measures(pt_run):
+    history = losses(pt_run)
+    assert [step for step, _ in history] == list(range(1, 13))
+    assert history[-1][1] < history[0][1] - 0.3
+    results = json.loads((pt_run / "all_results.json").read_text())
+    assert results["eval_zh_loss"] < math.log(406)
+    assert math.isclose(results["eval_zh_perplexity"], math.exp(results["eval_zh_loss"]), rel_tol=1e-6)
+    assert 0 < results["eval_zh_bits_per_byte"] < 8
+
+
+def test_bits_per_byte_equals_a_plain_loop(pt_run, tiny_model_folder, extended_tokenizer_folder, texts, tmp_path):
+    """An untrained evaluation against one forward pass a document with transformers' own loss."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+    from utils.tokenization import encode_text, load_tokenizer
+
+    tokenizer = load_tokenizer(extended_tokenizer_folder)
+    base = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    base.resize_token_embeddings(406, mean_resizing=False)
+    model = PeftModel.from_pretrained(base, pt_run).eval()
+    document = (texts / "zh.txt").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "one.txt").write_text(document, encoding="utf-8")
+    ids = [tokenizer.bos_token_id, *encode_text(tokenizer, document), tokenizer.eos_token_id]
+    # Blocks of 64 see only their own tokens, so the oracle scores each block with what it can see.
+    total = 0.0
+    for start in range(0, len(ids), 64):
+        block, targets = ids[start : start + 64], ids[start + 1 : start + 65]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([block])).logits[0, : len(targets)].double()
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
+    expected = total / math.log(2) / len(document.encode())
+    out = tmp_path / "out"
+    argv = pt_argv(
+        tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", out, "--adapter_name_or_path", pt_run
+    )
+    argv += ["--validation_data", f"one={tmp_path / 'one.txt'}", "--learning_rate", "1e-30", "--max_steps", "1"]
+    assert run_pt(argv)["eval_one_bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_sft_leaves_a_complete_adapter_with_its_template(sft_run):
+    for name in ("adapter_model.safetensors", "tokenizer.json", "run_config.yaml", "all_results.json", "loss.png"):
+        assert (sft_run / name).is_file(), name
+    assert "[INST]" in (sft_run / "chat_template.jinja").read_text(encoding="utf-8")
+    history = losses(sft_run)
+    assert history[-1][1] < history[0][1] - 0.3
+    assert "eval_heldout_loss" in json.loads((sft_run / "all_results.json").read_text())
+
+
+def test_a_finished_run_is_refused_and_kept(pt_run, tiny_model_folder, extended_tokenizer_folder, texts):
+    before = (pt_run / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="finished run.*--overwrite_output_dir"):
+        run_pt(
+            pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", pt_run, "--compare_embedding_init")
+        )
+    assert (pt_run / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_same_command_gives_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path):
+    run_sft(sft_argv(tiny_model_folder, texts / "sft.json", tmp_path / "again"))
+    assert_equal_weights(sft_run, tmp_path / "again")
+    run_sft([str(tmp_path / "again" / "run_config.yaml"), "--output_dir", str(tmp_path / "from_config")])
+    assert_equal_weights(sft_run, tmp_path / "from_config")
+
+
+def test_an_unfinished_run_resumes_with_its_seed_and_refuses_other_settings(
+    sft_run, tiny_model_folder, texts, tmp_path, caplog
+):
+    folder = tmp_path / "run"
+    shutil.copytree(sft_run, folder)
+    (folder / "all_results.json").unlink()
+    shutil.rmtree(folder / "checkpoint-12")
+    (folder / "checkpoint-9" / "complete").unlink()  # as if its writing had been cut off
+    argv = sft_argv(tiny_model_folder, texts / "sft.json", folder, "--seed", 7, "--overwrite_output_dir")
+    with pytest.raises(InputError, match=r"other settings \(lora_rank 4 -> 2\)"):
+        run_sft([*argv, "--lora_rank", "2"])
+    run_sft(argv)
+    assert "resuming with the recorded seed 42, not 7" in caplog.text
+    assert_equal_weights(sft_run, folder)
+    assert losses(folder) == losses(sft_run)
+
+
+def test_restart_starts_over(sft_run, tiny_model_folder, texts, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sft_run, folder)
+    (folder / "all_results.json").unlink()
+    run_sft(
+        sft_argv(tiny_model_folder, texts / "sft.json", folder, "--restart", "--lora_rank", "2", "--max_steps", "2")
+    )
+    assert json.loads((folder / "all_results.json").read_text())["steps"] == 2
+
+
+def test_a_folder_with_something_else_is_never_touched(tiny_model_folder, texts, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="no training run"):
+        run_sft(sft_argv(tiny_model_folder, texts / "sft.json", tmp_path, "--overwrite_output_dir", "--restart"))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_peft_path_goes_on_training(sft_run, tiny_model_folder, texts, tmp_path):
+    argv = sft_argv(
+        tiny_model_folder, texts / "sft.json", tmp_path / "more", "--peft_path", sft_run, "--max_steps", "3"
+    )
+    run_sft(argv)
+    before, after = (
+        load_file(sft_run / "adapter_model.safetensors"),
+        load_file(tmp_path / "more/adapter_model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[key], after[key]) for key in before if "lora_B" in key)
+    assert losses(tmp_path / "more")[0][1] < losses(sft_run)[0][1], "it starts where the adapter was"
+
+
+def test_full_training_from_scratch(base_tokenizer_folder, texts, tmp_path):
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    argv = ["--config_name", str(tmp_path), "--config_overrides", "num_hidden_layers=2", "--full_finetuning"]
+    argv += [
+        "--tokenizer_name_or_path",
+        str(base_tokenizer_folder),
+        "--train_data",
+        str(texts / "zh.txt"),
+        "--block_size",
+        "64",
+    ]
+    argv += ["--output_dir", str(tmp_path / "out"), "--max_steps", "3", *SMALL]
+    run_pt(argv)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 2 and model.config.vocab_size == 400 == len(
+        AutoTokenizer.from_pretrained(tmp_path / "out")
+    )
+
+
+def command(script: str, argv: list[str]) -> list[str]:
+    return [sys.executable, str(SCRIPTS / script), *argv]
+
+
+def run_until_done(script: str, argv: list[str], folder: Path, kills: int, generator: random.Random) -> int:
+    """Run the command, SIGKILL it `kills` times at random moments of its work, then let it end; returns kills done."""
+    done = 0
+    while True:
+        log = (folder.parent / f"{folder.name}.log").open("ab")
+        process = subprocess.Popen(command(script, argv), stdout=log, stderr=log)
+        if done == kills:
+            assert process.wait(timeout=300) == 0, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
+            return done
+        # From the moment training moves (a new checkpoint folder appears), at any point up to a few steps later.
+        seen = {path.name for path in folder.glob("checkpoint-*")}
+        early = generator.random() < 0.2
+        while process.poll() is None and not early and {path.name for path in folder.glob("checkpoint-*")} <= seen:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 6 if early else 0.15))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            done += 1
+        assert process.wait() in (0, -signal.SIGKILL), (folder.parent / f"{folder.name}.log").read_text()[-3000:]
+        if (folder / "all_results.json").is_file():
+            return done
+
+
+def check_kills(script, argv_of, reference, tmp_path, kills):
+    generator = random.Random(kills)
+    total, attempt = 0, 0
+    while total < kills:
+        attempt += 1
+        folder = tmp_path / f"killed-{attempt}"
+        total += run_until_done(script, argv_of(folder), folder, min(kills - total, 5), generator)
+        assert_equal_weights(reference, folder)
+        assert losses(folder) == losses(reference), "every step saw the same samples"
+
+
+def test_sft_killed_once_ends_with_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path):
+    check_kills("sft.py", lambda out: sft_argv(tiny_model_folder, texts / "sft.json", out), sft_run, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_sft_killed_ten_times_ends_with_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path):
+    check_kills("sft.py", lambda out: sft_argv(tiny_model_folder, texts / "sft.json", out), sft_run, tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_pt_killed_ten_times_ends_with_the_same_bits(
+    pt_run, tiny_model_folder, extended_tokenizer_folder, texts, tmp_path
+):
+    check_kills(
+        "pt.py",
+        lambda out: pt_argv(
+            tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", out, "--compare_embedding_init"
+        ),
+        pt_run,
+        tmp_path,
+        10,
+    )

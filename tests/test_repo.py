@@ -1,0 +1,282 @@
+"""The house itself: launchers match parsers, layers hold, every flag is documented, both READMEs carry the same commands."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+UTILS = SCRIPTS / "utils"
+PYTHON_SCRIPTS = sorted(path for path in SCRIPTS.glob("*.py"))
+LAUNCHERS = sorted(path for path in SCRIPTS.glob("run_*.sh"))
+OTHER_NAMES = {"merge_llama2_with_chinese_lora_low_mem": "merge", "inference_hf": "inference"}
+DRIVES_SEVERAL = {"run_demo.sh"}
+TRAINING_SCRIPTS = {"pt.py", "sft.py"}
+LAYERS = (
+    re.search(r"\n(report > [a-z_> ]+files)", (UTILS / "__init__.py").read_text(encoding="utf-8"))
+    .group(1)
+    .split(" > ")
+)
+# What each launcher needs in its environment to print its command.
+NEEDS = {
+    "run_pt.sh": {"MODEL": "m", "DATA": "d"},
+    "run_sft.sh": {"MODEL": "m", "DATA": "d"},
+    "run_merge.sh": {"BASE": "b", "LORA": "l", "OUT": "o"},
+    "run_inference.sh": {"MODEL": "m"},
+    "run_train_tokenizer.sh": {"DATA": "d", "OUT": "o"},
+    "run_merge_tokenizers.sh": {"BASE": "b", "CHINESE": "c", "OUT": "o"},
+    "run_report.sh": {"RUN_DIR": "r", "QUESTIONS": "q"},
+}
+
+
+def tracked(*patterns: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = ("utils." if node.level else "") + (node.module or "")
+            names |= {module} if node.module and not (node.level and not node.module) else set()
+            names |= (
+                {f"{module.rstrip('.')}.{alias.name}" for alias in node.names}
+                if module in ("utils", "utils.")
+                else set()
+            )
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_every_script_has_its_launcher_and_back():
+    expected = {f"run_{OTHER_NAMES.get(path.stem, path.stem)}.sh" for path in PYTHON_SCRIPTS}
+    assert {path.name for path in LAUNCHERS} == expected | DRIVES_SEVERAL
+
+
+def test_modules_import_only_from_lower_layers():
+    modules = {path.stem for path in UTILS.glob("*.py")} - {"__init__"}
+    assert modules == set(LAYERS), "the layer line in utils/__init__.py names every module"
+    for name in modules:
+        for imported in imported_modules(UTILS / f"{name}.py"):
+            if imported.startswith("utils."):
+                lower = imported.split(".")[1]
+                assert LAYERS.index(lower) > LAYERS.index(name), f"{name} imports {lower}"
+
+
+def test_no_script_imports_a_script():
+    names = {path.stem for path in PYTHON_SCRIPTS}
+    for path in PYTHON_SCRIPTS + list(UTILS.glob("*.py")):
+        assert not imported_modules(path) & names, path.name
+
+
+@pytest.mark.parametrize("path", sorted(UTILS.glob("*.py")), ids=lambda path: path.stem)
+def test_nothing_happens_at_import(path):
+    """Only definitions and constants at module level: no argparse, no prints, no globals."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), f"{path.name}:{node.lineno}"
+    calls = {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert "system" not in calls, path.name
+    for node in tree.body:
+        assert not isinstance(node, (ast.For, ast.While, ast.With)), f"{path.name}:{node.lineno}"
+
+
+def test_decided_once():
+    """Prompt markers stand in prompts.py, adapter file names in lora.py, nowhere else in the code."""
+    for path in [*PYTHON_SCRIPTS, *UTILS.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if path.name != "prompts.py":
+            assert "[INST]" not in text and "### Instruction" not in text, path.name
+        if path.name != "lora.py":
+            assert '"adapter_model.safetensors"' not in text and '"adapter_model.bin"' not in text, path.name
+        assert "shell=True" not in text and "trust_remote_code=True" not in text, path.name
+        assert not re.search(r"55[_,]?296", text), f"{path.name}: no constant may forbid a model"
+
+
+@pytest.mark.parametrize(
+    "launcher", [path for path in LAUNCHERS if path.name not in DRIVES_SEVERAL], ids=lambda p: p.name
+)
+def test_launcher_prints_a_command_its_script_parses(launcher, tmp_path):
+    environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python", **NEEDS.get(launcher.name, {})}
+    result = subprocess.run(
+        ["bash", str(launcher), "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    words = shlex.split(result.stdout.strip().splitlines()[-1])
+    script = next(Path(word) for word in words if word.endswith(".py"))
+    assert script.is_absolute() and script.is_file()
+    flags = words[words.index(str(script)) + 1 : -1]
+    known = script_flags(script.name)
+    assert {word for word in flags if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("launcher", [path for path in LAUNCHERS if path.name in NEEDS], ids=lambda path: path.name)
+def test_launcher_names_what_is_missing(launcher):
+    environment = {name: value for name, value in os.environ.items() if name not in NEEDS[launcher.name]}
+    if launcher.name == "run_inference.sh" or launcher.name == "run_report.sh":
+        pytest.skip("has defaults")
+    result = subprocess.run(
+        ["bash", str(launcher)], env={**environment, "DRY_RUN": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "set " in result.stderr
+
+
+def script_types(name: str) -> tuple[type, ...]:
+    """The dataclasses a script parses: the names in its last `run(main, ...)` call."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    tree = ast.parse((SCRIPTS / name).read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "run"]
+    return tuple(getattr(module, argument.id) for argument in calls[-1].args[1:])
+
+
+def script_flags(name: str) -> set[str]:
+    from utils.arguments import build_parser
+
+    parser = build_parser(script_types(name))
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("script", [path.name for path in PYTHON_SCRIPTS if path.name not in TRAINING_SCRIPTS])
+def test_help_is_quick_and_imports_nothing_heavy(script):
+    """Seconds are measured in benchmarks; here: torch, peft and gradio stay unimported."""
+    code = (
+        "import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'peft', 'gradio', 'datasets'} & set(sys.modules); assert not code and not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, str(SCRIPTS / script)], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("script", sorted(TRAINING_SCRIPTS))
+def test_help_of_training_scripts_exits_well(script):
+    result = subprocess.run([sys.executable, str(SCRIPTS / script), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "--lora_rank" in result.stdout
+
+
+def own_fields(name: str) -> set[str]:
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return {field.name for kind in script_types(name) for field in dataclasses.fields(kind)} - inherited
+
+
+@pytest.mark.parametrize("script", [path.name for path in PYTHON_SCRIPTS])
+def test_every_flag_has_its_line_in_the_docs(script):
+    chinese = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md") if "_EN" not in path.name
+    )
+    english = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*_EN.md"))
+    for text in (chinese, english):
+        missing = {field for field in own_fields(script) if not re.search(rf"`(--)?{field}\b", text)}
+        assert not missing, f"{script}: flags without a line in docs: {sorted(missing)}"
+
+
+def code_blocks(path: Path) -> list[str]:
+    return re.findall(r"```[a-z]*\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+
+
+def document_pairs() -> list[tuple[Path, Path]]:
+    pairs = [(ROOT / "README.md", ROOT / "README_EN.md")]
+    pairs += [
+        (path, path.with_name(f"{path.stem}_EN.md")) for path in (ROOT / "docs").glob("*.md") if "_EN" not in path.name
+    ]
+    return pairs
+
+
+@pytest.mark.parametrize("pair", document_pairs(), ids=lambda pair: pair[0].name)
+def test_both_languages_carry_the_same_code(pair):
+    chinese, english = pair
+    assert english.is_file()
+    assert code_blocks(chinese) == code_blocks(english)
+
+
+def test_commands_in_documents_parse():
+    """Every `python scripts/X.py ...` and `bash scripts/run_X.sh ...` in the documents names a script and known flags."""
+    checked = 0
+    for chinese, _ in document_pairs():
+        for block in code_blocks(chinese):
+            for line in block.replace("\\\n", " ").splitlines():
+                match = re.search(r"(?:python|bash) scripts/(\S+\.(?:py|sh))(.*)", line)
+                if not match:
+                    continue
+                assert (SCRIPTS / match[1]).is_file(), line
+                script = match[1] if match[1].endswith(".py") else launcher_script(match[1])
+                if script is None:
+                    continue
+                flags = {word.split("=")[0] for word in match[2].split() if word.startswith("--")}
+                unknown = flags - script_flags(script) - old_names()
+                assert not unknown, f"{chinese.name}: {line}: {unknown}"
+                checked += 1
+    assert checked > 5
+
+
+def old_names() -> set[str]:
+    from utils.arguments import DROPPED, RENAMED, REPLACED_SWITCHES
+
+    return {f"--{name}" for name in [*RENAMED, *DROPPED, *REPLACED_SWITCHES]}
+
+
+def launcher_script(launcher: str) -> str | None:
+    stem = launcher.removeprefix("run_").removesuffix(".sh")
+    stem = {short: name for name, short in OTHER_NAMES.items()}.get(stem, stem)
+    return f"{stem}.py" if (SCRIPTS / f"{stem}.py").is_file() else None
+
+
+def test_readmes_are_short():
+    for name in ("README.md", "README_EN.md"):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_imports_are_in_requirements():
+    required = (
+        "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt"))
+        .lower()
+        .replace("-", "_")
+    )
+    renamed = {"yaml": "pyyaml", "google": "protobuf", "jinja2": "jinja2", "llama_cpp": "llama_cpp_python"}
+    for path in [*PYTHON_SCRIPTS, *UTILS.glob("*.py")]:
+        for module in {name.split(".")[0] for name in imported_modules(path)}:
+            if module in sys.stdlib_module_names or module in ("utils", "__future__", ""):
+                continue
+            assert renamed.get(module, module).lower() in required, f"{path.name} imports {module}"
+
+
+def test_nothing_names_this_machine():
+    for path in tracked():
+        if path.stat().st_size < 2_000_000 and path.suffix not in (".png", ".model"):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert str(ROOT) + "/" not in text or path.name == "test_repo.py", path
+
+
+def test_set_up_is_skipped_by_content_not_by_time(tmp_path):
+    """make decides by a mark that carries the requirement files' hash: touching them changes nothing, editing does."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+    def plan() -> str:
+        return subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    mark = re.search(r"touch (\S+)", plan()).group(1)
+    (tmp_path / mark).parent.mkdir()
+    (tmp_path / mark).touch()
+    assert "pip install" not in plan()
+    os.utime(tmp_path / "requirements.txt", (2_000_000_000, 2_000_000_000))
+    assert "pip install" not in plan()
+    (tmp_path / "requirements.txt").write_text("numpy\n")
+    assert "pip install" in plan()
