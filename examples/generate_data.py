@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the example data of this project: English and Chinese text, instructions and held-out questions.
 
-Reads facts.json, tasks.json and stories_{zh,en}.json beside this file, writes --output_dir (default: data/ beside this file).
+Reads facts.json, tasks.json and stories_{zh,en}.json beside this file; writes --output_dir (default: data/ beside it).
 Seeded and made of the standard library alone: every run writes the same bytes.
 
     python examples/generate_data.py
@@ -13,7 +13,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +44,9 @@ class Problem(NamedTuple):
     b: int
 
     @property
-    def c(self) -> int:
-        return {"add": self.a + self.b, "sub": self.a - self.b, "mul": self.a * self.b}[self.operation]
-
-    @property
     def numbers(self) -> dict[str, int]:
-        return {"a": self.a, "b": self.b, "c": self.c}
+        results = {"add": self.a + self.b, "sub": self.a - self.b, "mul": self.a * self.b}
+        return {"a": self.a, "b": self.b, "c": results[self.operation]}
 
 
 def read_json(name: str) -> Any:
@@ -63,6 +60,10 @@ def replace_slots(template: str, values: dict[str, Any]) -> str:
     return template
 
 
+def capitalise(sentence: str) -> str:
+    return re.sub(r"^\W*[a-z]", lambda match: match[0].upper(), sentence)
+
+
 def endless(items: list[Any], rng: random.Random) -> Iterator[Any]:
     """Deal the items in shuffled rounds, so that each is used equally often."""
     while True:
@@ -72,8 +73,8 @@ def endless(items: list[Any], rng: random.Random) -> Iterator[Any]:
 class Words:
     """Fills templates from word lists.
 
-    {person} keeps its word within one document, {person2} is another word of the same list, {person.ta} is the column `ta`
-    of the row behind {person}, and {fact_lead*} draws afresh each time.
+    {person} keeps its word within one document, {person2} is another word of the same list, {person.ta} is the column
+    `ta` of the row behind {person}, and {fact_lead*} draws afresh each time.
     """
 
     def __init__(self, lists: dict[str, Any], rng: random.Random) -> None:
@@ -102,7 +103,7 @@ class Words:
 def heldout_pairs() -> dict[frozenset[int], str]:
     """Operand pairs that only sft/heldout.json may use, each with the operation it is asked in.
 
-    One operand is above 10, so that neither the multiplication table nor numbers written as words can give a pair away.
+    One operand is above 10, so that neither the multiplication table nor numbers written as words give a pair away.
     """
     pairs = [frozenset((a, b)) for b in range(11, MAX_OPERAND + 1) for a in range(1, b)]
     chosen = random.Random(f"{SEED} pairs").sample(pairs, NUM_HELDOUT_PAIRS)
@@ -140,49 +141,45 @@ class Author:
         self.arithmetic: dict[str, Any] = read_json("tasks.json")["arithmetic"][language]
         self.number_words: list[str] = read_json("tasks.json")["number_words"]
         facts = [[(r, *fact) for fact in (r["facts"] | r["pretraining_only"]).items()] for r in self.relations]
-        self.all_facts = endless(sum(facts, []), self.rng)
+        self.all_facts = endless([fact for of_relation in facts for fact in of_relation], self.rng)
         self.facts_of = [endless(of_relation, self.rng) for of_relation in facts]
         self.facts_per_relation = [len(of_relation) for of_relation in facts]
+        self.wordings: dict[tuple[str, str], Iterator[str]] = {}
         self.problems = endless(training_problems(), self.rng)
 
     def document(self) -> str:
-        kinds: list[Callable[[dict[str, list[str]]], list[str]]] = [
-            self.story,
-            self.lesson_of_facts,
-            self.theme,
-            self.sums,
-        ]
-        [kind] = self.rng.choices(kinds, weights=[38, 26, 26, 10])
+        [kind] = self.rng.choices([self.story, self.lesson_of_facts, self.theme, self.sums], weights=[38, 26, 26, 10])
         bound: dict[str, list[str]] = {}
-        sentences = [self.words.fill(sentence, bound) for sentence in kind(bound) if sentence]
-        if self.language == "zh":
-            return "".join(sentences)
-        return re.sub(r"((?:^|[.!?:]\"? )\"?)([a-z])", lambda m: m[1] + m[2].upper(), " ".join(sentences))
+        sentences = [self.words.fill(sentence, bound) for sentence in kind() if sentence]
+        return "".join(sentences) if self.language == "zh" else " ".join(map(capitalise, sentences))
 
-    def story(self, bound: dict[str, list[str]]) -> list[str]:
+    def story(self) -> list[str]:
         """One option for each sentence of a frame; every third story ends with a fact."""
         sentences = [self.rng.choice(options) for options in self.rng.choice(self.frames)]
         if self.rng.random() < 1 / 3:
             sentences.append("{fact_lead*}" + self.statement(*next(self.all_facts)))
         return sentences
 
-    def lesson_of_facts(self, bound: dict[str, list[str]]) -> list[str]:
+    def lesson_of_facts(self) -> list[str]:
         """Facts of any kind, some of them introduced ("The teacher said: ...")."""
         facts = [next(self.all_facts) for _ in range(self.rng.randint(3, 6))]
         links = [self.rng.choice(self.lesson["links"]) for _ in facts]
         body = [link + self.statement(*fact) for link, fact in zip(links, facts, strict=True)]
         return [self.rng.choice(self.lesson["openings"]), *body, self.rng.choice(self.lesson["endings"])]
 
-    def theme(self, bound: dict[str, list[str]]) -> list[str]:
+    def theme(self) -> list[str]:
         """Facts of one relation; large relations are drawn more often, so that all facts occur equally often."""
         [i] = self.rng.choices(range(len(self.relations)), weights=self.facts_per_relation)
         facts = {fact[1]: fact for fact in (next(self.facts_of[i]) for _ in range(self.rng.randint(4, 7)))}
         return [self.rng.choice(self.relations[i]["openings"]), *(self.statement(*fact) for fact in facts.values())]
 
     def statement(self, relation: Relation, subject: str, value: str) -> str:
-        return replace_slots(self.rng.choice(relation["statements"]), {"s": subject, "o": value})
+        """State a fact; its wordings are dealt in turn, so that each of them occurs, the wording of the answer too."""
+        wordings = self.wordings.setdefault((relation["name"], subject), endless(relation["statements"], self.rng))
+        text = replace_slots(next(wordings), {"s": subject, "o": value})
+        return text if self.language == "zh" else capitalise(text)  # in Chinese, "cat" stays "cat"
 
-    def sums(self, bound: dict[str, list[str]]) -> list[str]:
+    def sums(self) -> list[str]:
         """Solved sums; person and fruit are drawn afresh for every sentence."""
         body = [self.words.fill(self.solved(next(self.problems)), {}) for _ in range(self.rng.randint(5, 9))]
         return [self.rng.choice(self.arithmetic["openings"]), *body, self.rng.choice(self.arithmetic["endings"])]
@@ -215,13 +212,16 @@ def write_corpus(language: str) -> dict[str, str]:
     return files
 
 
+def as_row(question: str, answer: str, given: str = "") -> Row:
+    return {"instruction": question, "input": given, "output": answer}
+
+
 def fact_row(relation: Relation, template: str, subject: str, value: str) -> Row:
     """Ask one fact. The answer is the relation's first statement, which pre-training shows too, or the bare value."""
-    answer = (
-        value if relation.get("short_answer") else replace_slots(relation["statements"][0], {"s": subject, "o": value})
-    )
-    question = replace_slots(template, {"s": subject})
-    return {"instruction": question, "input": subject if relation.get("with_input") else "", "output": answer}
+    answer = "{o}" if relation.get("short_answer") else relation["statements"][0]
+    values = {"s": subject, "o": value}
+    given = subject if relation.get("with_input") else ""
+    return as_row(replace_slots(template, values), replace_slots(answer, values), given)
 
 
 def ask_facts(language: str, rng: random.Random) -> tuple[list[Row], list[Row]]:
@@ -253,7 +253,7 @@ def ask_facts(language: str, rng: random.Random) -> tuple[list[Row], list[Row]]:
 def sum_row(language: str, problem: Problem, rng: random.Random) -> Row:
     texts = read_json("tasks.json")["arithmetic"][language]["operations"][problem.operation]
     question = replace_slots(rng.choice(texts["questions"]), problem.numbers)
-    return {"instruction": question, "input": "", "output": replace_slots(texts["answer"], problem.numbers)}
+    return as_row(question, replace_slots(texts["answer"], problem.numbers))
 
 
 def ask_sums(rng: random.Random) -> list[Row]:
@@ -267,11 +267,8 @@ def ask_sums(rng: random.Random) -> list[Row]:
     operations = read_json("tasks.json")["arithmetic"]["zh"]["operations"]
     for problem in rng.sample([p for p in problems if p.operation != "mul"], NUM_WORD_PROBLEMS):
         bound: dict[str, list[str]] = {}
-        question, answer = (
-            words.fill(replace_slots(text, problem.numbers), bound)
-            for text in operations[problem.operation]["word_question"]
-        )
-        rows.append({"instruction": question, "input": "", "output": answer})
+        texts = operations[problem.operation]["word_question"]
+        rows.append(as_row(*(words.fill(replace_slots(text, problem.numbers), bound) for text in texts)))
     return rows
 
 
@@ -293,25 +290,17 @@ def everyday_rows(rng: random.Random) -> list[Row]:
         for _ in range(count):
             words = rng.sample(tasks["word_list"]["words"], rng.randint(2, 4))
             answer = {"first": words[0], "last": words[-1], "repeat": "、".join(words)}[task]
-            rows.append(
-                {"instruction": rng.choice(tasks["word_list"][task]), "input": "、".join(words), "output": answer}
-            )
+            rows.append(as_row(rng.choice(tasks["word_list"][task]), answer, "、".join(words)))
     for _ in range(NUM_SORTS):
-        digits = rng.sample(range(1, 10), 3)
-        question, given, answer = (
-            rng.choice(tasks["sort"]),
-            "、".join(map(str, digits)),
-            "、".join(map(str, sorted(digits))),
-        )
-        rows.append({"instruction": question, "input": given, "output": answer})
-    rows += [{"instruction": q, "input": "", "output": a} for a, questions in tasks["chat"].items() for q in questions]
-    return rows
+        digits = rng.sample("123456789", 3)
+        rows.append(as_row(rng.choice(tasks["sort"]), "、".join(sorted(digits)), "、".join(digits)))
+    return rows + [as_row(q, answer) for answer, questions in tasks["chat"].items() for q in questions]
 
 
 def converse(fact_rows: list[Row], rng: random.Random) -> list[Row]:
     """Conversations of two to four turns: [{"system": text or "", "turns": [[question, answer], ...]}].
 
-    A first question comes from the training rows (a held-out wording would leak), the next ones only name another subject.
+    A first question comes from the training rows (a held-out wording would leak), the next only name another subject.
     """
     tasks, asked = read_json("tasks.json"), {row["instruction"] for row in fact_rows}
     relations = [r for r in read_json("facts.json")["zh"] if "follow_up" in r]
@@ -322,9 +311,7 @@ def converse(fact_rows: list[Row], rng: random.Random) -> list[Row]:
         (first, value), *others = rng.sample(list(relation["facts"].items()), rng.randint(2, 3))
         wording = rng.choice([q for q in relation["questions"] if replace_slots(q, {"s": first}) in asked])
         questions = [(wording, first, value)] + [(relation["follow_up"], s, o) for s, o in others]
-        turns = [
-            [row["instruction"], row["output"]] for row in (fact_row(relation, *question) for question in questions)
-        ]
+        turns = [[row["instruction"], row["output"]] for row in (fact_row(relation, *q) for q in questions)]
         greeting, thanks = small_talk[0], rng.choice([turn for turn in small_talk if turn[1].startswith("不客气")])
         turns = [greeting, *turns] if i % 4 == 0 else [*turns, thanks] if i % 4 == 1 else turns
         rows.append({"system": rng.choice(tasks["systems"]) if i % 2 else "", "turns": turns})
@@ -382,13 +369,12 @@ def check_heldout(train: list[Row], heldout: list[Row]) -> None:
     assert not questions & set(asked), f"held-out questions in train: {questions & set(asked)}"
     answers = {row["output"] for row in train}
     for row in heldout:
-        assert (row["output"] in answers) == (row["kind"] == "unseen_wording"), (
-            f"answer seen in the wrong place: {row}"
-        )
-    pairs = heldout_pairs()
-    assert not any(states_heldout_pair(to_json(row), pairs) for row in train), (
-        "a held-out operand pair occurs in train"
-    )
+        assert (row["output"] in answers) == (row["kind"] == "unseen_wording"), f"answer in the wrong place: {row}"
+    text, pairs = list_to_json(train), heldout_pairs()
+    for relation in read_json("facts.json")["zh"]:
+        named = [subject for subject in relation["pretraining_only"] if subject in text]
+        assert not named, f"facts for pre-training only, yet named in train: {named}"
+    assert not any(states_heldout_pair(to_json(row), pairs) for row in train), "a held-out sum occurs in train"
 
 
 def generate(output_dir: Path) -> dict[str, int]:
@@ -405,9 +391,7 @@ def generate(output_dir: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=Path, default=HERE / "data", help="folder to write (default: %(default)s)"
-    )
+    parser.add_argument("--output_dir", type=Path, default=HERE / "data", help="folder to write")
     sizes = generate(parser.parse_args().output_dir)
     print("\n".join(f"{size:>9,} bytes  {name}" for name, size in sizes.items()))
 

@@ -67,6 +67,7 @@ class MergeArguments:
 
 def main(args: MergeArguments) -> dict[str, Any]:
     """Plan, check, write, report. Returns: the report."""
+    refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     import torch
 
     from utils.checkpoints import open_checkpoint, parse_size
@@ -109,7 +110,6 @@ def find_inputs(args: MergeArguments) -> tuple[Path, list[Path]]:
     from utils.checkpoints import local_folder
 
     assert args.model_name_or_path and args.adapter_name_or_path
-    refuse_existing_output(args.output_dir, args.overwrite)
     base = local_folder(args.model_name_or_path)
     names = [name.strip() for name in args.adapter_name_or_path.split(",") if name.strip()]
     adapters = [local_folder(name) for name in names]

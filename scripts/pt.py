@@ -201,7 +201,7 @@ def next_command(model_args: ModelArguments, lora_args: LoraArguments, training_
     if lora_args.full_finetuning:
         return f"MODEL={training_args.output_dir} DATA=... bash scripts/run_sft.sh"
     return (
-        f"BASE={model_args.model_name_or_path} LORA={training_args.output_dir} OUT={training_args.output_dir}-merged "
+        f"MODEL={model_args.model_name_or_path} LORA={training_args.output_dir} OUT={training_args.output_dir}-merged "
         "bash scripts/run_merge.sh"
     )
 

@@ -41,27 +41,27 @@ SMALL=(--gradient_checkpointing False --per_device_train_batch_size 16 --gradien
   --validation_split 0 --logging_steps 10 --save_steps 100 --save_total_limit 1)
 
 stage base_tokenizer "$OUT_DIR/base_tokenizer/tokenizer.model" \
-  env DATA="$EN" OUT="$OUT_DIR/base_tokenizer" VOCAB_SIZE=1200 bash "$HERE/run_train_tokenizer.sh"
+  env DATA="$EN" OUT="$OUT_DIR/base_tokenizer" VOCAB=1200 bash "$HERE/run_train_tokenizer.sh"
 stage base "$OUT_DIR/base/all_results.json" \
   env CONFIG="$ROOT/examples/configs/demo_model" TOKENIZER="$OUT_DIR/base_tokenizer" DATA="$EN" OUT="$OUT_DIR/base" LR=3e-3 SEED="$SEED" \
   bash "$HERE/run_pt.sh" "${SMALL[@]}" --num_train_epochs 2 --validation_data "${HELDOUT[@]}"
 stage zh_tokenizer "$OUT_DIR/zh_tokenizer/tokenizer.model" \
-  env DATA="$ZH" OUT="$OUT_DIR/zh_tokenizer" VOCAB_SIZE=2000 bash "$HERE/run_train_tokenizer.sh"
+  env DATA="$ZH" OUT="$OUT_DIR/zh_tokenizer" VOCAB=2000 bash "$HERE/run_train_tokenizer.sh"
 stage merged_tokenizer "$OUT_DIR/merged_tokenizer/tokenizer.model" \
-  env BASE="$OUT_DIR/base_tokenizer" CHINESE="$OUT_DIR/zh_tokenizer/tokenizer.model" OUT="$OUT_DIR/merged_tokenizer" \
+  env BASE="$OUT_DIR/base_tokenizer" SP="$OUT_DIR/zh_tokenizer/tokenizer.model" OUT="$OUT_DIR/merged_tokenizer" \
   bash "$HERE/run_merge_tokenizers.sh" --report_text "${HELDOUT[@]}" --base_language_sample "$EN" --hidden_size 256
 stage pretrain "$OUT_DIR/pretrain/all_results.json" \
   env MODEL="$OUT_DIR/base" TOKENIZER="$OUT_DIR/merged_tokenizer" DATA="$ZH" OUT="$OUT_DIR/pretrain" LR=2e-3 LORA_RANK=32 LORA_ALPHA=64 SEED="$SEED" \
   bash "$HERE/run_pt.sh" "${SMALL[@]}" --num_train_epochs 1 --replay_data "$EN" --replay_share 0.3 \
   --validation_data "${HELDOUT[@]}" --compare_embedding_init
 stage pretrained "$OUT_DIR/pretrained/config.json" \
-  env BASE="$OUT_DIR/base" LORA="$OUT_DIR/pretrain" OUT="$OUT_DIR/pretrained" bash "$HERE/run_merge.sh"
+  env MODEL="$OUT_DIR/base" LORA="$OUT_DIR/pretrain" OUT="$OUT_DIR/pretrained" bash "$HERE/run_merge.sh"
 stage sft "$OUT_DIR/sft/all_results.json" \
   env MODEL="$OUT_DIR/pretrained" DATA="$DATA_DIR/sft/train.json" OUT="$OUT_DIR/sft" LR=3e-3 LORA_RANK=32 LORA_ALPHA=64 LENGTH=256 TEMPLATE=llama-2 SEED="$SEED" \
   bash "$HERE/run_sft.sh" --gradient_checkpointing False --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
   --num_train_epochs 6 --validation_split 0.02 --modules_to_save embed_tokens,lm_head --save_steps 100 --save_total_limit 1
 stage assistant "$OUT_DIR/assistant/config.json" \
-  env BASE="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" OUT="$OUT_DIR/assistant" bash "$HERE/run_merge.sh"
+  env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" OUT="$OUT_DIR/assistant" bash "$HERE/run_merge.sh"
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
 stage answers_base "$OUT_DIR/answers/base.json" \

@@ -124,6 +124,8 @@ def train(sample: Sample, args: TokenizerArguments) -> bytes:
     """
     import sentencepiece
 
+    from utils.pieces import parse_sentencepiece_model
+
     model = io.BytesIO()
     settings = {
         "model_type": "bpe",
@@ -148,7 +150,9 @@ def train(sample: Sample, args: TokenizerArguments) -> bytes:
         interruptible(work)
     except RuntimeError as error:
         raise explain(error, args) from None
-    return model.getvalue()
+    proto = parse_sentencepiece_model(model.getvalue())
+    proto.trainer_spec.ClearField("num_threads")  # recorded by sentencepiece, though it decides nothing
+    return bytes(proto.SerializeToString())
 
 
 def explain(error: RuntimeError, args: TokenizerArguments) -> Exception:

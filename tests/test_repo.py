@@ -27,10 +27,10 @@ LAYERS = (
 NEEDS = {
     "run_pt.sh": {"MODEL": "m", "DATA": "d"},
     "run_sft.sh": {"MODEL": "m", "DATA": "d"},
-    "run_merge.sh": {"BASE": "b", "LORA": "l", "OUT": "o"},
+    "run_merge.sh": {"MODEL": "m", "LORA": "l"},
     "run_inference.sh": {"MODEL": "m"},
-    "run_train_tokenizer.sh": {"DATA": "d", "OUT": "o"},
-    "run_merge_tokenizers.sh": {"BASE": "b", "CHINESE": "c", "OUT": "o"},
+    "run_train_tokenizer.sh": {"DATA": "d"},
+    "run_merge_tokenizers.sh": {"BASE": "b", "SP": "s"},
     "run_report.sh": {"RUN_DIR": "r", "QUESTIONS": "q"},
 }
 

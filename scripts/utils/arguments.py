@@ -168,10 +168,11 @@ class InferenceArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted = {8: self.load_in_8bit, 4: self.load_in_4bit}
-        if self.load_in_kbits == 16 and not all(wanted.values()):
-            self.load_in_kbits = next((bits for bits, asked in wanted.items() if asked), 16)
-        if any(asked and bits != self.load_in_kbits for bits, asked in wanted.items()):
+        if self.load_in_8bit and self.load_in_kbits == 16:
+            self.load_in_kbits = 8
+        elif self.load_in_4bit and self.load_in_kbits == 16:
+            self.load_in_kbits = 4
+        if (self.load_in_8bit and self.load_in_kbits != 8) or (self.load_in_4bit and self.load_in_kbits != 4):
             raise InputError("--load_in_4bit, --load_in_8bit and --load_in_kbits contradict each other; pass one")
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-BLOCK_BYTES = 16 << 20  # bytes of one tensor handled at a time
+BLOCK_BYTES = 4 << 20  # bytes of one tensor handled at a time: fits caches, keeps memory flat
 MIN_BLOCK_ROWS = 128  # products of smaller row blocks are not bit-equal to the whole product
 
 # https://github.com/huggingface/safetensors#format
@@ -78,26 +78,40 @@ def _read_safetensors_header(path: Path) -> list[TensorInfo]:
             raise InputError(
                 f"{path} is truncated or no safetensors file: {size} bytes, less than its header needs; copy it again"
             )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = sorted((tuple(value["data_offsets"]), name, value) for name, value in header.items())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is corrupted: its safetensors header cannot be read; copy it again") from None
+        text = file.read(length)
     infos = []
     end = 0
-    for offsets, name, value in entries:
-        if value.get("dtype") not in DTYPES:
-            raise InputError(f"{path}: tensor {name} has type {value.get('dtype')}, which cannot be read here")
-        info = TensorInfo(name, DTYPES[value["dtype"]], tuple(value["shape"]), path, 8 + length + offsets[0])
-        if offsets[0] != end or offsets[1] - offsets[0] != info.num_bytes:
+    for begin, stop, name, kind, shape in _header_entries(path, text):
+        if kind not in DTYPES:
+            raise InputError(f"{path}: tensor {name} has type {kind}, which cannot be read here")
+        info = TensorInfo(name, DTYPES[kind], shape, path, 8 + length + begin)
+        if begin != end or stop - begin != info.num_bytes:
             raise InputError(f"{path} is corrupted: its header is wrong about the size of {name}; copy it again")
-        end = offsets[1]
+        end = stop
         infos.append(info)
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "corrupted"
         raise InputError(f"{path} is {state}: it has {size} bytes, its header needs {8 + length + end}; copy it again")
     return infos
+
+
+def _header_entries(path: Path, text: bytes) -> list[tuple[int, int, str, str, tuple[int, ...]]]:
+    """(begin, end, name, type, shape) of every tensor, in the order of the file."""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = []
+        for name, value in header.items():
+            begin, stop = value["data_offsets"]
+            numbers = [begin, stop, *value["shape"]]
+            if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(
+                value["dtype"], str
+            ):
+                raise ValueError(name)
+            entries.append((begin, stop, name, value["dtype"], tuple(value["shape"])))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is corrupted: its safetensors header cannot be read; copy it again") from None
+    return sorted(entries)
 
 
 def _load_bin(path: Path, **kwargs: Any) -> dict[str, Tensor]:

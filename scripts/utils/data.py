@@ -149,10 +149,11 @@ class MixedBlocks(Dataset[Item]):
     ) -> None:
         """
         Args:
-            weights: passes over a corpus an epoch, 1 where none is given; 2.5 is two passes and half of the blocks.
+            weights: passes over a corpus an epoch, 1 where none is given; 2.5 is two passes and half of the blocks, 0
+                leaves the corpus out.
             replay: corpora of another kind (the old language), drawn so that their blocks make up `replay_share` of
                 all; without repetition if they are large enough. Several are mixed in proportion to their sizes.
-        Raises: InputError for unknown names, a weight that is not positive, or a share outside [0, 1).
+        Raises: InputError for unknown names, a negative weight, or a share outside [0, 1).
         """
         replay, weights = replay or {}, weights or {}
         _check_mix(corpora, weights, replay, replay_share)
@@ -161,11 +162,11 @@ class MixedBlocks(Dataset[Item]):
         self.offsets = np.cumsum([0, *map(len, self.parts)])
         generator = np.random.default_rng(seed)
         chosen = [
-            self.offsets[number] + _draw(len(part), round(weights.get(name, 1.0) * len(part)), generator)
+            self.offsets[number] + _draw(len(part), weights.get(name, 1.0) * len(part), generator)
             for number, (name, part) in enumerate(corpora.items())
         ]
         if replay_share > 0:
-            count = round(sum(map(len, chosen)) * replay_share / (1 - replay_share))
+            count = sum(map(len, chosen)) * replay_share / (1 - replay_share)
             start = self.offsets[len(corpora)]
             chosen.append(start + _draw(int(self.offsets[-1] - start), count, generator))
         self.indices = np.concatenate(chosen)
@@ -204,7 +205,9 @@ def _check_mix(
     problems = []
     if unknown := sorted(set(weights) - set(corpora)):
         problems.append(f"weights for unknown corpora: {', '.join(unknown)}; there are {', '.join(corpora)}")
-    problems += [f"weight {weight} of {name}: need more than 0" for name, weight in weights.items() if not weight > 0]
+    problems += [f"weight {weight} of {name}: need at least 0" for name, weight in weights.items() if not weight >= 0]
+    if all(weights.get(name, 1.0) == 0 for name in corpora):
+        problems.append("every corpus has the weight 0; give one of them more")
     if not 0 <= replay_share < 1:
         problems.append(f"--replay_share {replay_share}: it is a fraction, 0 <= share < 1")
     if replay_share > 0 and not replay:
@@ -215,9 +218,12 @@ def _check_mix(
         raise InputError("\n".join(problems))
 
 
-def _draw(size: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` of the numbers below `size`: whole passes, then a sample without repetition, ascending in each."""
-    passes, rest = divmod(max(count, 1), size)
+def _draw(size: int, count: float, generator: np.random.Generator) -> np.ndarray:
+    """About `count` of the numbers below `size`: whole passes, then a sample without repetition, ascending in each.
+
+    At least one, unless `count` is 0.
+    """
+    passes, rest = divmod(max(round(count), 1 if count else 0), size)
     sample = np.sort(generator.permutation(size)[:rest])
     return np.concatenate([np.tile(np.arange(size), passes), sample])
 

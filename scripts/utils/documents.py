@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from .files import READ_BYTES, BadText, InputError, hash_json, iter_document_batches, list_data_files
+from .files import TEXT_SUFFIXES, BadText, InputError, hash_json, iter_document_batches, list_data_files
 from .parallel import ordered_map
 from .token_cache import (
     FORMAT,
@@ -39,14 +38,16 @@ if TYPE_CHECKING:
 # Bytes of input from which on worker processes save more than their start costs. With a tokenizers library tokenizer
 # they import transformers, and that library has threads of its own.
 PARALLEL_BYTES = {"sentencepiece": 8 << 20, "tokenizers": 64 << 20}
+UNIT_BYTES = 1 << 20  # of a txt file given to a worker at a time
 
 
 # ---------------------------------------------------------------- which files
 
 
-def parse_corpora(specs: Sequence[str]) -> dict[str, list[Path]]:
+def parse_corpora(specs: Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> dict[str, list[Path]]:
     """Turn "name=path" and "path" (its stem is the name) into names and data files.
 
+    Args: suffixes: the kinds of files taken; files.RECORD_SUFFIXES for conversations.
     Raises: InputError for data that is missing or empty, and for a name given twice; equal stems get a number.
     """
     corpora: dict[str, list[Path]] = {}
@@ -63,7 +64,7 @@ def parse_corpora(specs: Sequence[str]) -> dict[str, list[Path]]:
             problems.append(f"{spec}: {'a corpus with this name was given before' if name else 'the name is empty'}")
             continue
         try:
-            corpora[name] = list_data_files(Path(path).expanduser())
+            corpora[name] = list_data_files(Path(path).expanduser(), suffixes)
             if not any(file.stat().st_size for file in corpora[name]):
                 problems.append(f"{path}: every file is empty")
         except InputError as error:
@@ -173,6 +174,8 @@ def tokenize_corpus(
     Raises: InputError for bad text (unless skipped), broken records, or when no document is found; OSError when the
         disk is full, with nothing left behind.
     """
+    from tqdm import tqdm  # here, because workers import this module and have no use for it
+
     from .tokenization import tokenizer_fingerprint
 
     paths, cache_dir = [Path(file) for file in files], Path(cache_dir)
@@ -229,8 +232,8 @@ def _corpus_units(
     for path in files:
         size = path.stat().st_size
         if path.suffix.lower() == ".txt" and document_separator is None:
-            for start in range(0, size, READ_BYTES):
-                yield _Unit(min(READ_BYTES, size - start), path=path, start=start)
+            for start in range(0, size, UNIT_BYTES):
+                yield _Unit(min(UNIT_BYTES, size - start), path=path, start=start)
             continue
         left = size
         for texts in iter_document_batches(

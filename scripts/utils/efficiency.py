@@ -192,9 +192,9 @@ def _cost_lines(cost: Mapping[str, Any] | None) -> list[str]:
     return [
         *lines,
         "",
-        "Operations per token, forward: 2 * (parameters of the layers + embedding rows * hidden size). Break-even:",
-        "the share p of this text, the rest being cut as before, from which the mix costs less: p = (1 - 1/c) / (1 - r)",
-        "with c the cost ratio of a token and r the ratio of token counts.",
+        "Operations per token, forward: 2 * (parameters of the layers + embedding rows * hidden size). A mix with a",
+        "share p of this text, the rest being cut as before, costs less from p = (1 - 1/c) / (1 - r) on, with c the cost",
+        "ratio of a token and r the ratio of token counts.",
     ]
 
 

@@ -314,6 +314,8 @@ def iter_records(
     Raises: InputError for broken JSON, a record that is not an object, or (policy "error") invalid UTF-8.
     """
     path, bad_text = Path(path), bad_text or BadText()
+    if path.suffix.lower() not in RECORD_SUFFIXES:
+        raise InputError(f"{path}: need records in one of {', '.join(RECORD_SUFFIXES)}")
     if path.suffix.lower() == ".parquet":
         records = _iter_parquet(path, columns)
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Replace, plan_updates
-from .arguments import ExtendArguments, InferenceArguments, LoraArguments, ModelArguments
-from .checkpoints import check_readable, local_folder, open_checkpoint
+from .arguments import ExtendArguments, LoraArguments, ModelArguments
+from .checkpoints import check_readable, open_checkpoint
 from .files import InputError
-from .lora import EMBEDDING, HEAD, load_adapter_config, resolve_target_modules
+from .lora import load_adapter_config, resolve_target_modules
 from .losses import install_loss_head
-from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, embedding_rows, load_tokenizer, segment_with
+from .tokenization import embedding_rows, load_tokenizer, segment_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -366,116 +363,3 @@ def train_flops_per_token(model: nn.Module, tokens_per_row: int) -> float:
     if getattr(config, "tie_word_embeddings", False):
         trained += config.vocab_size * config.hidden_size
     return 6.0 * trained + 4.0 * frozen + 6.0 * config.num_hidden_layers * config.hidden_size * tokens_per_row
-
-
-# ---------------------------------------------------------------- inference
-
-
-def find_inference_files(args: InferenceArguments) -> InferenceArguments:
-    """The arguments with folders filled in: the base an adapter records, the tokenizer of the adapter or the base.
-
-    Raises: InputError if one of them is not there.
-    """
-    adapter = local_folder(args.adapter_name_or_path) if args.adapter_name_or_path else None
-    recorded = load_adapter_config(adapter).base_model_name_or_path if adapter else None
-    if not (args.model_name_or_path or recorded):
-        raise InputError("pass --base_model: a model folder or hub id")
-    base = local_folder(args.model_name_or_path or recorded or "")
-    tokenizer = args.tokenizer_name_or_path
-    if tokenizer is None:
-        names = (SENTENCEPIECE_FILE, TOKENIZERS_FILE)
-        own = adapter is not None and any((adapter / name).is_file() for name in names)
-        tokenizer = str(adapter if own else base)
-    return dataclasses.replace(
-        args,
-        model_name_or_path=str(base),
-        adapter_name_or_path=str(adapter) if adapter else None,
-        tokenizer_name_or_path=tokenizer,
-    )
-
-
-def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Find, before weights are read, whether base, adapter and tokenizer belong together; `args` has its folders.
-
-    Returns: the config; its vocab_size counts the rows that an adapter adds.
-    Raises: InputError.
-    """
-    assert args.model_name_or_path is not None
-    config = load_config(args.model_name_or_path)
-    shapes = dict(open_checkpoint(args.model_name_or_path).shapes)
-    old_rows = config.vocab_size
-    if adapter := args.adapter_name_or_path:
-        if config.tie_word_embeddings and EMBEDDING in shapes:
-            shapes.setdefault(HEAD, shapes[EMBEDDING])
-        tensors = open_checkpoint(adapter).shapes
-        updates = plan_updates(load_adapter_config(adapter), tensors, shapes)
-        rows = {
-            name: next((tensors[u.source][0] for u in updates.get(name, ()) if isinstance(u, Replace)), shapes[name][0])
-            for name in (EMBEDDING, HEAD)
-            if name in shapes
-        }
-        if len(set(rows.values())) > 1:
-            raise InputError(f"adapter {adapter}: embed_tokens and lm_head get different rows {rows}; train both")
-        config.vocab_size = rows.get(EMBEDDING, old_rows)
-    check_tokenizer_fits(tokenizer, config.vocab_size, old_rows, args.adapter_name_or_path)
-    return config
-
-
-def check_tokenizer_fits(
-    tokenizer: PreTrainedTokenizerBase, rows: int, old_rows: int, adapter: str | None = None
-) -> None:
-    """Raises: InputError unless `rows` embeddings, grown by an adapter from `old_rows`, are this tokenizer's."""
-    size = len(tokenizer)
-    owner = f"adapter's embeddings have {rows} rows (the base has {old_rows})" if adapter else f"model has {rows} rows"
-    remedy = f"pass --tokenizer_path {adapter}, or the" if adapter else "pass the model's own --tokenizer_path, or the"
-    if size > rows:
-        raise InputError(
-            f"the tokenizer has {size} tokens but the {owner}: they come from different runs; "
-            f"{remedy} {'adapter' if adapter else 'model'} that was trained with this tokenizer"
-        )
-    padded = rows in {embedding_rows(tokenizer), *(math.ceil(size / 2**n) * 2**n for n in range(10))}
-    if size <= old_rows < rows and not padded:
-        raise InputError(
-            f"the tokenizer has {size} tokens but the {owner}: it is the tokenizer from before the vocabulary grew; "
-            f"{remedy} folder of the trained tokenizer"
-        )
-
-
-def load_for_inference(args: InferenceArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model, ready to answer: 16-bit or k-bit weights, the adapter with its grown vocabulary, no dropout.
-
-    Args:
-        args: with the folders of find_inference_files.
-        config: what check_inference_request returned.
-    """
-    from transformers import GenerationConfig
-
-    device_map: Any = {"": "cpu"}
-    if torch.cuda.is_available() and not args.only_cpu:
-        device_map = "auto" if torch.cuda.device_count() > 1 else {"": 0}
-    compute_dtype = torch.bfloat16 if bf16_is_supported() else torch.float32
-    if args.dtype != "auto":
-        compute_dtype = getattr(torch, args.dtype)
-    elif compute_dtype == torch.float32 and torch.cuda.is_available():
-        compute_dtype = torch.float16
-    model = load_model(args, compute_dtype, device_map)
-    if args.adapter_name_or_path:
-        if config.vocab_size > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-        model = _add_adapter(model, args.adapter_name_or_path)
-    # What the model's own file says about sampling would mix with the settings asked for.
-    model.generation_config = GenerationConfig()
-    return model.eval()
-
-
-def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The model with the adapter's layers in it, in the model's own precision."""
-    from peft import PeftModel
-
-    dtype = model.dtype
-    wrapped = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name or "token_adapter" in name:
-            parameter.data = parameter.data.to(dtype)
-    inner: PreTrainedModel = wrapped.get_base_model()
-    return inner

@@ -138,8 +138,18 @@ def inexact_reason(proto: Any, added_ids: Collection[int] = ()) -> str | None:
         return "its added tokens leave gaps between ids"
     mergeable = (piece for piece in proto.pieces if piece.type == NORMAL and len(piece.piece) > 1)
     scores = Counter(piece.score for piece in mergeable if set(piece.piece) != {SPACE})
-    tied = sum(count for count in scores.values() if count > 1)
-    return f"{tied} of its pieces share their score with another" if tied else None
+    if tied := sum(count for count in scores.values() if count > 1):
+        return f"{tied} of its pieces share their score with another"
+    if orphans := orphaned_pieces(proto):
+        return f"{len(orphans)} of its pieces hold a character that has no piece of its own"
+    return None
+
+
+def orphaned_pieces(proto: Any) -> list[str]:
+    """Pieces with a character that is no piece: sentencepiece merges from characters, merge lists from pieces."""
+    pieces = [piece.piece for piece in proto.pieces if piece.type == NORMAL]
+    known = set(pieces)
+    return [piece for piece in pieces if not known.issuperset(piece)]
 
 
 def inexact_rate(model: bytes, texts: Sequence[str] = SAMPLE) -> float:

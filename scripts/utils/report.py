@@ -1,6 +1,6 @@
-"""Reports: sections of tables, pictures and figures, rendered as one self-contained HTML page and as Markdown.
+"""Reports: sections of text, tables and pictures, rendered as one self-contained HTML page and as Markdown.
 
-What a report says is decided elsewhere (recipe_report); here is only what it can show and how that looks.
+What a report says is decided elsewhere (recipe_report); here is only what it can show, and how.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import base64
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -44,11 +44,12 @@ class Paragraph:
 
 @dataclass
 class Card:
-    """A headline figure; `met` says whether it reached its target, None where there is none."""
+    """A headline figure, how it came about, and its aim; `met` is None where the aim is only stated."""
 
     label: Text
     value: str
-    detail: Text
+    change: str
+    aim: Text
     met: bool | None = None
 
 
@@ -60,7 +61,7 @@ class Cards:
 
 @dataclass
 class Step:
-    """One stage of a pipeline; `share` is its part of the whole time, 0-1."""
+    """A stage of a pipeline; `share` is the length of its bar, 0-1."""
 
     label: Text
     value: str
@@ -75,34 +76,49 @@ class Strip:
 
 @dataclass
 class Table:
-    """Cells in rows; all columns but the first `words` hold figures. A `fold` title hides the rows until it is clicked."""
+    """Rows of cells; all columns but the first `words` hold figures. A folded one opens by a click on its title."""
 
     kind: ClassVar[str] = "table"
-    header: Sequence[Cell]
+    header: Sequence[Text]
     rows: Sequence[Sequence[Cell]]
     words: int = 1
-    fold: Text | None = None
+    title: Text | None = None
+    folded: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the cells of a row stand below each other on narrow screens, where columns of text get too thin."""
+        return self.words == len(self.header) > 2
 
 
 @dataclass
 class Picture:
-    """An <svg> element made by charts, or a png file; `file` is where Markdown finds it, relative to the report."""
+    """An <svg> element from charts, or a png; `file` is where Markdown finds it, relative to the report."""
 
     title: Text
     svg: str | None = None
-    png: bytes | None = None
+    png: bytes = b""
     file: str | None = None
 
     @property
     def source(self) -> str:
         """The png as a data URI."""
-        return f"data:image/png;base64,{base64.b64encode(self.png or b'').decode()}"
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 @dataclass
 class Pictures:
     kind: ClassVar[str] = "pictures"
     pictures: list[Picture]
+
+
+@dataclass
+class Beside:
+    """A table and a picture, side by side where there is room."""
+
+    kind: ClassVar[str] = "beside"
+    table: Table
+    picture: Picture
 
 
 @dataclass
@@ -113,7 +129,7 @@ class Commands:
     commands: list[tuple[Text, str]]
 
 
-Block = Paragraph | Cards | Strip | Table | Pictures | Commands
+Block = Paragraph | Cards | Strip | Table | Pictures | Beside | Commands
 
 
 @dataclass
@@ -122,14 +138,14 @@ class Section:
 
     name: str
     title: Text
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[Block]
 
 
 @dataclass
 class Report:
     title: Text
     sections: list[Section]
-    footer: str = ""
+    footer: str
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -145,40 +161,50 @@ def render_html(report: Report) -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """The report as GitHub-flavoured Markdown. All text is escaped; pictures without a file are left out."""
+    """The report as GitHub's Markdown. All text is escaped; pictures without a file are left out."""
     return _render("report.md.jinja", report, autoescape=False, finalize=escape_markdown)
 
 
 def _render(template: str, report: Report, **options: Any) -> str:
     import jinja2
 
-    loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
     )
     return environment.get_template(template).render(report=report)
 
 
 def escape_markdown(value: Any) -> Any:
-    """A string that Markdown shows as it is, also inside a table; anything marked safe and other types pass unchanged."""
+    """A string that Markdown shows as it is, in tables too; what is marked safe and other types pass unchanged."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     text = MARKDOWN_SPECIAL.sub(r"\\\1", html.escape(value, quote=False))
     return re.sub(r"\r\n|\r|\n", "<br>", text)
 
 
-# ---------------------------------------------------------------- figures as text
+# ---------------------------------------------------------------- figures and labels as text
 
 
-def percent(share: float, signed: bool = False) -> str:
+def columns(*labels: str) -> list[Text]:
+    """Header cells from "中文|English" strings."""
+    return [Text(*label.split("|", 1)) for label in labels]
+
+
+def percent(share: float, digits: int = 1, signed: bool = False) -> str:
     """0.123 -> "12.3 %"."""
-    return f"{share * 100:{'+' if signed else ''}.1f} %".replace("-", "−")
+    return f"{share * 100:{'+' if signed else ''}.{digits}f} %".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """95 -> "1 min 35 s"."""
-    if seconds < 60:
+    """95 -> "1 min 35 s"; below a minute tenths of a second are kept."""
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if rest else f"{minutes} min"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .files import BadText, InputError, hash_file, hash_json, iter_records
 from .parallel import ordered_map
@@ -79,6 +78,8 @@ def load_sft_samples(
         max_samples: read only this many records.
     Raises: InputError for a broken or unknown record (file:line), bad text unless skipped, or if no label is left.
     """
+    from tqdm import tqdm
+
     from . import prompts
     from .tokenization import tokenizer_fingerprint
 
@@ -98,6 +99,7 @@ def load_sft_samples(
         num_processes = choose_workers(num_workers, total_bytes, PARALLEL_BYTES)
         units = _record_units(paths, bad_text, max_samples)
         counters = dict.fromkeys(("samples", "truncated", "dropped_no_label", "tokens", "label_tokens"), 0)
+        num_records = 0
         with (
             CacheWriter(folder) as writer,
             contextlib.closing(ordered_map(_encode_records, encoder, units, num_processes)) as results,
@@ -108,9 +110,10 @@ def load_sft_samples(
                     writer.add(arrays)
                 for name, count in result.counters.items():
                     counters[name] += count
+                num_records += result.num_records
                 bar.update(result.num_records)
             counters["skipped_bad_text"] = bad_text.skipped
-            _check_counters(counters, bar.n, paths, max_seq_length)
+            _check_counters(counters, num_records, paths, max_seq_length)
             check_sources(paths, hashes, cache_dir, writer.num_tokens, bad_text)
             writer.finish(key, paths, skipped=bad_text.skipped, counters=counters)
 

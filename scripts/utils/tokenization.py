@@ -347,6 +347,7 @@ def _save_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> bool
         shutil.copyfile(source, target)
     proto = tokenizer.proto
     if inexact_reason(proto, tokenizer.added_tokens_decoder) is not None:
+        (folder / TOKENIZERS_FILE).unlink(missing_ok=True)
         _warn_inexact(tokenizer.sp_model.serialized_model_proto(), tuple(tokenizer.added_tokens_decoder))
         return False
     settings = tokenizer.init_kwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -78,6 +77,7 @@ class RunArguments(TrainingArguments):
             self.deepspeed = prepare_deepspeed(self.deepspeed)
         self._prepare_checkpointing()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.n_gpu > 1:
             raise InputError(
@@ -225,17 +225,11 @@ def seal_checkpoint(folder: Path, step: int, keep: int | None, best: str | None)
 
 
 def prepare_process(seed: int) -> None:
-    """Seed every generator, and keep freed memory from staying with the process."""
+    """Seed every generator."""
     from transformers import set_seed
 
     set_seed(seed)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-    if sys.platform == "linux" and not torch.cuda.is_available():
-        # glibc keeps freed blocks below 32 MB; on a CPU those are activations and gradients, a fifth of a step's memory.
-        mmap_threshold = -3
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(mmap_threshold, 1 << 20)
 
 
 # ---------------------------------------------------------------- what a run measures

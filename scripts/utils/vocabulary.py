@@ -26,6 +26,7 @@ from .pieces import (
     SPACE,
     USER_DEFINED,
     is_byte_level,
+    orphaned_pieces,
     parse_sentencepiece_model,
     piece_surface,
     processor_without_prefix,
@@ -67,14 +68,18 @@ class Selection:
     base_language_sample: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def touches_base_language(self, surface: bytes) -> bool:
-        """Whether a piece could change how the base's language is cut, judged by its bytes."""
-        return not self.keep_base_language_pieces and is_base_language(surface)
+    def touches_base_language(self, surface: bytes, known: bool = True) -> bool:
+        """Whether a piece could change how the base's language is cut; `known`: the base knows its characters."""
+        return not self.keep_base_language_pieces and is_base_language(surface, known)
 
 
-def is_base_language(surface: bytes) -> bool:
-    """Whether bytes hold ASCII letters or digits, or could be part of text in Latin script and punctuation alone."""
-    return ASCII_WORD.search(surface) is not None or LATIN_TEXT.fullmatch(surface) is not None
+def is_base_language(surface: bytes, known: bool = True) -> bool:
+    """Whether bytes hold ASCII letters or digits, or could be part of text in Latin script and punctuation alone.
+
+    A base without a piece for a character beyond ASCII, such as a curly quote, hardly met it: with `known` False,
+    Latin text is not counted as its own.
+    """
+    return ASCII_WORD.search(surface) is not None or (known and LATIN_TEXT.fullmatch(surface) is not None)
 
 
 def settle(
@@ -116,8 +121,15 @@ def merge_sentencepiece(base: Any, extra: Any, selection: Selection) -> Any:
     candidates = list(dict.fromkeys(piece for piece in text_pieces if piece not in known))
     selection.counts["candidates"] = len(text_pieces)
     selection.counts["already_in_base"] = len(text_pieces) - len(candidates)
-    kept = [piece for piece in candidates if not selection.touches_base_language(piece_surface(piece, NORMAL))]
+    latin = known | {chr(code) for code in range(128)}
+    kept = [
+        piece
+        for piece in candidates
+        if not selection.touches_base_language(piece_surface(piece, NORMAL), latin.issuperset(piece))
+    ]
     selection.counts["base_language"] = len(candidates) - len(kept)
+    if selection.max_new_tokens is not None:
+        kept = characters_first(kept)
 
     def failures(chosen: list[str]) -> dict[str, set[str]]:
         merged = append_pieces(base, chosen)
@@ -129,6 +141,12 @@ def merge_sentencepiece(base: Any, extra: Any, selection: Selection) -> Any:
         return found
 
     return append_pieces(base, settle(kept, selection, failures))
+
+
+def characters_first(pieces: list[str]) -> list[str]:
+    """The same pieces, each after its characters: BPE models list those last, and a cut would leave orphans."""
+    offered = set(pieces)
+    return list(dict.fromkeys(part for piece in pieces for part in (*piece, piece) if part in offered))
 
 
 def append_pieces(base: Any, pieces: Sequence[str], kind: int = NORMAL) -> Any:
@@ -147,10 +165,18 @@ def append_pieces(base: Any, pieces: Sequence[str], kind: int = NORMAL) -> Any:
 
 
 def unreachable_pieces(proto: Any, first: int = 0) -> list[str]:
-    """The pieces from id `first` on whose own text is not cut into that one piece (without a dummy prefix)."""
+    """The pieces from id `first` on whose own text is not cut into that one piece (without a dummy prefix).
+
+    Pieces with a character that has no piece count too: sentencepiece reaches them, engines with merge lists do not.
+    """
     pieces = [(index, piece) for index, piece in enumerate(proto.pieces) if index >= first and piece.type == NORMAL]
     encoded = processor_without_prefix(proto).encode([piece.piece.replace(SPACE, " ") for _, piece in pieces])
-    return [piece.piece for (index, piece), ids in zip(pieces, encoded, strict=True) if ids != [index]]
+    orphans = set(orphaned_pieces(proto))
+    return [
+        piece.piece
+        for (index, piece), ids in zip(pieces, encoded, strict=True)
+        if ids != [index] or piece.piece in orphans
+    ]
 
 
 def _pieces_in(proto: Any, first: int, texts: list[str]) -> set[str]:
@@ -181,8 +207,8 @@ def extend_byte_level(base: Tokenizer, batches: Iterable[list[str]], num_new: in
         raise InputError(
             "the corpus has no text of a new language; pass other --input, or --keep_base_language_pieces"
         )
-    # A tenth more than asked: some candidates will be dropped.
-    learned = _train_merges(words, len(alphabet) + num_new + num_new // 10 + 16)
+    # More than asked: two merges may make one token, and some candidates will be dropped.
+    learned = _train_merges(words, len(alphabet) + num_new + num_new // 4 + 64)
     merges: dict[str, list[tuple[str, str]]] = {}  # by the token they make; some make tokens the base has already
     for left, right in learned:
         pair = (_token_of(left, by_id), _token_of(right, by_id))

@@ -627,15 +627,20 @@ def wait_for_second_shard(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def test_killed_merge_leaves_nothing_and_runs_again(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopped_merge_leaves_nothing_and_runs_again(tmp_path, stop):
     base = big_base(tmp_path / "base", 40)
     make_adapter(base, tmp_path / "adapter")
     flags = command("--base_model", base, "--lora_model", tmp_path / "adapter", "--output_dir", tmp_path / "out")
-    process = subprocess.Popen([*flags, "--max_shard_size", "5MB"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*flags, "--max_shard_size", "5MB"], stderr=subprocess.PIPE, text=True)
     wait_for_second_shard(tmp_path / ".out.partial", process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(stop)
+    log = process.communicate()[1]
     assert not (tmp_path / "out").exists()
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in log
+        assert not list(tmp_path.glob(".*"))
     run_merge(base, tmp_path / "adapter", tmp_path / "out")
     assert differences(all_weights(tmp_path / "out"), all_weights(tmp_path / "adapter" / "oracle")) == []
     assert not list(tmp_path.glob(".*"))

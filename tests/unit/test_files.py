@@ -1,10 +1,12 @@
-"""utils.files and utils.json_stream: reading against plain oracles, errors with file:line, complete-or-absent output."""
+"""utils.files and utils.json_stream: reading against plain oracles, errors with file:line, atomic output."""
 
+import itertools
 import json
 import random
 import re
 
 import pytest
+
 from utils import files, json_stream
 from utils.files import BadText, InputError, atomic_file, atomic_folder, iter_document_batches, iter_records
 
@@ -43,8 +45,8 @@ def test_adjoining_ranges_give_every_line_once(tmp_path, monkeypatch, seed):
     for _ in range(30):  # cuts fall into characters, line ends and before the end alike
         cuts = sorted(rng.choices(range(len(content) + 1), k=rng.randint(0, 5)))
         borders = [0, *cuts, len(content)]
-        parts = [read_all(path, byte_range=pair) for pair in zip(borders[:-1], borders[1:], strict=True)]
-        assert sum(parts, []) == expected_lines(content), borders
+        parts = [read_all(path, byte_range=pair) for pair in itertools.pairwise(borders)]
+        assert list(itertools.chain(*parts)) == expected_lines(content), borders
 
 
 def test_every_single_cut(tmp_path):
@@ -104,7 +106,10 @@ def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path):
     ("line", "message"),
     [
         ('{"text": "x"', "2: broken JSON: Expecting ',' delimiter"),
-        ('{"content": "x", "id": 3}', "2: field 'text' is missing; the record has ['content', 'id']; pass --text_column"),
+        (
+            '{"content": "x", "id": 3}',
+            "2: field 'text' is missing; the record has ['content', 'id']; pass --text_column",
+        ),
         ('{"text": 5}', "2: field 'text' is not a string"),
         ('["text"]', "2: need an object with named fields, got list"),
         ('{"text": "\\ud800"}', "2: text that is not valid Unicode"),
@@ -120,7 +125,9 @@ def test_bad_jsonl_is_named_with_file_and_line(tmp_path, line, message):
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_bad_unicode_in_records_is_skipped_and_counted(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
-    path.write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "x", "more": [{"\\udc00": 1}]}\n{"text": "\xe4\xb8\xad"}')
+    path.write_bytes(
+        b'{"text": "one"}\n{"text": "\xff"}\n{"text": "x", "more": [{"\\udc00": 1}]}\n{"text": "\xe4\xb8\xad"}'
+    )
     with pytest.raises(InputError, match=re.escape(f"{path}:2: ")):
         read_all(path)
     bad_text = BadText("skip")
@@ -163,7 +170,7 @@ def test_json_is_streamed_as_json_loads_reads_it(tmp_path, monkeypatch, chunk, s
         ('[{"a": 1}]\n x', "2: broken JSON: something follows the end of the list (column 2)"),
         ('{"a": 1}\n{"a": tru}\n{"a": 3}' + " " * 50, "2: broken JSON: Expecting value (column 7)"),
         ('{"a": 1}\n{"a": "x', "2: broken JSON: Unterminated string starting at (column 7)"),
-        ('[\n5]', "2: need an object with named fields, got int"),
+        ("[\n5]", "2: need an object with named fields, got int"),
     ],
 )
 def test_broken_json_is_named_with_line_and_column(tmp_path, monkeypatch, chunk, content, place):
@@ -204,7 +211,7 @@ def test_folders_are_recursive_sorted_and_without_hidden_files(tmp_path):
         files.list_data_files(tmp_path / "notes.md")
     with pytest.raises(InputError, match="data not found"):
         files.list_data_files(tmp_path / "absent")
-    with pytest.raises(InputError, match="no .json, .jsonl, .parquet files below"):
+    with pytest.raises(InputError, match=r"no \.json, \.jsonl, \.parquet files below"):
         files.list_data_files(tmp_path / ".cache", files.RECORD_SUFFIXES)
 
 

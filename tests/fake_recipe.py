@@ -1,0 +1,107 @@
+"""A recipe's run folder as run_demo.sh leaves it, written by hand in a moment instead of trained in minutes."""
+
+import json
+import math
+from pathlib import Path
+
+# stages.jsonl holds `sft` twice: the last run counts.
+STAGES = [
+    ("base_tokenizer", 3.0, 0.35),
+    ("base", 100.0, 1.5),
+    ("zh_tokenizer", 4.0, 0.35),
+    ("merged_tokenizer", 9.5, 0.6),
+    ("pretrain", 120.0, 1.8),
+    ("pretrained", 6.5, 0.9),
+    ("sft", 999.0, 9.9),
+    ("assistant", 6.0, 0.9),
+    ("answers_base", 21.0, 1.0),
+    ("answers_adapter", 20.0, 1.0),
+    ("answers_assistant", 19.0, 1.0),
+    ("sft", 90.0, 1.7),
+]
+BITS = {"base": {"zh": 2.5, "en": 1.5}, "pretrain": {"zh": 0.9, "en": 1.53}}
+EMBEDDING_INIT = {
+    "mean_of_pieces": {"zh": 3.1, "en": 1.6},
+    "mean": {"zh": 4.2, "en": 1.8},
+    "random": {"zh": 4.9, "en": 2.1},
+    "zero": {"zh": 2.4, "en": 1.7},
+}
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c63f8ffff3f0005fe02fea135819b0000000049454e44ae426082"
+)
+VOCABULARY = {
+    "base_vocabulary": 1200,
+    "vocabulary": 2900,
+    "embedding_rows": 2944,
+    "selection": {"candidates": 1900, "already_in_base": 120, "base_language": 70, "unreachable": 10, "added": 1700},
+    "unreachable_added_tokens": 0,
+    "unused_added_tokens": 240,
+    "languages": {
+        "zh": {
+            "before": {"characters": 20_000, "bytes": 58_000, "tokens": 56_000, "characters_per_token": 0.357,
+                       "bytes_per_token": 1.036, "byte_fallback_share": 0.97},
+            "after": {"characters": 20_000, "bytes": 58_000, "tokens": 11_200, "characters_per_token": 1.786,
+                      "bytes_per_token": 5.179, "byte_fallback_share": 0.001},
+        },
+        "en": {
+            "before": {"characters": 60_000, "bytes": 60_000, "tokens": 16_000, "characters_per_token": 3.75,
+                       "bytes_per_token": 3.75, "byte_fallback_share": 0.0},
+            "after": {"characters": 60_000, "bytes": 60_000, "tokens": 16_000, "characters_per_token": 3.75,
+                      "bytes_per_token": 3.75, "byte_fallback_share": 0.0},
+        },
+    },
+    "cost": {"hidden_size": 256, "tied": False, "added_parameters": 892_928},
+}  # fmt: skip
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def write_answers(folder: Path, questions: list[dict], outputs: dict[str, list[str]]) -> None:
+    """answers/NAME.json for every name in `outputs`."""
+    for name, answers in outputs.items():
+        rows = [
+            {"Input": question["instruction"], "Output": answer}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        write(folder / "answers" / f"{name}.json", rows)
+
+
+def write_training(folder: Path, name: str, evaluated: dict[str, float], steps: int) -> None:
+    log = [
+        {"step": step, "loss": 5 * math.exp(-step / steps * 3) + 0.3 * math.sin(step) ** 2 + 0.5}
+        for step in range(10, steps + 1, 10)
+    ]
+    corpora = ("zh", "en") if evaluated else ("heldout",)
+    log += [{"step": step, f"eval_{c}_loss": 4 - step / steps} for c in corpora for step in (steps // 2, steps)]
+    log += [{"step": steps, "eval_loss": 1.0, "train_runtime": 3.0, "train_loss": 1.7}]
+    results = {"train_loss": 1.7, "steps": steps, "seconds": 80.0, "tokens_per_second": 7400.0, "peak_memory_gb": 1.5}
+    write(
+        folder / name / "all_results.json",
+        results | {f"eval_{c}_bits_per_byte": bits for c, bits in evaluated.items()},
+    )
+    write(folder / name / "trainer_state.json", {"log_history": log})
+    config = "# command: scripts/pt.py --x y\n# python: 3.11.9\n# torch: 2.13.0\nlearning_rate: 0.002\n"
+    write(folder / name / "run_config.yaml", config)
+
+
+def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, list[str]]) -> Path:
+    """A finished run whose answers to `questions` are `outputs` (base, adapter, assistant)."""
+    for name in ("base_tokenizer", "zh_tokenizer", "merged_tokenizer"):
+        write(folder / name / "tokenizer.model", "pieces")
+    write(folder / "merged_tokenizer" / "vocabulary_report.json", VOCABULARY)
+    (folder / "merged_tokenizer" / "vocabulary_report.png").write_bytes(PNG)
+    for name, steps in (("base", 300), ("pretrain", 250)):
+        write_training(folder, name, BITS[name], steps)
+    write_training(folder, "sft", {}, 200)
+    write(folder / "pretrain" / "embedding_init.json", EMBEDDING_INIT)
+    merge = {"tensors": 39, "changed_tensors": 30, "vocab_size": 2944, "size_gb": 0.018, "seconds": 0.4}
+    for name in ("pretrained", "assistant"):
+        write(folder / name / "merge_report.json", merge)
+    lines = [json.dumps({"name": n, "seconds": s, "peak_memory_gb": m}) for n, s, m in STAGES]
+    write(folder / "stages.jsonl", "\n".join(lines) + "\n")
+    write_answers(folder, questions, outputs)
+    return folder

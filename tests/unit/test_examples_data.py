@@ -1,0 +1,187 @@
+"""examples/data: the generator writes the committed bytes, and no held-out question leaks into the training files."""
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DATA = EXAMPLES / "data"
+TRAINING_FILES = ["pretrain/en_train.txt", "pretrain/zh_train.txt", "sft/train.json", "sft/multi_turn.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_data", EXAMPLES / "generate_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_lines(name: str) -> list[str]:
+    return (DATA / name).read_text(encoding="utf-8").splitlines()
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in read_lines(name)]
+    return json.loads((DATA / name).read_text(encoding="utf-8"))
+
+
+def question(row: dict[str, Any]) -> tuple[str, str]:
+    return row["instruction"], row["input"]
+
+
+def facts_for_pretraining_only() -> dict[str, str]:
+    relations = json.loads((EXAMPLES / "facts.json").read_text(encoding="utf-8"))["zh"]
+    return {subject: value for relation in relations for subject, value in relation["pretraining_only"].items()}
+
+
+def heldout(kind: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows("sft/heldout.json") if row["kind"] == kind]
+
+
+def test_generator_writes_the_committed_bytes(generator, tmp_path):
+    sizes = generator.generate(tmp_path)
+    written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    committed = {p.relative_to(DATA).as_posix() for folder in ("pretrain", "sft") for p in (DATA / folder).iterdir()}
+    assert written == committed == set(sizes)
+    assert [name for name in sorted(sizes) if (tmp_path / name).read_bytes() != (DATA / name).read_bytes()] == []
+
+
+def test_sizes_fit_the_repository_and_the_demo():
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 4_000_000
+    for language in ("en", "zh"):
+        assert 1_200_000 <= (DATA / f"pretrain/{language}_train.txt").stat().st_size < 1_205_000
+        assert 40_000 <= (DATA / f"pretrain/{language}_heldout.txt").stat().st_size < 45_000
+    assert 2_500 <= len(read_rows("sft/train.json")) <= 4_000
+    kinds = Counter((row["kind"], row.get("wording")) for row in read_rows("sft/heldout.json"))
+    assert kinds == {
+        ("unseen_wording", "seen_with_other_facts"): 150,
+        ("unseen_wording", "never_seen"): 30,
+        ("unseen_operands", None): 50,
+        ("pretraining_only", None): 50,
+    }
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_documents_are_filled_in_and_never_repeat(language):
+    train, held = (read_lines(f"pretrain/{language}_{split}.txt") for split in ("train", "heldout"))
+    assert len(set(train) | set(held)) == len(train) + len(held)
+    assert [
+        line for line in train + held if re.search(r"[{}]|None|  |。。|，。|\.\.", line) or line != line.strip()
+    ] == []
+
+
+def test_chinese_alphabet_is_small_enough_for_a_1200_piece_vocabulary():
+    corpus, questions = (
+        (DATA / name).read_text(encoding="utf-8") for name in ("pretrain/zh_train.txt", "sft/train.json")
+    )
+    assert len(set(corpus)) < 900
+    unknown = {char for char in questions if "\u4e00" <= char <= "\u9fff"} - set(corpus)
+    assert not unknown, "characters that tuning would meet for the first time"
+
+
+def test_instruction_rows_have_text_in_the_three_alpaca_fields():
+    for row in read_rows("sft/train.json"):
+        assert set(row) == {"instruction", "input", "output"}
+        assert row["instruction"] and row["output"] and isinstance(row["input"], str)
+    train = [question(row) for row in read_rows("sft/train.json")]
+    assert len(set(train)) == len(train), "a question with two answers"
+
+
+def test_no_heldout_question_is_trained_on():
+    train = {question(row) for row in read_rows("sft/train.json")}
+    asked_before = {text for text, _ in train}
+    for row in read_rows("sft/multi_turn.jsonl"):
+        asked_before |= {row["instruction"], *(text for text, _ in row["history"])}
+    exam = [question(row) for row in read_rows("sft/heldout.json")]
+    assert len(set(exam)) == len(exam)
+    assert not train & set(exam)
+    assert not asked_before & {text for text, given in exam if not given}
+
+
+def test_unseen_wordings_ask_trained_facts_and_are_labelled_truthfully():
+    train = read_rows("sft/train.json")
+    answers, asked = {row["output"] for row in train}, {row["instruction"] for row in train}
+    by_language = json.loads((EXAMPLES / "facts.json").read_text(encoding="utf-8"))
+    used: dict[str, bool] = {}  # question -> whether training asks another fact in the same wording
+    for relation in (relation for relations in by_language.values() for relation in relations):
+        for wording in relation["questions"] + relation["new_questions"]:
+            questions = {wording.replace("{s}", subject) for subject in relation["facts"]}
+            used |= dict.fromkeys(questions, bool(questions & asked))
+    for row in heldout("unseen_wording"):
+        assert row["output"] in answers
+        assert used[row["instruction"]] == (row["wording"] == "seen_with_other_facts"), row
+
+
+def test_facts_for_pretraining_only_are_stated_in_the_corpus_and_never_asked():
+    corpus = "\n".join(read_lines("pretrain/zh_train.txt"))
+    asked = "\n".join(line for name in TRAINING_FILES[2:] for line in read_lines(name))
+    facts = facts_for_pretraining_only()
+    assert len(facts) == len(heldout("pretraining_only")) == 50
+    assert [subject for subject in facts if subject in asked] == []
+    for row in heldout("pretraining_only"):
+        assert corpus.count(row["output"]) >= 3, row
+    sentences = re.split("[。\n]", corpus)
+    for subject, value in facts.items():
+        wordings = {s.replace(subject, "").replace(value, "") for s in sentences if subject in s and value in s}
+        assert len(wordings) >= 4, f"{subject}: stated in {wordings} only"
+
+
+def test_heldout_operand_pairs_occur_in_no_training_file():
+    """Looked for in two ways: number, operator, number; and three numbers of which the third is a result."""
+    pairs = {frozenset(map(int, re.findall(r"\d+", row["instruction"]))) for row in heldout("unseen_operands")}
+    assert len(pairs) == 50
+    operator = re.compile(r"(\d+)\s*(?:[+\-×*]|加|减去?|乘以?|和|plus|minus|times|and)\s*(?=(\d+))")
+    for name in TRAINING_FILES:
+        for line in read_lines(name):
+            numbers = [int(digits) for digits in re.findall(r"\d+", line)]
+            stated = {frozenset(map(int, pair)) for pair in operator.findall(line)}
+            for a, b, c in zip(numbers, numbers[1:], numbers[2:], strict=False):
+                if c in (a + b, abs(a - b), a * b):
+                    stated.add(frozenset((a, b)))
+            assert not stated & pairs, f"{name}: {line}"
+
+
+def test_arithmetic_answers_are_right():
+    results = {"加": int.__add__, "减": int.__sub__, "乘": int.__mul__, "plus": int.__add__, "minus": int.__sub__}
+    results["times"] = int.__mul__
+    checked = 0
+    for row in read_rows("sft/train.json") + read_rows("sft/heldout.json"):
+        if match := re.match(r"(\d+) ?(加|减|乘|plus|minus|times) ?(\d+)(?:等于| is )(\d+)", row["output"]):
+            a, sign, b, c = match.groups()
+            assert results[sign](int(a), int(b)) == int(c), row
+            checked += 1
+    assert checked > 800
+
+
+def test_conversations_say_the_same_in_three_spellings():
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    files = [read_rows(f"sft/{name}.jsonl") for name in ("multi_turn", "sharegpt", "messages")]
+    assert {len(rows) for rows in files} == {40}
+    for alpaca, sharegpt, messages in zip(*files, strict=True):
+        turns = [*alpaca["history"], [alpaca["instruction"], alpaca["output"]]]
+        said = [("system", alpaca["system"])] * bool(alpaca["system"])
+        said += [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        assert said == [(m["role"], m["content"]) for m in messages["messages"]]
+        assert said == [(roles[m["from"]], m["value"]) for m in sharegpt["conversations"]]
+        assert len(turns) >= 2
+    assert {bool(row["system"]) for row in files[0]} == {True, False}
+
+
+def test_readme_shows_lines_of_the_files():
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    shown = [
+        line for block in re.findall(r"```(?:json|text)\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()
+    ]
+    files = {
+        line.rstrip(",") for path in DATA.rglob("*.[jt]*") for line in path.read_text(encoding="utf-8").splitlines()
+    }
+    assert len(shown) >= 12
+    assert [line for line in shown if line not in files] == []
