@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -110,13 +111,14 @@ def measure(side: str, corpus: Path, args: argparse.Namespace) -> dict[str, floa
         "seconds": result["seconds"],
         "tokens": result["tokens"],
         "tokens_per_second": result["tokens"] / result["seconds"],
+        "cpu_seconds": result["cpu_seconds"],
         "bytes_per_token": size / result["tokens"],
         "peak_rss_mb": peak / 1e6,
     }
 
 
 class TreeMemory:
-    """Peak of the summed resident memory of a process and all its descendants, sampled every 20 ms.
+    """Peak of the summed resident memory of a process and all its descendants, sampled every 100 ms.
 
     Shared pages are counted once a process, so this is an upper bound.
     """
@@ -129,7 +131,7 @@ class TreeMemory:
     def _watch(self) -> None:
         import psutil
 
-        while not self.ended.wait(0.02):
+        while not self.ended.wait(0.1):
             total = 0
             try:
                 tree = [psutil.Process(self.pid)]
@@ -153,28 +155,50 @@ class TreeMemory:
 
 
 def run_side(args: argparse.Namespace) -> dict[str, float]:
-    """What the measured process does: prepare the text and say how long it took and how many tokens there are."""
-    return (prepare_ours if args.side == "ours" else prepare_theirs)(args)
+    """What the measured process does: load the tokenizer, prepare the text, and say what it took."""
+    load, prepare = (load_ours, prepare_ours) if args.side == "ours" else (load_theirs, prepare_theirs)
+    tokenizer = load(args.tokenizer)
+    start, start_cpu = time.perf_counter(), cpu_seconds()
+    tokens = prepare(tokenizer, args)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": cpu_seconds() - start_cpu,
+        "tokens": tokens,
+    }
 
 
-def prepare_ours(args: argparse.Namespace) -> dict[str, float]:
+def cpu_seconds() -> float:
+    """Processor time of this process and of those it has waited for; other load on the machine does not change it."""
+    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def load_ours(folder: str) -> Any:
     sys.path.insert(0, str(HERE.parent / "scripts"))
-    from utils.documents import tokenize_corpus
+    import utils.documents  # noqa: F401 (imports are not timed)
     from utils.tokenization import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    start = time.perf_counter()
-    tokens = tokenize_corpus(args.text, tokenizer, Path(args.output) / "cache", num_workers=args.processes)
-    return {"seconds": time.perf_counter() - start, "tokens": len(tokens.tokens)}
+    return load_tokenizer(folder)
 
 
-def prepare_theirs(args: argparse.Namespace) -> dict[str, float]:
-    from datasets import load_dataset
+def prepare_ours(tokenizer: Any, args: argparse.Namespace) -> int:
+    from utils.documents import tokenize_corpus
+
+    return len(tokenize_corpus(args.text, tokenizer, Path(args.output) / "cache", num_workers=args.processes).tokens)
+
+
+def load_theirs(folder: str) -> Any:
+    import datasets  # noqa: F401 (imports are not timed)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, add_bos_token=True, add_eos_token=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=True)
     ids = tokenizer("a")["input_ids"]
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return tokenizer
+
+
+def prepare_theirs(tokenizer: Any, args: argparse.Namespace) -> int:
+    from datasets import load_dataset
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         return dict(tokenizer(batch["text"]))
@@ -188,14 +212,11 @@ def prepare_theirs(args: argparse.Namespace) -> dict[str, float]:
         }
         return {**blocks, "labels": [list(block) for block in blocks["input_ids"]]}
 
-    start = time.perf_counter()
     data = load_dataset("text", data_files=args.text, split="train")
     data = data.map(tokenize, batched=True, num_proc=args.processes, remove_columns=["text"])
     data = data.map(group, batched=True, num_proc=args.processes)
     data.save_to_disk(f"{args.output}/blocks", num_proc=args.processes)
-    seconds = time.perf_counter() - start
-    tokens = len(data) * args.block_size  # what is dropped at batch edges was work too, but less than 1 %
-    return {"seconds": seconds, "tokens": tokens}
+    return len(data) * args.block_size  # what is dropped at batch edges was work too, but less than 1 %
 
 
 # ---------------------------------------------------------------- the report
@@ -212,6 +233,7 @@ def format_results(medians: dict[str, dict[str, float]], args: argparse.Namespac
     for name, label, digits in (
         ("seconds", "seconds", 1),
         ("tokens_per_second", "tokens/s", 0),
+        ("cpu_seconds", "processor seconds of all processes", 1),
         ("bytes_per_token", "bytes of disk a token, all caches", 2),
         ("peak_rss_mb", "peak memory of all processes, MB", 0),
     ):

@@ -19,13 +19,13 @@ def record(section: str, text: str, path: Path = RESULTS) -> None:
     """Replace the section of that name in RESULTS.md, or append it."""
     content = path.read_text(encoding="utf-8") if path.is_file() else TITLE
     head, *sections = re.split(r"^(?=## )", content, flags=re.MULTILINE)
-    new = f"## {section}\n\n{text.strip()}\n\n"
+    new = f"## {section}\n\n{text}"
     names = [part.split("\n", 1)[0].removeprefix("## ").strip() for part in sections]
     if section in names:
         sections[names.index(section)] = new
     else:
         sections.append(new)
-    path.write_text(head.rstrip("\n") + "\n\n" + "".join(sections).rstrip("\n") + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(part.strip() for part in [head, *sections]) + "\n", encoding="utf-8")
 
 
 def describe_run(*packages: str) -> str:

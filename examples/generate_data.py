@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 SEED = 20240
 TRAIN_BYTES, HELDOUT_BYTES = 1_200_000, 40_000  # per language; one document a line
-MAX_OPERAND = 30  # addition and subtraction stay within 1..30, multiplication within 1..9
+MAX_OPERAND = 20  # addition and subtraction stay within 1..20, multiplication within 1..9
 NUM_HELDOUT_PAIRS = 50  # half are asked as additions, half as subtractions
 NUM_SEEN_WORDING = {"zh": 140, "en": 10}  # held-out rows whose wording training uses with other facts
 NUM_NEW_WORDING = {"zh": 27, "en": 3}  # held-out rows whose wording training never uses
-NUM_WORDINGS = {"zh": 8, "en": 4}  # training wordings per fact; the others stay free for the held-out rows
+NUM_WORDINGS = {"zh": 10, "en": 6}  # training wordings per fact; the others stay free for the held-out rows
 NUM_ARITHMETIC = {"zh": {"add": 420, "sub": 300, "mul": 60}, "en": {"add": 40, "sub": 30, "mul": 10}}
 NUM_WORD_PROBLEMS = 60
 NUM_WORD_LISTS = {"first": 90, "last": 60, "repeat": 60}
@@ -261,8 +261,8 @@ def ask_sums(rng: random.Random) -> list[Row]:
     problems, rows = training_problems(), []
     for language, counts in NUM_ARITHMETIC.items():
         for operation, count in counts.items():
-            of_operation = [p for p in problems if p.operation == operation]
-            rows += [sum_row(language, p, rng) for p in rng.sample(of_operation, count)]
+            of_operation = endless([p for p in problems if p.operation == operation], rng)
+            rows += [sum_row(language, next(of_operation), rng) for _ in range(count)]
     words = Words(read_json("stories_zh.json")["words"], rng)
     operations = read_json("tasks.json")["arithmetic"]["zh"]["operations"]
     for problem in rng.sample([p for p in problems if p.operation != "mul"], NUM_WORD_PROBLEMS):

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.arguments import arg, describe_arguments, run, save_run_config
-from utils.files import InputError, atomic_folder, read_json, refuse_existing_output, write_json
+from utils.files import InputError, atomic_folder, peak_resident_bytes, read_json, refuse_existing_output, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,17 +273,10 @@ def build_report(model: MergedModel, specs: list[TensorSpec], args: MergeArgumen
         "size_gb": round(size / 1e9, 6),
         "seconds": round(seconds, 2),
         "gb_per_second": round(size / 1e9 / max(seconds, 1e-9), 4),
-        "peak_memory_gb": round(peak_memory_gb(), 3),
-        "relative_delta": {name: deltas[name] for name in sorted(deltas)},
+        "peak_memory_gb": round(peak_resident_bytes() / 1e9, 3),
+        # null where the base's weight is zero
+        "relative_delta": {n: deltas[n] if math.isfinite(deltas[n]) else None for n in sorted(deltas)},
     }
-
-
-def peak_memory_gb() -> float:
-    """Peak resident memory of this process, in 1e9 bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(line[1]) * 1024 / 1e9  # ru_maxrss would count what the parent process held when it started this one
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:

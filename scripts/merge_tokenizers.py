@@ -220,7 +220,12 @@ def extend(
     batches = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
     number = args.max_new_tokens or DEFAULT_NEW_TOKENS
     logger.info("training up to %d merges on %d documents", number, len(texts))
-    return interruptible(lambda: extend_byte_level(base.backend_tokenizer, batches, number, selection))
+    extended = interruptible(lambda: extend_byte_level(base.backend_tokenizer, batches, number, selection))
+    if selection.counts["added"] < number:
+        logger.warning(
+            "the text gives only %d of %d new tokens; more text gives more", selection.counts["added"], number
+        )
+    return extended
 
 
 def check(base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: list[str]) -> None:
@@ -282,7 +287,7 @@ def log_summary(report: dict[str, Any], args: MergeTokenizersArguments) -> None:
         lines.append(f"{name}: {old:.2f} -> {new:.2f} characters/token, {language['tokens_saved']:.1%} fewer tokens")
     if not report["languages"]:
         lines.append("efficiency: skipped, no --report_text")
-    lines.append(f"{args.output_dir}: tokenizer, vocabulary_report.md/.json/.png ({report['seconds']} s)")
+    lines.append(f"{args.output_dir}: tokenizer and vocabulary_report.md ({report['seconds']} s)")
     lines.append(f"next: MODEL={args.base_tokenizer} TOKENIZER={args.output_dir} DATA=zh.txt bash scripts/run_pt.sh")
     logger.info("%s", "\n".join(lines))
 

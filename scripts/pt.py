@@ -29,6 +29,7 @@ from utils.training import RunArguments, open_run, prepare_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from utils.data import Collator, MixedBlocks, PackedBlocks
 
 logger = logging.getLogger("pt")

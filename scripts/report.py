@@ -32,10 +32,10 @@ class ReportArguments:
 def main(args: ReportArguments) -> dict[str, Any]:
     """Write the report; returns the figures of summary.json."""
     from utils.recipe import chinese_drop, english_rise
-    from utils.recipe_report import write_recipe_report
+    from utils.report import write_report
 
     folder = Path(args.run_dir)
-    summary = write_recipe_report(folder, Path(args.questions or QUESTIONS))
+    summary = write_report(folder, Path(args.questions or QUESTIONS))
     logger.info(
         "bits per byte: zh %+.1f %%, en %+.1f %%; exact answers %.1f %% -> %.1f %%; merged %s adapter; %.0f s\n"
         "  files in %s: report.html, report.md, summary.json\n"

@@ -86,6 +86,7 @@ def tiny_model_folder(tmp_path_factory, base_tokenizer_folder) -> Path:
     """A 2-layer, width-32 Llama with random weights and the base tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from utils.tokenization import load_tokenizer, save_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"

@@ -15,7 +15,6 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -50,18 +49,24 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `offset` bytes into `file`, or inside a file that must be loaded whole (offset None)."""
+class TensorSpec:
+    """A tensor as a file describes it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path
-    offset: int | None
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorInfo(TensorSpec):
+    """A tensor and where it lies: `offset` bytes into `file`, or in a file that must be loaded whole (offset None)."""
+
+    file: Path
+    offset: int | None
 
 
 # ---------------------------------------------------------------- reading headers
@@ -143,12 +148,6 @@ def _read_bin_header(path: Path) -> list[TensorInfo]:
     return infos
 
 
-def _read_header(path: Path) -> list[TensorInfo]:
-    if not path.is_file():
-        raise InputError(f"file not found: {path}")
-    return _read_bin_header(path) if path.suffix == ".bin" else _read_safetensors_header(path)
-
-
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
     """The weight files of a model or adapter folder, safetensors first, and the index that names them.
 
@@ -204,14 +203,10 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(info.num_bytes for info in self.tensors.values())
-
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -267,7 +262,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     files, index = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for info in _read_header(file):
+        for info in _read_bin_header(file) if file.suffix == ".bin" else _read_safetensors_header(file):
             if info.name in tensors:
                 raise InputError(
                     f"{info.name} stands in {tensors[info.name].file} and in {file}; remove the stale file"
@@ -317,19 +312,6 @@ def local_folder(name_or_path: str) -> Path:
 
 
 # ---------------------------------------------------------------- writing
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def parse_size(text: str) -> int:

@@ -187,14 +187,14 @@ def _cost_lines(cost: Mapping[str, Any] | None) -> list[str]:
     lines += [f"- Computing one token costs {cost['compute_per_token_ratio']:.4f} times what it did (larger lm_head)."]
     for name, ratio in cost["compute_per_text_ratio"].items():
         share = cost["break_even_share"].get(name)
-        even = "never, no token is saved" if share is None else f"from a share of {share:.1%} of such text on"
-        lines += [f"- {name}: the same text costs {ratio:.3f} times what it did; a mix breaks even {even}."]
+        even = "no token is saved" if share is None else f"a mix breaks even from a share of {share:.1%} of it on"
+        lines += [f"- {name}: the same text costs {ratio:.3f} times what it did; {even}."]
     return [
         *lines,
         "",
         "Operations per token, forward: 2 * (parameters of the layers + embedding rows * hidden size). A mix with a",
-        "share p of this text, the rest being cut as before, costs less from p = (1 - 1/c) / (1 - r) on, with c the cost",
-        "ratio of a token and r the ratio of token counts.",
+        "share p of this text, the rest being cut as before, costs less from p = (1 - 1/c) / (1 - r) on: c is the",
+        "cost ratio of a token, r the ratio of token counts.",
     ]
 
 

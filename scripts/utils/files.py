@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -381,3 +383,14 @@ def _iter_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[s
                     yield f"{path}: row {number}", record
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{path}: not a readable parquet file: {error}") from None
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(line[1]) * 1024  # ru_maxrss would count what the parent held when it started this process
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

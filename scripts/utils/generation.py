@@ -228,8 +228,8 @@ class Generator:
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         width = max(map(len, prompts))
-        # Rows are padded with their own first token: the repetition penalty, which looks at padding too, sees nothing
-        # new, and the tokenizer needs no pad token.
+        # Rows are padded with their own first token: no pad token is needed, and a repetition penalty that looks at
+        # padding too (not all releases of transformers leave it out) sees nothing new.
         input_ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         config = GenerationConfig(

@@ -25,6 +25,10 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
 
     Raises: InputError if one of them is not there.
     """
+    if "," in (args.adapter_name_or_path or ""):
+        raise InputError(
+            f"--lora_model {args.adapter_name_or_path}: one adapter can be used here; merge several first"
+        )
     adapter = local_folder(args.adapter_name_or_path) if args.adapter_name_or_path else None
     recorded = load_adapter_config(adapter).base_model_name_or_path if adapter else None
     if not (args.model_name_or_path or recorded):

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, H hidden size, V vocabulary rows, N scored positio
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100  # targets of positions without loss, the value PyTorch's own losses skip
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in fp32
-WEIGHT_ROWS = 1 << 14  # rows of lm_head whose gradient is added at once
+CHUNK_ELEMENTS = 1 << 25  # logits alive at once: 64 MiB in bf16
+# Rows whose softmax is in float32 at once: on a CPU few enough to stay in the cache, on a GPU all rows of a chunk.
+CPU_SOFTMAX_ROWS = 16
 
 
 class _SummedNLL(torch.autograd.Function):
     """Sum of token negative log-likelihoods; gradients are made chunk by chunk while the logits are at hand.
 
     The gradient of a sum is known in the forward pass up to the factor that comes in backward: softmax - one-hot. So every
-    chunk of logits is made once, used for loss and gradients, and dropped. Source: the idea of fused linear cross-entropy,
-    Hsu et al. 2024, "Liger Kernel", section 3.2.
+    chunk of logits is made once, overwritten by its gradient, used for those of hidden and weight, and dropped.
+    Source: the idea of fused linear cross-entropy, Hsu et al. 2024, "Liger Kernel", section 3.2.
     """
 
     @staticmethod
@@ -37,23 +39,15 @@ class _SummedNLL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        rows = chunk_rows(weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
-            logits = (part @ weight.T).float()
-            log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, target)).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            logits.sub_(log_normaliser).exp_()
-            logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-            grad_logits = logits.to(hidden.dtype)
+        for rows in chunks(len(hidden), weight.shape[0]):
+            logits = hidden[rows] @ weight.T
+            total += _to_gradient(logits, targets[rows])
             if grad_hidden is not None:
-                torch.matmul(grad_logits, weight, out=grad_hidden[start : start + rows])
+                torch.matmul(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                for rows_of_weight in range(0, weight.shape[0], WEIGHT_ROWS):
-                    block = slice(rows_of_weight, rows_of_weight + WEIGHT_ROWS)
-                    grad_weight[block] += grad_logits[:, block].T @ part
+                # In quarters, since the product takes as much memory as the weight in the low precision.
+                for quarter, columns in zip(grad_weight.chunk(4), logits.chunk(4, dim=1), strict=True):
+                    quarter += columns.T @ hidden[rows]
         # Kept outside save_for_backward so that backward can hand grad_weight over: a second reference would make autograd
         # copy these V x H floats instead of taking them as the parameter's gradient.
         ctx.gradients = (grad_hidden, grad_weight)
@@ -71,6 +65,29 @@ class _SummedNLL(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
+def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Overwrite logits (N, V) by softmax - one-hot; returns the summed loss. All sums and logarithms are in float32."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    step = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
+    for part, target in zip(logits.split(step), targets.unsqueeze(1).split(step), strict=True):
+        highest, chosen = part.amax(1, keepdim=True).float(), part.gather(1, target).float()
+        probabilities = torch.softmax(part, 1, dtype=torch.float32)
+        # log(sum(exp)) from the likeliest entry, whose probability cannot underflow.
+        log_normaliser = highest - probabilities.amax(1, keepdim=True).log()
+        total += (log_normaliser - chosen).sum()
+        probabilities.scatter_add_(1, target, torch.full_like(chosen, -1.0))
+        part.copy_(probabilities)
+    return total
+
+
+def chunks(count: int, width: int) -> list[slice]:
+    """Cut `count` rows of `width` numbers into equal slices of at most CHUNK_ELEMENTS numbers (but at least 64 rows)."""
+    most = max(64, CHUNK_ELEMENTS // max(width, 1))
+    number = max(1, math.ceil(count / most))
+    size = max(1, math.ceil(count / number))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 class _GradientCast(torch.autograd.Function):
     """A low-precision copy of a weight whose gradient comes back in float32 without passing through that precision."""
 
@@ -84,11 +101,6 @@ class _GradientCast(torch.autograd.Function):
         return upstream[0].to(ctx.dtype), None
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """How many positions' logits may exist at once (at least 64, so that the matrix products stay efficient)."""
-    return max(64, CHUNK_ELEMENTS // vocabulary)
-
-
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target, without gradient.
 
@@ -98,8 +110,8 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     result = torch.zeros(flat_targets.shape, dtype=torch.float32, device=hidden.device)
     kept = (flat_targets != IGNORED).nonzero().squeeze(1)
-    rows = chunk_rows(weight.shape[0])
-    for index in kept.split(rows):
+    for rows in chunks(len(kept), weight.shape[0]):
+        index = kept[rows]
         logits = (flat_hidden[index] @ weight.T).float()
         result[index] = torch.logsumexp(logits, 1) - logits.gather(1, flat_targets[index].unsqueeze(1)).squeeze(1)
     return result.view(targets.shape)

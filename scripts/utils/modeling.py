@@ -106,7 +106,18 @@ def load_model(args: ModelArguments, compute_dtype: torch.dtype, device_map: Any
         quantization_config=quantization,
         device_map=device_map,
     )
+    if args.load_in_kbits == 4:
+        _pack_whole_blocks_only(model)
     return model
+
+
+def _pack_whole_blocks_only(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing weights for AVX-512 that its packed form cannot hold (tiny models have them)."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and (
+            module.out_features % 32 or module.in_features % 64
+        ):
+            module.support_avx512bf16_for_cpu = False
 
 
 def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreTrainedModel:

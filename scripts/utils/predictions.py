@@ -40,11 +40,11 @@ class Predictions:
                     raise
             if overwrite and self.is_complete:
                 self.rows = []
-        if not self.rows:
-            remove(self.rows_path)
         if self.is_complete:
             return
         try:
+            if not self.rows:
+                remove(self.rows_path)
             write_json(self.settings_path, {"settings": self.settings})
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise InputError(f"--predictions_file {path}: cannot write there: {error.strerror}") from None

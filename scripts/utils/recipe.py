@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .arguments import RUN_CONFIG
 from .files import InputError, iter_records, read_json
-from .report import Text
+from .pages import Text
 
 STAGE_LOG = "stages.jsonl"
 TARGET_KIND = "unseen_wording"  # the kind of question that tuning promises to answer

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from .files import InputError, hash_json, read_json, write_json
 from .pieces import (
+    CONTROL,
     SAMPLE,
     SPACE,
     build_tokenizer_json,
@@ -172,6 +173,11 @@ def _load_sentencepiece(folder: Path) -> SentencePieceTokenizer:
         special_tokens_pattern={(1, 0): "bos", (1, 1): "bos_eos", (0, 1): "eos", (0, 0): "none"}[add_bos, add_eos],
         **missing,
     )
+    # Control pieces, such as Mistral's [INST], are split off in templates whether a config names them or not.
+    controls = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
+    unnamed = [piece for piece in controls if piece not in tokenizer._added_tokens_encoder]
+    if unnamed:
+        tokenizer.add_tokens([AddedToken(piece, special=True, normalized=False) for piece in unnamed], True)
     return tokenizer
 
 

@@ -234,7 +234,17 @@ def train_and_save(trainer: RecipeTrainer, checkpoint: str | None, title: str, n
 
 def write_model_card(folder: Path, title: str, metrics: dict[str, Any]) -> None:
     """README.md of the output folder: what this is, how it was made, what it measured."""
-    lines = ["---", "library_name: transformers", "---", f"# {title}", "", "Settings: run_config.yaml. Losses: loss.png.", "", "| figure | value |", "|---|---|"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "---",
+        f"# {title}",
+        "",
+        "Settings: run_config.yaml. Losses: loss.png.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
               for name, value in metrics.items()]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import shutil
 import socket
 import sys
@@ -18,7 +17,7 @@ import torch
 from transformers import TrainingArguments
 
 from .arguments import RUN_CONFIG, arg, describe_arguments, raise_problems, save_run_config
-from .files import InputError, atomic_file, read_json, remove, write_json
+from .files import InputError, atomic_file, peak_resident_bytes, read_json, remove, write_json
 from .modeling import bf16_is_supported
 
 logger = logging.getLogger(__name__)
@@ -239,7 +238,7 @@ def peak_memory_gb() -> float:
     """Peak memory of this process in 1e9 bytes: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_resident_bytes() / 1e9
 
 
 def peak_flops() -> float | None:

@@ -39,7 +39,7 @@ def test_main_writes_three_files(folder, caplog):
 
 def test_command_line_names_what_is_missing(folder):
     (folder / "pretrain" / "all_results.json").unlink()
-    environment = {**os.environ, "RUN": str(folder), "PYTHON": sys.executable}
+    environment = {**os.environ, "RUN_DIR": str(folder), "PYTHON": sys.executable}
     command = ["bash", str(SCRIPTS / "run_report.sh")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -47,7 +47,7 @@ def test_command_line_names_what_is_missing(folder):
 
 
 def test_launcher_prints_its_command(folder):
-    environment = {**os.environ, "RUN": str(folder), "DRY_RUN": "1"}
+    environment = {**os.environ, "RUN_DIR": str(folder), "DRY_RUN": "1"}
     command = ["bash", str(SCRIPTS / "run_report.sh"), "--questions", "mine.json"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "report.py" in printed and "my\\ demo" in printed and printed.rstrip().endswith("--questions mine.json")

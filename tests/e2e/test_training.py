@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import EXAMPLES, SCRIPTS
 from safetensors.torch import load_file
+
 from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, parse_args
 from utils.files import InputError
 from utils.training import RunArguments
@@ -122,6 +123,7 @@ def test_bits_per_byte_equals_a_plain_loop(pt_run, tiny_model_folder, extended_t
     """An untrained evaluation against one forward pass a document with transformers' own loss."""
     from peft import PeftModel
     from transformers import LlamaForCausalLM
+
     from utils.tokenization import encode_text, load_tokenizer
 
     tokenizer = load_tokenizer(extended_tokenizer_folder)

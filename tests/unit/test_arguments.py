@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
+
 from utils.arguments import (
     DataArguments,
     LoraArguments,

@@ -160,7 +160,7 @@ def test_a_batch_gives_each_prompt_what_plain_generate_gives_it_alone(generator,
 
 
 def test_padding_changes_no_logit(monkeypatch, generator, tokenizer):
-    """Attention, positions and the repetition penalty, which takes padding for text unless told otherwise."""
+    """Neither through attention and positions, nor through the repetition penalty."""
     prompts = [encode_raw(text, tokenizer) for text in PROMPTS]
     seen = []
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """Prompts: golden texts, exact label masks, records of every format, and user text that looks like special tokens."""
 
 import pytest
+
 from utils.files import InputError
 from utils.prompts import (
     CHAT_TEMPLATES,

@@ -174,6 +174,18 @@ def test_added_tokens_beyond_the_model_keep_their_ids(tmp_path, base_tokenizer_f
         assert again("<|im_start|>a", add_special_tokens=False)["input_ids"][0] == 400
 
 
+def test_control_pieces_are_special_without_any_config(tmp_path, base_tokenizer_folder):
+    proto = append_pieces(read_sentencepiece_model(base_tokenizer_folder / "tokenizer.model"), ["[INST]"], CONTROL)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    tokenizer = load_tokenizer(tmp_path)
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    for same in (tokenizer, load_tokenizer(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert same("[INST]a", add_special_tokens=False)["input_ids"][0] == 400
+        assert same.decode([400, *encode_text(tokenizer, "a")], skip_special_tokens=True).strip() == "a"
+        assert 400 not in same("[INST]", split_special_tokens=True)["input_ids"]
+    assert 400 not in encode_text(tokenizer, "[INST]")
+
+
 def test_decoding_partial_characters_padding_and_controls(merged_folder):
     tokenizer = load_tokenizer(merged_folder)
     ids = encode_text(tokenizer, "😀")

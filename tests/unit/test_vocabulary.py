@@ -94,8 +94,8 @@ def test_by_default_every_added_piece_is_reachable_and_english_is_cut_as_before(
 
 
 def test_unreachable_pieces_are_dropped(base):
-    # 甲乙丙 has no split into two pieces, and 甲乙丙庚 hangs on it. 丑寅 ranks above 子丑 and 寅卯, so it pre-empts both
-    # halves of 子丑寅卯. 戊己庚 is reached through 戊己, whatever its rank.
+    # 甲乙丙 has no split into two pieces, and 甲乙丙庚 hangs on it. 丑寅 ranks above 子丑 and 寅卯: it pre-empts
+    # both halves of 子丑寅卯. 戊己庚 is reached through 戊己, whatever its rank.
     characters = list("甲乙丙庚戊己子丑寅卯")
     words = ["戊己庚", "甲乙丙", "甲乙丙庚", "丑寅", "戊己", "子丑寅卯", "子丑", "寅卯"]
     selection = Selection()

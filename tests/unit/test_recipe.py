@@ -13,9 +13,9 @@ import pytest
 
 from utils.charts import BOTTOM, HEIGHT, bar_chart, line_chart, nice_ticks
 from utils.files import InputError
+from utils.pages import duration, escape_markdown, percent, render_html, render_markdown
 from utils.recipe import TARGET_KIND, chinese_drop, english_rise, load_run, pick_samples, summarise
-from utils.recipe_report import build_report, loss_curves, write_recipe_report
-from utils.report import duration, escape_markdown, percent, render_html, render_markdown
+from utils.report import build_report, loss_curves, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = '<script>alert("1")</script> & a|b `code` *star* _under_\nsecond line'
@@ -45,7 +45,7 @@ def run(tmp_path):
 
 
 def test_summary_holds_the_figures_of_the_run(run):
-    summary = write_recipe_report(*run)
+    summary = write_report(*run)
     assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == summary
     # The first, slower run of sft (999 s, 9.9 GB) does not count.
     assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 21 + 20 + 19
@@ -75,7 +75,7 @@ def test_chinese_is_compared_with_the_lower_figure(run):
 def test_one_different_answer_shows(run):
     folder, questions = run
     fake_recipe.write_answers(folder, QUESTIONS, {"adapter": [*OUTPUTS["adapter"][:-1], "利马。"]})
-    assert write_recipe_report(folder, questions)["merged_equals_adapter"] is False
+    assert write_report(folder, questions)["merged_equals_adapter"] is False
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "1 answers differ" in page and "greedy answers differ" in page
 
@@ -84,7 +84,7 @@ def test_one_different_answer_shows(run):
 def test_targets_are_judged(run, sft, missed):
     folder, questions = run
     fake_recipe.write_answers(folder, QUESTIONS, {"adapter": sft, "assistant": sft})
-    write_recipe_report(folder, questions)
+    write_report(folder, questions)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('class="card met"') == 4 - missed and page.count('class="card missed"') == missed
     assert page.count('class="card"') == 2  # time and memory
@@ -113,7 +113,7 @@ def test_every_unfinished_stage_is_named_with_its_command(run):
     shutil.rmtree(folder / "sft")
     (folder / "answers" / "adapter.json").unlink()
     with pytest.raises(InputError) as error:
-        write_recipe_report(folder, questions)
+        write_report(folder, questions)
     message = str(error.value)
     assert "stage 'sft' is not finished" in message and "scripts/run_sft.sh" in message
     assert "stage 'answers_adapter' is not finished" in message and "scripts/run_inference.sh" in message
@@ -142,25 +142,25 @@ def test_what_does_not_fit_is_refused(run, damaged, content, words):
     if content is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=re.escape(words.format(file=file) if "{file}" in words else words)):
-        write_recipe_report(*run)
+        write_report(*run)
     assert not (run[0] / "report.html").exists()
 
 
 def test_missing_folder_is_refused(run):
     with pytest.raises(InputError, match="nothing is no folder; run `OUT="):
-        write_recipe_report(run[0] / "nothing", run[1])
+        write_report(run[0] / "nothing", run[1])
 
 
 def test_questions_without_the_target_kind_are_refused(run):
     fake_recipe.write(run[1], [{**question, "kind": "other"} for question in QUESTIONS])
     with pytest.raises(InputError, match="no question of kind 'unseen_wording'"):
-        write_recipe_report(*run)
+        write_report(*run)
 
 
 # ---------------------------------------------------------------- the pages
 
 
-class Page(HTMLParser):
+class Reader(HTMLParser):
     """Tags, attributes and text of a page; fails on tags that are not closed in order."""
 
     VOID = ("meta", "img", "br", "hr", "link", "input")
@@ -190,9 +190,9 @@ class Page(HTMLParser):
 
 
 def test_html_is_whole_and_loads_nothing(run):
-    write_recipe_report(*run)
+    write_report(*run)
     text = (run[0] / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page = Reader(text)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert all(link.startswith("data:image/png;base64,") or link[1:] in page.ids for link in page.links)
     assert "url(" not in text and "@import" not in text
@@ -204,7 +204,7 @@ def test_html_is_whole_and_loads_nothing(run):
 def test_all_text_from_data_is_escaped(run):
     folder, questions = run
     report = build_report(load_run(folder, questions), summarise(load_run(folder, questions)))
-    page = Page(render_html(report))
+    page = Reader(render_html(report))
     assert NASTY in page.text  # as it was, in one piece
     assert any("<b>bold</b>" in piece for piece in page.text)
     markdown = render_markdown(report)
@@ -215,7 +215,7 @@ def test_all_text_from_data_is_escaped(run):
 
 
 def test_markdown_tables_are_regular(run):
-    write_recipe_report(*run)
+    write_report(*run)
     lines = (run[0] / "report.md").read_text(encoding="utf-8").splitlines()
     columns = 0
     for previous, line in zip(["", *lines], lines, strict=False):
@@ -230,7 +230,7 @@ def test_markdown_tables_are_regular(run):
 
 def test_markdown_shows_loss_plots_that_exist(run):
     (run[0] / "sft" / "loss.png").write_bytes(fake_recipe.PNG)
-    write_recipe_report(*run)
+    write_report(*run)
     assert "](sft/loss.png)" in (run[0] / "report.md").read_text(encoding="utf-8")
 
 
@@ -239,7 +239,7 @@ def test_vocabulary_without_picture_or_cost_is_reported(run):
     (folder / "merged_tokenizer" / "vocabulary_report.png").unlink()
     report = {**fake_recipe.VOCABULARY, "cost": None, "unused_added_tokens": None, "languages": {}}
     fake_recipe.write(folder / "merged_tokenizer" / "vocabulary_report.json", report)
-    write_recipe_report(folder, questions)
+    write_report(folder, questions)
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "merged vocabulary" in text and "embedding parameters added" not in text and "<img" not in text
 
