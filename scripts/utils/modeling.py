@@ -357,7 +357,7 @@ def trainable_summary(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def train_flops_per_token(model: nn.Module, tokens_per_row: int) -> float:
+def train_flops_per_token(model: nn.Module, tokens_per_row: float) -> float:
     """Model FLOPs of one training token: 2 forward, 2 for input gradients, 2 for the gradients of trained weights.
 
     Plus causal attention, 6 L H T. Embedding look-ups count nothing. Source: Kaplan et al. 2020, section 2.1.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,6 @@ class RecipeTrainer(Trainer):
         return loss
 
     def _tokens_per_row(self) -> float:
-        assert isinstance(self.train_dataset, Sized)
         return float(self.train_dataset.num_tokens) / max(len(self.train_dataset), 1)
 
     # ------------------------------------------------------------ evaluation

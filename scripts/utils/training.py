@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -41,6 +41,14 @@ PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first
 @dataclass
 class RunArguments(TrainingArguments):
     """transformers' TrainingArguments with this project's defaults and its rules for output folders."""
+
+    if TYPE_CHECKING:  # inherited, named for the type checker
+        fp16: bool
+        bf16: bool
+        use_cpu: bool
+        deepspeed: Any
+        gradient_checkpointing: Any
+        dataloader_pin_memory: bool
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."

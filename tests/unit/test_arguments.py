@@ -58,7 +58,7 @@ def test_broken_yaml_names_file_and_line(tmp_path):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_learning_rate_that_is_no_number_is_refused(value):
-    with pytest.raises(InputError, match="--learning_rate .*finite"):
+    with pytest.raises(InputError, match=r"--learning_rate .*finite"):
         parse_args(RateArguments, argv=[f"--learning_rate={value}"])
 
 
