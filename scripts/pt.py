@@ -1,6 +1,7 @@
 """Continued pre-training: text -> a LoRA adapter with full embed_tokens and lm_head, or a fully trained model.
 
-  python scripts/pt.py --model_name_or_path BASE --tokenizer_name_or_path MERGED --train_data zh.txt --validation_split 0.01 \
+  python scripts/pt.py --model_name_or_path BASE --tokenizer_name_or_path MERGED --train_data zh.txt
+  --validation_split 0.01 \
       --modules_to_save embed_tokens,lm_head --output_dir output/pt
   python scripts/pt.py --config_name CONFIG --full_finetuning --tokenizer_name_or_path TOKENIZER --train_data en.txt \
       --output_dir output/base          (a new model from scratch)

@@ -1,6 +1,7 @@
 """Instruction tuning: conversations -> a LoRA adapter, or a fully trained model.
 
-  python scripts/sft.py --model_name_or_path MERGED --train_data sft.json --validation_split 0.02 --output_dir output/sft
+  python scripts/sft.py --model_name_or_path MERGED --train_data sft.json --validation_split 0.02 --output_dir
+  output/sft
   python scripts/sft.py examples/configs/sft.yaml --learning_rate 5e-5
 Run the same command again after an interruption: it resumes exactly.
 """

@@ -1,4 +1,4 @@
-"""The house itself: launchers match parsers, layers hold, every flag is documented, both READMEs carry the same commands."""
+"""The house itself: launchers match parsers, layers hold, every flag is documented, both READMEs agree."""
 
 import ast
 import importlib

@@ -81,8 +81,8 @@ class ExtendArguments:
 
     embedding_init: Literal["mean_of_pieces", "mean", "random", "zero"] = arg(
         "mean_of_pieces",
-        help="New rows of embed_tokens and lm_head: mean of the rows of the pieces the old tokenizer cut the new piece "
-        "into; mean of all old rows; random with the old rows' spread; zero.",
+        help="New rows of embed_tokens and lm_head: mean of the rows of the pieces the old tokenizer cut the new "
+        "piece into; mean of all old rows; random with the old rows' spread; zero.",
     )
     compare_embedding_init: bool = arg(
         False, help="Before training, report validation bits-per-byte at step 0 for every --embedding_init."

@@ -27,7 +27,8 @@ CPU_SOFTMAX_ROWS = 16
 class _SummedNLL(torch.autograd.Function):
     """Sum of token negative log-likelihoods; gradients are made chunk by chunk while the logits are at hand.
 
-    The gradient of a sum is known in the forward pass up to the factor that comes in backward: softmax - one-hot. So every
+    The gradient of a sum is known in the forward pass up to the factor that comes in backward: softmax - one-hot.
+    So every
     chunk of logits is made once, overwritten by its gradient, used for those of hidden and weight, and dropped.
     Source: the idea of fused linear cross-entropy, Hsu et al. 2024, "Liger Kernel", section 3.2.
     """
@@ -48,7 +49,8 @@ class _SummedNLL(torch.autograd.Function):
                 # In quarters, since the product takes as much memory as the weight in the low precision.
                 for quarter, columns in zip(grad_weight.chunk(4), logits.chunk(4, dim=1), strict=True):
                     quarter += columns.T @ hidden[rows]
-        # Kept outside save_for_backward so that backward can hand grad_weight over: a second reference would make autograd
+        # Kept outside save_for_backward so that backward can hand grad_weight over: a second reference would make
+        # autograd
         # copy these V x H floats instead of taking them as the parameter's gradient.
         ctx.gradients = (grad_hidden, grad_weight)
         return total
@@ -66,7 +68,8 @@ class _SummedNLL(torch.autograd.Function):
 
 
 def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """Overwrite logits (N, V) by softmax - one-hot; returns the summed loss. All sums and logarithms are in float32."""
+    """Overwrite logits (N, V) by softmax - one-hot; returns the summed loss. All sums and logarithms are in
+    float32."""
     total = logits.new_zeros((), dtype=torch.float32)
     step = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
     for part, target in zip(logits.split(step), targets.unsqueeze(1).split(step), strict=True):
@@ -81,7 +84,8 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunks(count: int, width: int) -> list[slice]:
-    """Cut `count` rows of `width` numbers into equal slices of at most CHUNK_ELEMENTS numbers (but at least 64 rows)."""
+    """Cut `count` rows of `width` numbers into equal slices of at most CHUNK_ELEMENTS numbers (but at least 64
+    rows)."""
     most = max(64, CHUNK_ELEMENTS // max(width, 1))
     number = max(1, math.ceil(count / most))
     size = max(1, math.ceil(count / number))

@@ -49,7 +49,8 @@ def choose_attention(requested: str) -> str:
 
 
 def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Any:
-    """transformers' bitsandbytes configuration for 4 or 8 bits, None for 16. Raises: InputError without bitsandbytes."""
+    """transformers' bitsandbytes configuration for 4 or 8 bits, None for 16. Raises: InputError without
+    bitsandbytes."""
     if bits == 16:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -152,8 +153,10 @@ def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, may_grow: bo
     """Raises: InputError if the tokenizer has ids the model has no rows for and growing was not allowed."""
     if len(tokenizer) > rows and not may_grow:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay untrained; "
-            "train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the model's own tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay "
+            "untrained; "
+            "train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the model's own
+            tokenizer"
         )
 
 
@@ -185,7 +188,8 @@ def _check_same_prefix(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     for index, (a, b) in enumerate(zip(old.convert_ids_to_tokens(ids), new.convert_ids_to_tokens(ids), strict=True)):
         if a != b:
             raise InputError(
-                f"token {index} is {a!r} in the model's tokenizer but {b!r} in the new one: the new vocabulary must extend "
+                f"token {index} is {a!r} in the model's tokenizer but {b!r} in the new one: the new vocabulary must "
+                "extend "
                 "the model's own; pass a tokenizer made by merge_tokenizers.py from this base"
             )
 
@@ -199,7 +203,8 @@ def initialise_rows(
     first_new: int,
     seed: int,
 ) -> None:
-    """Set the rows from `first_new` on of embed_tokens and (untied) lm_head. Raises: InputError as extend_vocabulary."""
+    """Set the rows from `first_new` on of embed_tokens and (untied) lm_head. Raises: InputError as
+    extend_vocabulary."""
     if method == "mean_of_pieces" and old_tokenizer is None:
         raise InputError(
             "--embedding_init mean_of_pieces needs the old tokenizer in the model's folder; copy it there or pass mean"
@@ -340,7 +345,8 @@ def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
     for name, shape in open_checkpoint(adapter).shapes.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
             raise InputError(
-                f"adapter {adapter}: {name} has {shape[0]} rows, the model {rows}: they belong to different vocabularies; "
+                f"adapter {adapter}: {name} has {shape[0]} rows, the model {rows}: they belong to different "
+                "vocabularies; "
                 f"pass --tokenizer_name_or_path {adapter} and the base model this adapter was trained on"
             )
 

@@ -1,6 +1,7 @@
 """Prompts: every template and system prompt, records -> messages -> token ids and labels, and the stop tokens.
 
-A template is a jinja chat template, the form every engine reads, so training, inference and exported tokenizers cannot differ.
+A template is a jinja chat template, the form every engine reads, so training, inference and exported tokenizers
+cannot differ.
 User text enters as text: only what the template itself writes can become a special token.
 """
 
@@ -32,7 +33,8 @@ _SPLIT_SYSTEM = (
 
 
 def _inst_template(default_system: str, wrap_system: str) -> str:
-    """Llama-2's and Mistral's bracketed format; `wrap_system` is the jinja expression put before the first user text."""
+    """Llama-2's and Mistral's bracketed format; `wrap_system` is the jinja expression put before the first user
+    text."""
     return (
         _SPLIT_SYSTEM.replace("DEFAULT", repr(default_system)) + "{%- for message in turns -%}"
         "{%- if message['role'] == 'assistant' -%}{{- ' ' + message['content'] + eos_token -}}"
@@ -111,7 +113,8 @@ def read_conversation(record: dict[str, Any], location: str) -> list[Message]:
         messages = _read_instruction(record, location)
     else:
         raise InputError(
-            f"{location}: need 'instruction' and 'output', 'messages', or 'conversations'; the record has {sorted(record)}"
+            f"{location}: need 'instruction' and 'output', 'messages', or 'conversations'; the record has "
+            f"{sorted(record)}"
         )
     system = "\n\n".join(str(record[field]) for field in ("system", "tools") if record.get(field))
     if system and messages and messages[0]["role"] != "system":
@@ -146,7 +149,8 @@ def _read_turns(turns: Any, role_field: str, text_field: str, location: str) -> 
         text = turn.get(text_field) if isinstance(turn, dict) else None
         if role not in ROLES or not isinstance(text, str):
             raise InputError(
-                f"{location}: turn {number} needs '{role_field}' (one of {', '.join(ROLES)}) and text in '{text_field}', "
+                f"{location}: turn {number} needs '{role_field}' (one of {', '.join(ROLES)}) and text in "
+                f"'{text_field}', "
                 f"got {turn!r:.80}"
             )
         messages.append({"role": ROLES[role], "content": text})

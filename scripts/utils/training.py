@@ -27,8 +27,8 @@ COMPLETE = "complete"  # the last file of a checkpoint; a checkpoint without it 
 CHECKPOINT_PREFIX = "checkpoint-"
 # Settings that may change between the two halves of an interrupted run without changing the weights it ends with.
 FREE_TO_CHANGE = {
-    "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers", "ddp_timeout",
-    "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps", "logging_strategy",
+    "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers",
+    "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps", "logging_strategy",
     "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train", "local_rank",
 }  # fmt: skip
 PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first name found in the device's name
@@ -204,7 +204,8 @@ def _refuse_other_run(folder: Path, settings: dict[str, Any]) -> None:
     if changed:
         described = ", ".join(f"{name} {recorded.get(name)!r} -> {current.get(name)!r}" for name in changed)
         raise InputError(
-            f"--output_dir {folder} holds an unfinished run with other settings ({described}); repeat them to resume, pass "
+            f"--output_dir {folder} holds an unfinished run with other settings ({described}); repeat them to resume, "
+            "pass "
             "another folder, or --restart to start over"
         )
 

@@ -97,9 +97,17 @@ def sft_run(tmp_path_factory, tiny_model_folder, texts) -> Path:
 
 def test_pt_leaves_a_complete_adapter(pt_run, extended_tokenizer_folder):
     for name in (
-        "adapter_model.safetensors", "adapter_config.json", "tokenizer.model", "tokenizer.json", "run_config.yaml", "README.md",
-        "all_results.json", "trainer_state.json", "loss.png", "embedding_init.json",
-    ):  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.model",
+        "tokenizer.json",
+        "run_config.yaml",
+        "README.md",
+        "all_results.json",
+        "trainer_state.json",
+        "loss.png",
+        "embedding_init.json",
+    ):
         assert (pt_run / name).is_file(), name
     tensors = load_file(pt_run / "adapter_model.safetensors")
     rows = {key: value.shape[0] for key, value in tensors.items() if "embed_tokens" in key or "lm_head" in key}
@@ -160,7 +168,7 @@ def test_sft_leaves_a_complete_adapter_with_its_template(sft_run):
 
 def test_a_finished_run_is_refused_and_kept(pt_run, tiny_model_folder, extended_tokenizer_folder, texts):
     before = (pt_run / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(InputError, match="finished run.*--overwrite_output_dir"):
+    with pytest.raises(InputError, match=r"finished run.*--overwrite_output_dir"):
         run_pt(
             pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", pt_run, "--compare_embedding_init")
         )

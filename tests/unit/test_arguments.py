@@ -104,5 +104,8 @@ def test_run_config_repeats_the_run(tmp_path):
     again = parse_args(ModelArguments, LoraArguments, DataArguments, argv=[str(tmp_path / "run_config.yaml")])
     assert again == first
     assert set(yaml.safe_load((tmp_path / "run_config.yaml").read_text(encoding="utf-8"))) == {
-        "model_name_or_path", "lora_rank", "lora_alpha", "train_data",
-    }  # fmt: skip
+        "model_name_or_path",
+        "lora_rank",
+        "lora_alpha",
+        "train_data",
+    }
