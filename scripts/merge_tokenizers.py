@@ -40,7 +40,7 @@ HARD_TEXTS = (
     "😀👩\u200d👩\u200d👧🇨🇳",
     "𠮷野家 𪚥𰻞㐀",
     "\x00\x01\x1b[0m\x7f",
-    "<s>[INST] <<SYS>> </s><unk><pad>",
+    "<s><<SYS>> </s><unk><pad>",
     "<0x0A><|begin_of_text|><|im_end|>",
     "e\u0301 ﬁ İ ß",
     "。。。！！！——……",

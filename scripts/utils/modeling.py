@@ -154,9 +154,8 @@ def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, may_grow: bo
     if len(tokenizer) > rows and not may_grow:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay "
-            "untrained; "
-            "train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the model's own
-            tokenizer"
+            "untrained; train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the "
+            "model's own tokenizer"
         )
 
 

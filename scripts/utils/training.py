@@ -28,8 +28,8 @@ CHECKPOINT_PREFIX = "checkpoint-"
 # Settings that may change between the two halves of an interrupted run without changing the weights it ends with.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers",
-    "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps", "logging_strategy",
-    "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train", "local_rank",
+    "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps",
+    "logging_strategy", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train", "local_rank",
 }  # fmt: skip
 PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first name found in the device's name
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12,
