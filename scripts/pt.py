@@ -1,8 +1,7 @@
 """Continued pre-training: text -> a LoRA adapter with full embed_tokens and lm_head, or a fully trained model.
 
-  python scripts/pt.py --model_name_or_path BASE --tokenizer_name_or_path MERGED --train_data zh.txt
-  --validation_split 0.01 \
-      --modules_to_save embed_tokens,lm_head --output_dir output/pt
+  python scripts/pt.py --model_name_or_path BASE --tokenizer_name_or_path MERGED --train_data zh.txt \
+      --validation_split 0.01 --modules_to_save embed_tokens,lm_head --output_dir output/pt
   python scripts/pt.py --config_name CONFIG --full_finetuning --tokenizer_name_or_path TOKENIZER --train_data en.txt \
       --output_dir output/base          (a new model from scratch)
 Run the same command again after an interruption: it resumes exactly.
@@ -26,12 +25,12 @@ from utils.arguments import (
     run,
 )
 from utils.files import InputError, write_json
-from utils.training import RunArguments, open_run, prepare_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from utils.data import Collator, MixedBlocks, PackedBlocks
+    from utils.training import RunArguments
 
 logger = logging.getLogger("pt")
 
@@ -77,6 +76,7 @@ def main(
     from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
     from utils.tokenization import load_tokenizer
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
+    from utils.training import open_run
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -180,6 +180,7 @@ def compare_embedding_inits(
     """Write embedding_init.json: validation bits-per-byte at step 0 for every way to set the new rows."""
     from utils.modeling import find_tokenizer, initialise_rows
     from utils.trainer import RecipeTrainer
+    from utils.training import prepare_process
 
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is None or len(old_tokenizer) >= len(tokenizer):
@@ -216,6 +217,6 @@ if __name__ == "__main__":
         LoraArguments,
         DataArguments,
         PretrainingArguments,
-        RunArguments,
+        "utils.training:RunArguments",
         description=__doc__,
     )

@@ -1,7 +1,6 @@
 """Instruction tuning: conversations -> a LoRA adapter, or a fully trained model.
 
-  python scripts/sft.py --model_name_or_path MERGED --train_data sft.json --validation_split 0.02 --output_dir
-  output/sft
+  python scripts/sft.py --model_name_or_path MERGED --train_data sft.json --output_dir output/sft
   python scripts/sft.py examples/configs/sft.yaml --learning_rate 5e-5
 Run the same command again after an interruption: it resumes exactly.
 """
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, run
 from utils.files import InputError
-from utils.training import RunArguments, open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from utils.training import RunArguments
 
 logger = logging.getLogger("sft")
 
@@ -52,6 +52,7 @@ def main(
     from utils.prompts import resolve_template
     from utils.tokenization import load_tokenizer
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
+    from utils.training import open_run
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -152,6 +153,6 @@ if __name__ == "__main__":
         LoraArguments,
         DataArguments,
         TuningArguments,
-        RunArguments,
+        "utils.training:RunArguments",
         description=__doc__,
     )

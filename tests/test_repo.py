@@ -133,10 +133,16 @@ def test_launcher_names_what_is_missing(launcher):
 
 def script_types(name: str) -> tuple[type, ...]:
     """The dataclasses a script parses: the names in its last `run(main, ...)` call."""
+    from utils.arguments import resolve_type
+
     module = importlib.import_module(name.removesuffix(".py"))
     tree = ast.parse((SCRIPTS / name).read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "run"]
-    return tuple(getattr(module, argument.id) for argument in calls[-1].args[1:])
+    arguments = calls[-1].args[1:]
+    return tuple(
+        resolve_type(argument.value) if isinstance(argument, ast.Constant) else getattr(module, argument.id)
+        for argument in arguments
+    )
 
 
 def script_flags(name: str) -> set[str]:

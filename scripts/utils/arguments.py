@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import importlib
 import json
 import logging
 import math
@@ -319,14 +320,20 @@ def build_parser(types: Sequence[type], description: str | None = None) -> Argum
 
 
 def parse_args(
-    *types: type, argv: Sequence[str] | None = None, documented: Sequence[str] = (), description: str | None = None
+    *types: type | str,
+    argv: Sequence[str] | None = None,
+    documented: Sequence[str] = (),
+    description: str | None = None,
 ) -> tuple[Any, ...]:
     """Parse `[config.yaml|json] [--flag value ...]` into one instance of each dataclass in `types`.
 
+    Args:
+        types: dataclasses, or "module:name" of one whose import takes seconds (Ctrl-C then ends those well too).
     Raises: InputError for an unknown key or flag, with the nearest known name; argparse exits with 2 on a bad value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(types, description)
+    kinds = [resolve_type(kind) for kind in types]
+    parser = build_parser(kinds, description)
     known = {action.dest for action in parser._actions}
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         argv = _file_to_flags(argv[0], known, documented) + argv[1:]
@@ -342,13 +349,22 @@ def parse_args(
         ]
     )
     instances = []
-    for kind in types:
+    for kind in kinds:
         names = {field.name for field in dataclasses.fields(kind) if field.init}
         try:
             instances.append(kind(**{name: value for name, value in vars(namespace).items() if name in names}))
         except ValueError as error:  # transformers' own checks of its arguments
             raise InputError(str(error)) from None
     return tuple(instances)
+
+
+def resolve_type(kind: type | str) -> type:
+    """The dataclass itself, or the one that "module:name" names."""
+    if not isinstance(kind, str):
+        return kind
+    module, _, name = kind.partition(":")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _describe_unknown(where: str, names: Sequence[str], known: set[str]) -> str:
@@ -430,7 +446,7 @@ def _version(name: str) -> str:
 
 
 def run(
-    main: Callable[..., Any], *types: type, documented: Sequence[str] = (), description: str | None = None
+    main: Callable[..., Any], *types: type | str, documented: Sequence[str] = (), description: str | None = None
 ) -> None:
     """Parse, call `main`, and end with one clear line and a non-zero status where the user can mend it.
 

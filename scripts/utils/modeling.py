@@ -174,22 +174,21 @@ def extend_vocabulary(
     first_new = min(rows, len(old_tokenizer)) if old_tokenizer is not None else rows
     if len(tokenizer) <= first_new:
         return 0
-    if old_tokenizer is not None:
-        _check_same_prefix(old_tokenizer, tokenizer, first_new)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(embedding_rows(tokenizer), mean_resizing=False)
     initialise_rows(model, old_tokenizer, tokenizer, method, first_new, seed)
     return len(tokenizer) - first_new
 
 
-def _check_same_prefix(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, count: int) -> None:
-    ids = list(range(count))
-    for index, (a, b) in enumerate(zip(old.convert_ids_to_tokens(ids), new.convert_ids_to_tokens(ids), strict=True)):
-        if a != b:
+def check_extends(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+    """Raises: InputError unless the new tokenizer has every token of the old one at its old id."""
+    ids = list(range(len(old)))
+    for index, token in enumerate(old.convert_ids_to_tokens(ids)):
+        other = new.convert_ids_to_tokens(index) if index < len(new) else None
+        if token != other:
             raise InputError(
-                f"token {index} is {a!r} in the model's tokenizer but {b!r} in the new one: the new vocabulary must "
-                "extend "
-                "the model's own; pass a tokenizer made by merge_tokenizers.py from this base"
+                f"token {index} is {token!r} in the model's tokenizer but {other!r} in {new.name_or_path}: the new "
+                "vocabulary must extend the model's own; pass one that merge_tokenizers.py made from this base"
             )
 
 
@@ -287,6 +286,9 @@ def check_training_request(
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
     config = load_config(model_args.model_name_or_path)
+    old_tokenizer = find_tokenizer(model_args.model_name_or_path)
+    if old_tokenizer is not None:
+        check_extends(old_tokenizer, tokenizer)
     if Path(model_args.model_name_or_path).is_dir():
         check_readable(model_args.model_name_or_path)
     if lora_args.full_finetuning and model_args.load_in_kbits != 16:

@@ -173,7 +173,7 @@ def _load_sentencepiece(folder: Path) -> SentencePieceTokenizer:
         special_tokens_pattern={(1, 0): "bos", (1, 1): "bos_eos", (0, 1): "eos", (0, 0): "none"}[add_bos, add_eos],
         **missing,
     )
-    # Control pieces, such as Mistral's [INST], are split off in templates whether a config names them or not.
+    # Control pieces, such as Mistral's brackets, are split off in templates whether a config names them or not.
     controls = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
     unnamed = [piece for piece in controls if piece not in tokenizer._added_tokens_encoder]
     if unnamed:

@@ -24,6 +24,7 @@ from .training import (
     RunArguments,
     finish_run,
     last_checkpoint,
+    named_disk_errors,
     peak_flops,
     peak_memory_gb,
     plot_losses,
@@ -167,10 +168,15 @@ class RecipeTrainer(Trainer):
         # A checkpoint counts only once its mark is written; older ones go after that, never before.
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir)
+        checkpoint = folder / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
         if self.args.should_save:
-            remove(folder / f"{CHECKPOINT_PREFIX}{self.state.global_step}")
+            remove(checkpoint)
         try:
-            super()._save_checkpoint(model, trial)
+            with named_disk_errors(folder):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            remove(checkpoint)
+            raise
         finally:
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
@@ -220,7 +226,8 @@ def train_and_save(trainer: RecipeTrainer, checkpoint: str | None, title: str, n
         metrics |= {
             name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name
         }
-    trainer.save_model()
+    with named_disk_errors(folder):
+        trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
         trainer.save_state()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -9,11 +11,13 @@ import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from .arguments import RUN_CONFIG, arg, describe_arguments, raise_problems, save_run_config
@@ -29,7 +33,8 @@ CHECKPOINT_PREFIX = "checkpoint-"
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers",
     "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps",
-    "logging_strategy", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train", "local_rank",
+    "logging_strategy", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train",
+    "local_rank",
 }  # fmt: skip
 PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first name found in the device's name
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12,
@@ -178,12 +183,16 @@ def _claim_folder(folder: Path, args: RunArguments, settings: dict[str, Any]) ->
         logger.warning("replacing the %s run in %s", "finished" if finished else "unfinished", folder)
         remove(folder)
         occupied = False
-    if occupied:
-        _refuse_other_run(folder, settings)
-        for checkpoint in folder.glob(f"{CHECKPOINT_PREFIX}*"):
-            if not (checkpoint / COMPLETE).is_file():
-                remove(checkpoint)  # its writing was cut off
-    else:
+    for checkpoint in folder.glob(f"{CHECKPOINT_PREFIX}*"):
+        if not (checkpoint / COMPLETE).is_file():
+            remove(checkpoint)  # its writing was cut off
+    changed = changed_settings(_read_settings(folder), settings) if occupied else []
+    if changed and last_checkpoint(folder) is not None:
+        raise InputError(
+            f"--output_dir {folder} holds an unfinished run with other settings ({', '.join(changed)}); repeat them to "
+            "resume, pass another folder, or --restart to start over"
+        )
+    if changed or not occupied:  # a run that stopped before its first checkpoint has nothing to keep
         folder.mkdir(parents=True, exist_ok=True)
         save_run_config(folder, settings, {"command": " ".join(sys.argv)})
 
@@ -195,19 +204,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse_other_run(folder: Path, settings: dict[str, Any]) -> None:
-    recorded = _read_settings(folder)
-    # As YAML would give them back, so that equal settings compare equal.
-    current = json.loads(json.dumps(settings))
+def changed_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The settings that differ and would change the weights, each as "name old -> new"."""
+    current = json.loads(json.dumps(settings))  # as YAML gives them back, so that equal settings compare equal
     names = sorted((recorded.keys() | current.keys()) - FREE_TO_CHANGE)
-    changed = [name for name in names if recorded.get(name) != current.get(name)]
-    if changed:
-        described = ", ".join(f"{name} {recorded.get(name)!r} -> {current.get(name)!r}" for name in changed)
-        raise InputError(
-            f"--output_dir {folder} holds an unfinished run with other settings ({described}); repeat them to resume, "
-            "pass "
-            "another folder, or --restart to start over"
-        )
+    pairs = [(name, recorded.get(name), current.get(name)) for name in names]
+    return [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if old != new]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -238,6 +240,17 @@ def prepare_process(seed: int) -> None:
 
     set_seed(seed)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+
+
+@contextlib.contextmanager
+def named_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise on a full disk into the OSError the system gave them."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 # ---------------------------------------------------------------- what a run measures

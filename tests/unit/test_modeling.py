@@ -147,13 +147,17 @@ def test_other_initialisations(method, base_tokenizer_folder, extended_tokenizer
         assert rows.norm(dim=1).max() < 3 * model.lm_head.weight[: len(old)].norm(dim=1).max()
 
 
-def test_a_vocabulary_that_does_not_extend_the_old_one_is_refused(base_tokenizer_folder, tmp_path):
+@pytest.mark.parametrize("size", [330, 420])
+def test_a_vocabulary_that_does_not_extend_the_old_one_is_refused(
+    size, base_tokenizer_folder, extended_tokenizer_folder, tmp_path
+):
     old = load_tokenizer(base_tokenizer_folder)
-    lines = [f"the dog {i} sits on the mat, abc def ghi 狗和猫" for i in range(300)]
-    other = load_tokenizer(write_sentencepiece(tmp_path / "other", train_sentencepiece(lines, 420)))
-    model = tiny_llama(False, len(old))
+    lines = [f"the dog {i} sits on the mat, abc def ghi 狗和猫 {'qrstuvwxyz'[i % 10 :]}{i * 7}" for i in range(400)]
+    other = load_tokenizer(write_sentencepiece(tmp_path / "other", train_sentencepiece(lines, size)))
     with pytest.raises(InputError, match=r"token \d+ is .* must extend"):
-        extend_vocabulary(model, old, other, "mean", seed=0)
+        modeling.check_extends(old, other)
+    modeling.check_extends(old, load_tokenizer(extended_tokenizer_folder))
+    modeling.check_extends(old, old)
 
 
 def test_a_larger_tokenizer_needs_trained_rows(tiny_model_folder, extended_tokenizer_folder):
