@@ -57,6 +57,7 @@ def train_sentencepiece(lines: list[str], vocab_size: int) -> bytes:
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
+        character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,

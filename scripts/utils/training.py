@@ -189,8 +189,8 @@ def _claim_folder(folder: Path, args: RunArguments, settings: dict[str, Any]) ->
     changed = changed_settings(_read_settings(folder), settings) if occupied else []
     if changed and last_checkpoint(folder) is not None:
         raise InputError(
-            f"--output_dir {folder} holds an unfinished run with other settings ({', '.join(changed)}); repeat them to "
-            "resume, pass another folder, or --restart to start over"
+            f"--output_dir {folder} holds an unfinished run with other settings ({', '.join(changed)}); repeat them "
+            "to resume, pass another folder, or --restart to start over"
         )
     if changed or not occupied:  # a run that stopped before its first checkpoint has nothing to keep
         folder.mkdir(parents=True, exist_ok=True)
