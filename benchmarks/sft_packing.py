@@ -23,6 +23,7 @@ def useful_tokens(batch) -> int:
 def train(model, optimizer, rows, size: int, collator, num_tokens: int) -> float:
     """Useful tokens a second over about `num_tokens` of them."""
     import torch
+
     from utils.losses import loss_targets
 
     done, start = 0, time.perf_counter()
@@ -53,6 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from utils.data import Collator, PackedSamples, PaddedSamples, load_sft_samples
     from utils.losses import install_loss_head
     from utils.prompts import CHAT_TEMPLATES

@@ -1,8 +1,8 @@
-"""Memory and time of a training step at a large vocabulary: transformers' own loss against the chunked one, side by side.
+"""Memory and time of a training step at a large vocabulary: transformers' own loss against the chunked one.
 
-  python benchmarks/train_step.py            (vocabulary 55,296, hidden 1024, 4 layers, 4 x 512 tokens, bf16 autocast, CPU)
-Each side runs in its own process: extra memory = peak resident memory of the steps minus what the process held once model
-and optimizer state existed. Sides alternate, medians are reported.
+  python benchmarks/train_step.py      (vocabulary 55,296, hidden 1024, 4 layers, 4 x 512 tokens, bf16 autocast, CPU)
+Each side runs in its own process: extra memory = peak resident memory of the steps minus what the process held once
+model and optimizer state existed. Sides alternate, medians are reported.
 """
 
 import argparse
@@ -22,6 +22,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     import psutil
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from utils.losses import install_loss_head, loss_targets
 
     torch.manual_seed(0)

@@ -74,9 +74,9 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data import Collator
     from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
-    from utils.tokenization import load_tokenizer
+    from utils.runs import open_run, start_run
+    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
-    from utils.training import open_run
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -84,15 +84,17 @@ def main(
     tokenizer = load_tokenizer(folder)
     check_training_request(model_args, extend_args, lora_args, tokenizer)
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
-    checkpoint = open_run(training_args, *all_args)
-    train_set, eval_sets = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
+    training_run = open_run(training_args, *all_args)
+    train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
+    inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
+    start_run(training_run, inputs, training_args.process_index == 0)
 
     attention = choose_attention(model_args.attn_implementation)
     collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
-    if extend_args.compare_embedding_init and checkpoint is None and eval_sets:
+    if extend_args.compare_embedding_init and training_run.checkpoint is None and eval_sets:
         compare_embedding_inits(
             model, model_args, extend_args, training_args, train_set, eval_sets, tokenizer, collator
         )
@@ -101,7 +103,7 @@ def main(
     logger.info("%s", describe_model(model))
     trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
     return train_and_save(
-        trainer, checkpoint, "Continued pre-training", next_command(model_args, lora_args, training_args)
+        trainer, training_run, "Continued pre-training", next_command(model_args, lora_args, training_args)
     )
 
 
@@ -110,7 +112,7 @@ def load_pretraining_data(
     pretraining_args: PretrainingArguments,
     training_args: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[MixedBlocks, dict[str, PackedBlocks]]:
+) -> tuple[MixedBlocks, dict[str, PackedBlocks], dict[str, str]]:
     """Tokenise (once, into the cache) and pack the training and validation corpora."""
     from utils.data import MixedBlocks, PackedBlocks, parse_corpora, split_documents, tokenize_corpus
 
@@ -164,7 +166,8 @@ def load_pretraining_data(
     )
     for name, blocks, tokens, part in mixed.describe():
         logger.info("data: %s: %d blocks, %d tokens an epoch, %.1f %% of all blocks", name, blocks, tokens, 100 * part)
-    return mixed, held_out
+    files = {**corpora, **replays, **validation}
+    return mixed, held_out, {name: file.key for name, file in files.items()}
 
 
 def compare_embedding_inits(
@@ -179,8 +182,8 @@ def compare_embedding_inits(
 ) -> None:
     """Write embedding_init.json: validation bits-per-byte at step 0 for every way to set the new rows."""
     from utils.modeling import find_tokenizer, initialise_rows
+    from utils.runs import prepare_process
     from utils.trainer import RecipeTrainer
-    from utils.training import prepare_process
 
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is None or len(old_tokenizer) >= len(tokenizer):

@@ -2,8 +2,8 @@
 # 一条命令跑完整个流程 (笔记本 CPU) / The whole recipe on a laptop CPU:  bash scripts/run_demo.sh
 #   英文小模型 -> 中文词表 -> 合并词表 -> 继续预训练 -> 合并 -> 指令精调 -> 合并 -> 问答与评测 -> output/demo/report.html
 #   tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> merge -> tuning -> merge -> answers -> report
-# 可选 / optional: OUT=output/demo SEED=42.  已完成的步骤会跳过; 删除某一步的目录即可重跑该步
-# Finished stages are skipped; delete a stage's folder (or rm -r output/demo) to run it again.
+# 可选 / optional: OUT=output/demo SEED=42.  已完成的步骤会跳过; 删除某一步的目录即可重跑该步及其后的步骤
+# Finished stages are skipped; delete a stage's folder to run it and those after it again.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
@@ -14,14 +14,18 @@ EN=$DATA_DIR/pretrain/en_train.txt ZH=$DATA_DIR/pretrain/zh_train.txt
 HELDOUT=("zh=$DATA_DIR/pretrain/zh_heldout.txt" "en=$DATA_DIR/pretrain/en_heldout.txt")
 mkdir -p "$OUT_DIR"
 
-# stage NAME MARK COMMAND...: run the command unless MARK exists; note seconds and peak memory in stages.jsonl
+# stage NAME TARGET MARK COMMAND...: run the command unless TARGET+MARK exists; note seconds and peak memory in stages.jsonl.
+# What a stage made before is removed once a stage above it has run again, since it was made from the old one.
 stage() {
-  local name=$1 mark=$2
-  shift 2
-  if [[ -e $mark ]]; then
+  local name=$1 target=$2 mark=$2$3
+  shift 3
+  if [[ -n ${RUNNING:-} ]]; then
+    rm -rf "$target" "$target".*
+  elif [[ -e $mark ]]; then
     echo "== $name: finished before, skipped ($mark)"
     return
   fi
+  RUNNING=yes
   echo "== $name"
   "$PYTHON" - "$OUT_DIR/stages.jsonl" "$name" "$@" <<'PY'
 import json, resource, subprocess, sys, time
@@ -40,35 +44,35 @@ PY
 SMALL=(--gradient_checkpointing False --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --block_size 256
   --validation_split 0 --logging_steps 10 --save_steps 100 --save_total_limit 1)
 
-stage base_tokenizer "$OUT_DIR/base_tokenizer/tokenizer.model" \
+stage base_tokenizer "$OUT_DIR/base_tokenizer" /tokenizer.model \
   env DATA="$EN" OUT="$OUT_DIR/base_tokenizer" VOCAB=1200 bash "$HERE/run_train_tokenizer.sh"
-stage base "$OUT_DIR/base/all_results.json" \
+stage base "$OUT_DIR/base" /all_results.json \
   env CONFIG="$ROOT/examples/configs/demo_model" TOKENIZER="$OUT_DIR/base_tokenizer" DATA="$EN" OUT="$OUT_DIR/base" LR=3e-3 SEED="$SEED" \
   bash "$HERE/run_pt.sh" "${SMALL[@]}" --num_train_epochs 2 --validation_data "${HELDOUT[@]}"
-stage zh_tokenizer "$OUT_DIR/zh_tokenizer/tokenizer.model" \
+stage zh_tokenizer "$OUT_DIR/zh_tokenizer" /tokenizer.model \
   env DATA="$ZH" OUT="$OUT_DIR/zh_tokenizer" VOCAB=2000 bash "$HERE/run_train_tokenizer.sh"
-stage merged_tokenizer "$OUT_DIR/merged_tokenizer/tokenizer.model" \
+stage merged_tokenizer "$OUT_DIR/merged_tokenizer" /tokenizer.model \
   env BASE="$OUT_DIR/base_tokenizer" SP="$OUT_DIR/zh_tokenizer/tokenizer.model" OUT="$OUT_DIR/merged_tokenizer" \
   bash "$HERE/run_merge_tokenizers.sh" --report_text "${HELDOUT[@]}" --base_language_sample "$EN" --hidden_size 256
-stage pretrain "$OUT_DIR/pretrain/all_results.json" \
+stage pretrain "$OUT_DIR/pretrain" /all_results.json \
   env MODEL="$OUT_DIR/base" TOKENIZER="$OUT_DIR/merged_tokenizer" DATA="$ZH" OUT="$OUT_DIR/pretrain" LR=2e-3 LORA_RANK=32 LORA_ALPHA=64 SEED="$SEED" \
   bash "$HERE/run_pt.sh" "${SMALL[@]}" --num_train_epochs 1 --replay_data "$EN" --replay_share 0.3 \
   --validation_data "${HELDOUT[@]}" --compare_embedding_init
-stage pretrained "$OUT_DIR/pretrained/config.json" \
+stage pretrained "$OUT_DIR/pretrained" /config.json \
   env MODEL="$OUT_DIR/base" LORA="$OUT_DIR/pretrain" OUT="$OUT_DIR/pretrained" bash "$HERE/run_merge.sh"
-stage sft "$OUT_DIR/sft/all_results.json" \
+stage sft "$OUT_DIR/sft" /all_results.json \
   env MODEL="$OUT_DIR/pretrained" DATA="$DATA_DIR/sft/train.json" OUT="$OUT_DIR/sft" LR=3e-3 LORA_RANK=32 LORA_ALPHA=64 LENGTH=256 TEMPLATE=llama-2 SEED="$SEED" \
   bash "$HERE/run_sft.sh" --gradient_checkpointing False --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
   --num_train_epochs 6 --validation_split 0.02 --modules_to_save embed_tokens,lm_head --save_steps 100 --save_total_limit 1
-stage assistant "$OUT_DIR/assistant/config.json" \
+stage assistant "$OUT_DIR/assistant" /config.json \
   env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" OUT="$OUT_DIR/assistant" bash "$HERE/run_merge.sh"
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
-stage answers_base "$OUT_DIR/answers/base.json" \
+stage answers_base "$OUT_DIR/answers/base" .json \
   env MODEL="$OUT_DIR/base" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template llama-2 --predictions_file "$OUT_DIR/answers/base.json"
-stage answers_adapter "$OUT_DIR/answers/adapter.json" \
+stage answers_adapter "$OUT_DIR/answers/adapter" .json \
   env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/adapter.json"
-stage answers_assistant "$OUT_DIR/answers/assistant.json" \
+stage answers_assistant "$OUT_DIR/answers/assistant" .json \
   env MODEL="$OUT_DIR/assistant" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/assistant.json"
 # The report is always made anew: it takes a second and sums up whatever was run again.
 "$PYTHON" "$HERE/report.py" --run_dir "$OUT_DIR" --questions "$DATA_DIR/sft/heldout.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, run
-from utils.files import InputError
+from utils.files import RECORD_SUFFIXES, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,9 +50,9 @@ def main(
     from utils.data import Collator
     from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
     from utils.prompts import resolve_template
-    from utils.tokenization import load_tokenizer
+    from utils.runs import open_run, start_run
+    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
-    from utils.training import open_run
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -60,10 +60,12 @@ def main(
     tokenizer = load_tokenizer(folder)
     check_training_request(model_args, extend_args, lora_args, tokenizer)
     all_args = (model_args, extend_args, lora_args, data_args, tuning_args)
-    checkpoint = open_run(training_args, *all_args)
+    training_run = open_run(training_args, *all_args)
     template = resolve_template(tuning_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
-    train_set, eval_sets = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
+    train_set, eval_sets, keys = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
+    inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
+    start_run(training_run, inputs, training_args.process_index == 0)
 
     attention = choose_attention(model_args.attn_implementation)
     collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
@@ -75,7 +77,7 @@ def main(
     logger.info("%s", describe_model(model))
     trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
     return train_and_save(
-        trainer, checkpoint, "Instruction tuning", next_command(model_args, lora_args, training_args)
+        trainer, training_run, "Instruction tuning", next_command(model_args, lora_args, training_args)
     )
 
 
@@ -85,7 +87,7 @@ def load_tuning_data(
     training_args: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Tokenise (once, into the cache), log statistics and the first example, and pack or pad."""
     from utils.data import (
         PackedSamples,
@@ -118,11 +120,13 @@ def load_tuning_data(
 
     if not data_args.train_data:
         raise InputError("pass --train_data: json, jsonl or parquet files or folders")
-    files = [file for group in parse_corpora(data_args.train_data).values() for file in group]
+    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
     samples = load(files, data_args.max_train_samples)
     validation = {
         name: load(group, data_args.max_eval_samples)
-        for name, group in (parse_corpora(data_args.validation_data) if data_args.validation_data else {}).items()
+        for name, group in (
+            parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
+        ).items()
     }
     share = 0.0 if validation else data_args.validation_split
     train_ids, held_out_ids = split_documents(samples, share, training_args.seed)
@@ -132,7 +136,8 @@ def load_tuning_data(
         eval_sets["heldout"] = arrange(samples, held_out_ids)
     logger.info("data: %s; %d rows for training", samples.counters, len(train_set))
     logger.info("first row, trained text between ⟦ and ⟧:\n%s", describe_sample(train_set[0], tokenizer))
-    return train_set, eval_sets
+    keys = {"train": samples.key, **{name: group.key for name, group in validation.items()}}
+    return train_set, eval_sets, keys
 
 
 def next_command(model_args: ModelArguments, lora_args: LoraArguments, training_args: RunArguments) -> str:

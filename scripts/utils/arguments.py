@@ -407,10 +407,11 @@ def describe_arguments(*arguments: Any) -> dict[str, Any]:
     """The plain settings that differ from their defaults: what run_config.yaml holds."""
     settings: dict[str, Any] = {}
     for instance in arguments:
+        given = getattr(instance, "given", {})  # what was asked for, where the dataclass filled it in from the machine
         for field in dataclasses.fields(instance):
             if not field.init:
                 continue
-            value = getattr(instance, field.name)
+            value = given.get(field.name, getattr(instance, field.name))
             value = value.value if isinstance(value, enum.Enum) else value
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
@@ -456,6 +457,8 @@ def run(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # It warns about an optional kernel whenever it is imported without a GPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main(*parse_args(*types, documented=documented, description=description))
     except InputError as error:

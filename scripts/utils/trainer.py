@@ -18,18 +18,9 @@ from .files import InputError, remove
 from .losses import loss_targets
 from .modeling import train_flops_per_token, trainable_summary
 from .prompts import IGNORE_INDEX
+from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
 from .tokenization import save_tokenizer
-from .training import (
-    CHECKPOINT_PREFIX,
-    RunArguments,
-    finish_run,
-    last_checkpoint,
-    named_disk_errors,
-    peak_flops,
-    peak_memory_gb,
-    plot_losses,
-    seal_checkpoint,
-)
+from .training import RunArguments, peak_flops, peak_memory_gb, plot_losses
 
 logger = logging.getLogger(__name__)
 
@@ -205,14 +196,14 @@ def describe_model(model: nn.Module) -> str:
     return f"{total:,} parameters, {trainable:,} trained ({trainable / total:.2%})"
 
 
-def train_and_save(trainer: RecipeTrainer, checkpoint: str | None, title: str, next_command: str) -> dict[str, Any]:
+def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_command: str) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
 
     Returns: the metrics, as in all_results.json.
     """
-    args, folder = trainer.args, Path(trainer.args.output_dir)
+    args, folder = trainer.args, run.folder
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     seconds = time.perf_counter() - started
     metrics: dict[str, Any] = {
         "train_loss": result.training_loss,

@@ -1,41 +1,25 @@
-"""Training runs: their arguments, the rules of their output folder, what they measure and how they end."""
+"""Training: the arguments of a run, DeepSpeed configs made to fit, and what is measured."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import logging
 import os
-import shutil
 import socket
-import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from .arguments import RUN_CONFIG, arg, describe_arguments, raise_problems, save_run_config
-from .files import InputError, atomic_file, peak_resident_bytes, read_json, remove, write_json
+from .arguments import arg, raise_problems
+from .files import InputError, atomic_file, peak_resident_bytes, read_json
 from .modeling import bf16_is_supported
 
 logger = logging.getLogger(__name__)
 
-FINISHED = "all_results.json"  # the last file a run writes; a folder without it is unfinished
-COMPLETE = "complete"  # the last file of a checkpoint; a checkpoint without it is removed
-CHECKPOINT_PREFIX = "checkpoint-"
-# Settings that may change between the two halves of an interrupted run without changing the weights it ends with.
-FREE_TO_CHANGE = {
-    "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers",
-    "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps",
-    "logging_strategy", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train",
-    "local_rank",
-}  # fmt: skip
+# Fields that __post_init__ fills in from the machine.
+RESOLVED = ("precision", "bf16", "fp16", "use_cpu", "deepspeed", "dataloader_pin_memory")
 PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first name found in the device's name
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -54,6 +38,7 @@ class RunArguments(TrainingArguments):
         deepspeed: Any
         gradient_checkpointing: Any
         dataloader_pin_memory: bool
+        resume_from_checkpoint: str | None
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."
@@ -84,6 +69,14 @@ class RunArguments(TrainingArguments):
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 exclude each other")
         raise_problems(problems)
+        # What was asked for; run_config.yaml records this, so that it fits another machine too.
+        self.given = {name: getattr(self, name) for name in RESOLVED} | {
+            "restart": False,
+            "overwrite_output_dir": False,
+        }
+        if self.resume_from_checkpoint:
+            logger.warning("--resume_from_checkpoint is not needed: an unfinished run resumes by itself")
+            self.resume_from_checkpoint = None
         self._choose_precision()
         if self.deepspeed:
             self.deepspeed = prepare_deepspeed(self.deepspeed)
@@ -144,115 +137,6 @@ def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-# ---------------------------------------------------------------- the output folder
-
-
-def open_run(args: RunArguments, *arguments: Any) -> str | None:
-    """Decide whether this run starts, resumes or is refused, and record its settings.
-
-    Returns: the checkpoint to resume from, or None to start.
-    Raises: InputError if output_dir holds a finished run, a run with other settings, or anything else.
-    """
-    assert args.output_dir is not None
-    folder = Path(args.output_dir)
-    settings = describe_arguments(*arguments, args)
-    if args.process_index == 0:
-        _claim_folder(folder, args, settings)
-    with args.main_process_first(desc="opening the run"):
-        recorded = _read_settings(folder)
-    if recorded.get("seed", 42) != args.seed:
-        logger.warning("resuming with the recorded seed %s, not %s", recorded.get("seed", 42), args.seed)
-        args.seed = recorded.get("seed", 42)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-    prepare_process(args.seed)
-    return None if checkpoint is None else str(checkpoint)
-
-
-def _claim_folder(folder: Path, args: RunArguments, settings: dict[str, Any]) -> None:
-    if folder.is_file():
-        raise InputError(f"--output_dir {folder} is a file; pass the name of a folder")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not (folder / RUN_CONFIG).is_file():
-        raise InputError(f"--output_dir {folder} holds files that are no training run; pass another folder")
-    finished = (folder / FINISHED).is_file()
-    if finished and not (args.overwrite_output_dir or args.restart):
-        raise InputError(f"--output_dir {folder} holds a finished run; pass another folder, or --overwrite_output_dir")
-    if occupied and (finished or args.restart):
-        logger.warning("replacing the %s run in %s", "finished" if finished else "unfinished", folder)
-        remove(folder)
-        occupied = False
-    for checkpoint in folder.glob(f"{CHECKPOINT_PREFIX}*"):
-        if not (checkpoint / COMPLETE).is_file():
-            remove(checkpoint)  # its writing was cut off
-    changed = changed_settings(_read_settings(folder), settings) if occupied else []
-    if changed and last_checkpoint(folder) is not None:
-        raise InputError(
-            f"--output_dir {folder} holds an unfinished run with other settings ({', '.join(changed)}); repeat them "
-            "to resume, pass another folder, or --restart to start over"
-        )
-    if changed or not occupied:  # a run that stopped before its first checkpoint has nothing to keep
-        folder.mkdir(parents=True, exist_ok=True)
-        save_run_config(folder, settings, {"command": " ".join(sys.argv)})
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    import yaml
-
-    settings: dict[str, Any] = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8")) or {}
-    return settings
-
-
-def changed_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """The settings that differ and would change the weights, each as "name old -> new"."""
-    current = json.loads(json.dumps(settings))  # as YAML gives them back, so that equal settings compare equal
-    names = sorted((recorded.keys() | current.keys()) - FREE_TO_CHANGE)
-    pairs = [(name, recorded.get(name), current.get(name)) for name in names]
-    return [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if old != new]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    complete = [path.parent for path in folder.glob(f"{CHECKPOINT_PREFIX}*/{COMPLETE}")]
-    return max(complete, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer step a checkpoint folder's name tells."""
-    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
-
-
-def seal_checkpoint(folder: Path, step: int, keep: int | None, best: str | None) -> None:
-    """Mark checkpoint `step` complete, then remove all but the newest `keep` (and the best)."""
-    with atomic_file(folder / f"{CHECKPOINT_PREFIX}{step}" / COMPLETE) as file:
-        file.write(f"{step}\n")
-    if not keep:
-        return
-    for checkpoint in sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"), key=checkpoint_step)[:-keep]:
-        if best is None or checkpoint.name != Path(best).name:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def prepare_process(seed: int) -> None:
-    """Seed every generator."""
-    from transformers import set_seed
-
-    set_seed(seed)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-
-
-@contextlib.contextmanager
-def named_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what torch and safetensors raise on a full disk into the OSError the system gave them."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        if "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise
-
-
 # ---------------------------------------------------------------- what a run measures
 
 
@@ -300,12 +184,3 @@ def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
-
-
-def finish_run(folder: Path, metrics: dict[str, Any], next_command: str) -> None:
-    """Write the results, which marks the run finished, and log its summary."""
-    write_json(folder / FINISHED, metrics)
-    width = max(len(name) for name in metrics)
-    lines = [f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}"
-             for name, value in metrics.items()]  # fmt: skip
-    logger.info("finished\n%s\n  files in %s\n  next: %s", "\n".join(lines), folder, next_command)

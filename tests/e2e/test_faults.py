@@ -264,3 +264,18 @@ def test_other_base_is_refused_before_weights(refuse, tmp_path, tiny_model_folde
     data = write(tmp_path / "d.txt", "some text to learn from\n" * 50)
     extra = ["--tokenizer_name_or_path", other, "--modules_to_save", "embed_tokens,lm_head"]
     refuse("pt", data, "must extend", extra=extra)
+
+
+def test_a_finished_run_survives_a_mistake_in_the_command_that_replaces_it(
+    tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    """--overwrite_output_dir takes the old run away only when the new one has its data."""
+    from utils.runs import FINISHED
+
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("run_config.yaml", FINISHED, "adapter_model.safetensors"):
+        write(out / name, "{}")
+    argv = ["--model_name_or_path", tiny_model_folder, "--train_data", tmp_path / "mistyped.json", "--output_dir", out]
+    assert_refused(invoke("sft", [*argv, "--overwrite_output_dir"], monkeypatch, capsys), "mistyped.json")
+    assert (out / "adapter_model.safetensors").read_text() == "{}"

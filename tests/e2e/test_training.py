@@ -199,6 +199,19 @@ def test_an_unfinished_run_resumes_with_its_seed_and_refuses_other_settings(
     assert losses(folder) == losses(sft_run)
 
 
+def test_other_data_cannot_go_on_where_a_run_stopped(sft_run, tiny_model_folder, texts, tmp_path):
+    folder, data = tmp_path / "run", tmp_path / "sft.json"
+    data.write_bytes((texts / "sft.json").read_bytes())
+    argv = sft_argv(tiny_model_folder, data, folder)
+    run_sft(argv)
+    (folder / "all_results.json").unlink()
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    data.write_text(json.dumps(rows[1:], ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(InputError, match=r"other data .*--restart"):
+        run_sft(argv)
+    assert (folder / "checkpoint-12" / "complete").is_file()
+
+
 def test_restart_starts_over(sft_run, tiny_model_folder, texts, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(sft_run, folder)
