@@ -56,7 +56,7 @@ stage merged_tokenizer "$OUT_DIR/merged_tokenizer" /tokenizer.model \
   bash "$HERE/run_merge_tokenizers.sh" --report_text "${HELDOUT[@]}" --base_language_sample "$EN" --hidden_size 256
 stage pretrain "$OUT_DIR/pretrain" /all_results.json \
   env MODEL="$OUT_DIR/base" TOKENIZER="$OUT_DIR/merged_tokenizer" DATA="$ZH" OUT="$OUT_DIR/pretrain" LR=2e-3 LORA_RANK=32 LORA_ALPHA=64 SEED="$SEED" \
-  bash "$HERE/run_pt.sh" "${SMALL[@]}" --num_train_epochs 1 --replay_data "$EN" --replay_share 0.3 \
+  bash "$HERE/run_pt.sh" "${SMALL[@]}" --num_train_epochs 2 --replay_data "$EN" --replay_share 0.3 \
   --validation_data "${HELDOUT[@]}" --compare_embedding_init
 stage pretrained "$OUT_DIR/pretrained" /config.json \
   env MODEL="$OUT_DIR/base" LORA="$OUT_DIR/pretrain" OUT="$OUT_DIR/pretrained" bash "$HERE/run_merge.sh"

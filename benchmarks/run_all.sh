@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# 全部测量，写入 benchmarks/RESULTS.md / All measurements into benchmarks/RESULTS.md:  SHARED=../shared/data make bench
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python} SHARED=${SHARED:-../shared/data}
+"$PYTHON" benchmarks/train_step.py
+if [[ -d $SHARED ]]; then
+  "$PYTHON" benchmarks/prepare_data.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296" --text "$SHARED"/pt/zh_*.txt
+  "$PYTHON" benchmarks/sft_packing.py --data "$SHARED/sft/alpaca_zh_10k.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
+  SHARED=$SHARED PYTHON=$PYTHON bash benchmarks/real_run.sh
+else
+  echo "the other measurements need real text: set SHARED to a folder with pt/, sft/ and tokenizers/"
+fi
