@@ -102,9 +102,7 @@ def main(
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
     trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
-    return train_and_save(
-        trainer, training_run, "Continued pre-training", next_command(model_args, lora_args, training_args)
-    )
+    return train_and_save(trainer, training_run, "Continued pre-training", "run_sft.sh")
 
 
 def load_pretraining_data(
@@ -200,16 +198,6 @@ def compare_embedding_inits(
         model, old_tokenizer, tokenizer, extend_args.embedding_init, len(old_tokenizer), training_args.seed
     )
     prepare_process(training_args.seed)  # the comparison must not change the run that follows
-
-
-def next_command(model_args: ModelArguments, lora_args: LoraArguments, training_args: RunArguments) -> str:
-    """What to run after this stage."""
-    if lora_args.full_finetuning:
-        return f"MODEL={training_args.output_dir} DATA=... bash scripts/run_sft.sh"
-    return (
-        f"MODEL={model_args.model_name_or_path} LORA={training_args.output_dir} OUT={training_args.output_dir}-merged "
-        "bash scripts/run_merge.sh"
-    )
 
 
 if __name__ == "__main__":

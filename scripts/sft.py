@@ -76,9 +76,7 @@ def main(
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
     trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
-    return train_and_save(
-        trainer, training_run, "Instruction tuning", next_command(model_args, lora_args, training_args)
-    )
+    return train_and_save(trainer, training_run, "Instruction tuning", "run_inference.sh")
 
 
 def load_tuning_data(
@@ -138,16 +136,6 @@ def load_tuning_data(
     logger.info("first row, trained text between ⟦ and ⟧:\n%s", describe_sample(train_set[0], tokenizer))
     keys = {"train": samples.key, **{name: group.key for name, group in validation.items()}}
     return train_set, eval_sets, keys
-
-
-def next_command(model_args: ModelArguments, lora_args: LoraArguments, training_args: RunArguments) -> str:
-    """What to run after this stage."""
-    if lora_args.full_finetuning:
-        return f"MODEL={training_args.output_dir} bash scripts/run_inference.sh --interactive"
-    return (
-        f"MODEL={model_args.model_name_or_path} LORA={training_args.output_dir} OUT={training_args.output_dir}-merged "
-        "bash scripts/run_merge.sh"
-    )
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_commands_in_documents_parse():
 
 
 def old_names() -> set[str]:
-    from utils.arguments import DROPPED, RENAMED, REPLACED_SWITCHES
+    from utils.old_flags import DROPPED, RENAMED, REPLACED_SWITCHES
 
     return {f"--{name}" for name in [*RENAMED, *DROPPED, *REPLACED_SWITCHES]}
 

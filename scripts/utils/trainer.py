@@ -196,9 +196,10 @@ def describe_model(model: nn.Module) -> str:
     return f"{total:,} parameters, {trainable:,} trained ({trainable / total:.2%})"
 
 
-def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_command: str) -> dict[str, Any]:
+def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_launcher: str) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
 
+    Args: next_launcher: what a fully trained model goes into next; an adapter is merged first.
     Returns: the metrics, as in all_results.json.
     """
     args, folder = trainer.args, run.folder
@@ -224,8 +225,18 @@ def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_command: s
         trainer.save_state()
         write_model_card(folder, title, metrics)
         plot_losses(trainer.state.log_history, folder / "loss.png", title)
-        finish_run(folder, metrics, next_command)
+        finish_run(
+            folder, metrics, next_command(trainer.accelerator.unwrap_model(trainer.model), folder, next_launcher)
+        )
     return metrics
+
+
+def next_command(model: Any, folder: Path, launcher: str) -> str:
+    """The command to run on what this run made."""
+    if not hasattr(model, "peft_config"):
+        return f"MODEL={folder} bash scripts/{launcher}"
+    base = model.peft_config["default"].base_model_name_or_path
+    return f"MODEL={base} LORA={folder} OUT={folder}-merged bash scripts/run_merge.sh"
 
 
 def write_model_card(folder: Path, title: str, metrics: dict[str, Any]) -> None:

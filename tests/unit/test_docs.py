@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import EXAMPLES, ROOT, SCRIPTS
 
-from utils.arguments import DROPPED, RENAMED, REPLACED_SWITCHES
+from utils.old_flags import DROPPED, RENAMED, REPLACED_SWITCHES
 from utils.prompts import CHAT_TEMPLATES, LONG_SYSTEM_PROMPT, SYSTEM_PROMPT
 
 READMES = ("README.md", "README_EN.md")
