@@ -269,7 +269,8 @@ def ask_sums(rng: random.Random) -> list[Row]:
         bound: dict[str, list[str]] = {}
         texts = operations[problem.operation]["word_question"]
         rows.append(as_row(*(words.fill(replace_slots(text, problem.numbers), bound) for text in texts)))
-    return rows
+    reserved = heldout_pairs()  # "18减12等于6，还剩6个" must not pass for 12 - 6 = 6
+    return [row for row in rows if not states_heldout_pair(to_json(row), reserved)]
 
 
 def ask_heldout_sums(rng: random.Random) -> list[Row]:
