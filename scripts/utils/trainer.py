@@ -99,6 +99,14 @@ class RecipeTrainer(Trainer):
         self.tokens_done += rows * self._tokens_per_row() * self.args.world_size
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run stopped after its last step, but before its results were written, has no step left; transformers
+        # would look for that only after one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _tokens_per_row(self) -> float:
         return float(self.train_dataset.num_tokens) / max(len(self.train_dataset), 1)
 

@@ -199,6 +199,16 @@ def test_an_unfinished_run_resumes_with_its_seed_and_refuses_other_settings(
     assert losses(folder) == losses(sft_run)
 
 
+def test_a_run_stopped_after_its_last_step_only_finishes(sft_run, tiny_model_folder, texts, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sft_run, folder)
+    (folder / "all_results.json").unlink()
+    (folder / "adapter_model.safetensors").unlink()
+    assert run_sft(sft_argv(tiny_model_folder, texts / "sft.json", folder))["steps"] == 12
+    assert_equal_weights(sft_run, folder)
+    assert losses(folder) == losses(sft_run)
+
+
 def test_other_data_cannot_go_on_where_a_run_stopped(sft_run, tiny_model_folder, texts, tmp_path):
     folder, data = tmp_path / "run", tmp_path / "sft.json"
     data.write_bytes((texts / "sft.json").read_bytes())
