@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 NEW_PIECES = ["的", "是", "猫", "狗", "猫狗", "▁zebra"]
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_configure(config):
+    """Let Ctrl-C tests work in background jobs, which a shell starts with SIGINT ignored; children inherit that."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
