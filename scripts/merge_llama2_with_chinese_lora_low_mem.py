@@ -20,20 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.arguments import arg, describe_arguments, run, save_run_config
-from utils.files import InputError, atomic_folder, peak_resident_bytes, read_json, refuse_existing_output, write_json
+from utils.files import InputError, atomic_folder, peak_resident_bytes, refuse_existing_output, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
-    from utils.checkpoints import Checkpoint, TensorSpec
-    from utils.lora import AdapterConfig
+    from utils.checkpoints import TensorSpec
+    from utils.merge_inputs import MergeInputs
     from utils.merging import MergedModel
 
 logger = logging.getLogger(__name__)
 
 REPORT = "merge_report.json"
-SAME_BASE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass
@@ -59,8 +57,16 @@ class MergeArguments:
     verbose: bool = arg(False, help="Log every changed tensor.")
 
     def __post_init__(self) -> None:
-        if not self.model_name_or_path or not self.adapter_name_or_path:
+        if not self.model_name_or_path or not self.adapters:
             raise InputError("pass the base model as --base_model and one or more adapters as --lora_model")
+
+    @property
+    def base(self) -> str:
+        return self.model_name_or_path or ""
+
+    @property
+    def adapters(self) -> list[str]:
+        return [name.strip() for name in (self.adapter_name_or_path or "").split(",") if name.strip()]
 
 
 def main(args: MergeArguments) -> dict[str, Any]:
@@ -68,138 +74,25 @@ def main(args: MergeArguments) -> dict[str, Any]:
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     import torch
 
-    from utils.checkpoints import open_checkpoint, parse_size
-    from utils.lora import load_adapter_config
-    from utils.merging import MergedModel
-    from utils.modeling import load_config
+    from utils.checkpoints import parse_size
+    from utils.merge_inputs import check_space, open_merge
 
     started = time.monotonic()
-    base_folder, adapter_folders = find_inputs(args)
     max_shard_bytes = parse_size(args.max_shard_size)
-    config = load_config(str(base_folder))
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
-    with open_checkpoint(base_folder) as base:
-        adapters = [(load_adapter_config(folder), open_checkpoint(folder)) for folder in adapter_folders]
-        for number, (adapter, _) in enumerate(adapters):
-            check_recorded_base(adapter, base_folder, config, first=number == 0)
-        model = MergedModel(base, adapters, tied=bool(config.tie_word_embeddings))
-        tokenizer = find_tokenizer(args, base_folder, adapter_folders)
-        check_vocabulary(model, base, tokenizer)
+    with open_merge(args.base, args.adapters, args.tokenizer_name_or_path, args.output_dir) as inputs:
+        model = inputs.model
         specs = model.specs(None if args.dtype == "auto" else getattr(torch, args.dtype))
         check_space(Path(args.output_dir), sum(spec.num_bytes for spec in specs))
         for note in model.notes:
             logger.info("%s", note)
         with atomic_folder(args.output_dir, args.overwrite) as folder:
             write_weights(model, specs, folder, max_shard_bytes, args.verbose)
-            write_companions(model, tokenizer, folder, base_folder, adapter_folders, args)
+            write_companions(inputs, folder, args)
             report = build_report(model, specs, args, time.monotonic() - started)
             write_json(folder / REPORT, report)
             write_model_card(folder, report)
     log_summary(report, args.output_dir)
     return report
-
-
-# ---------------------------------------------------------------- checks before a weight is read
-
-
-def find_inputs(args: MergeArguments) -> tuple[Path, list[Path]]:
-    """The base's and the adapters' folders. Raises: InputError for output that would touch them, or that exists."""
-    from utils.checkpoints import local_folder
-
-    assert args.model_name_or_path and args.adapter_name_or_path
-    base = local_folder(args.model_name_or_path)
-    names = [name.strip() for name in args.adapter_name_or_path.split(",") if name.strip()]
-    adapters = [local_folder(name) for name in names]
-    output = Path(args.output_dir).resolve()
-    for source in (base.resolve(), *(folder.resolve() for folder in adapters)):
-        if output == source or source in output.parents or output in source.parents:
-            raise InputError(f"--output_dir {args.output_dir} and the input {source} overlap; pass another one")
-    if len({folder.resolve() for folder in adapters}) < len(adapters):
-        raise InputError(f"--lora_model {args.adapter_name_or_path} names an adapter twice; it would be added twice")
-    return base, adapters
-
-
-def check_recorded_base(adapter: AdapterConfig, base: Path, config: Any, first: bool) -> None:
-    """Compare what the adapter says about its base with the given one.
-
-    Raises: InputError if they are models of different kind or size.
-    """
-    architecture = next(iter(config.architectures or ()), None)
-    if adapter.base_model_class and architecture and adapter.base_model_class != architecture:
-        raise InputError(
-            f"adapter {adapter.folder} was trained on a {adapter.base_model_class}, {base} is a {architecture}; "
-            f"pass its own base, recorded as {adapter.base_model_name_or_path}"
-        )
-    recorded = Path(adapter.base_model_name_or_path)
-    if adapter.base_model_name_or_path and (recorded / "config.json").is_file():
-        theirs, ours = read_json(recorded / "config.json"), config.to_dict()
-        for name in SAME_BASE:
-            if name in theirs and name in ours and theirs[name] != ours[name]:
-                raise InputError(
-                    f"adapter {adapter.folder} was trained on {recorded} ({name} {theirs[name]}), "
-                    f"{base} has {ours[name]}; merge every adapter into its own base"
-                )
-    if first and adapter.base_model_name_or_path and recorded.name != base.name:
-        logger.warning(
-            "adapter %s was trained on %s; merging it into %s is right only if that is the same model",
-            *(adapter.folder, recorded, base),
-        )
-
-
-def find_tokenizer(args: MergeArguments, base: Path, adapters: list[Path]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer named, else that of the last adapter that has one, else the base's; None if nobody has one."""
-    from utils.tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, load_tokenizer
-
-    if args.tokenizer_name_or_path:
-        return load_tokenizer(args.tokenizer_name_or_path)
-    for folder in (*reversed(adapters), base):
-        if any((folder / name).is_file() for name in (SENTENCEPIECE_FILE, TOKENIZERS_FILE)):
-            logger.info("tokenizer: %s", folder)
-            return load_tokenizer(folder)
-    return None
-
-
-def check_vocabulary(model: MergedModel, base: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raises: InputError if the tokenizer is not the one the merged embeddings were trained with."""
-    from utils.lora import EMBEDDING
-
-    rows = model.vocab_size
-    if rows is None:
-        return
-    old_rows = base.shapes[EMBEDDING][0]
-    if tokenizer is None:
-        if rows != old_rows:
-            raise InputError(
-                f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but neither they nor the base have "
-                "a tokenizer; pass --tokenizer_path"
-            )
-        logger.warning("no tokenizer found: the merged model has none; copy one there before using it")
-        return
-    size = len(tokenizer)
-    if size > rows:
-        raise InputError(
-            f"the tokenizer has {size} tokens, the merged model {rows} embedding rows: they come from different runs; "
-            "pass the adapter that was trained with this tokenizer, or another --tokenizer_path"
-        )
-    padded = rows in {math.ceil(size / multiple) * multiple for multiple in (2**power for power in range(10))}
-    if rows != old_rows and size <= old_rows and not padded:
-        raise InputError(
-            f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but the tokenizer has {size} tokens: "
-            "it is the one from before; pass the trained one as --tokenizer_path"
-        )
-    if not padded and rows != old_rows:
-        logger.warning("the tokenizer has %d tokens, the merged model %d rows: %d are unused", size, rows, rows - size)
-
-
-def check_space(output: Path, num_bytes: int) -> None:
-    """Raises: InputError if the weights cannot fit where they are to go."""
-    place = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
-        raise InputError(
-            f"no space for the merged model: it needs {num_bytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free"
-        )
 
 
 # ---------------------------------------------------------------- output
@@ -226,32 +119,20 @@ def write_weights(
         write_shards(folder, plan_shards(specs, max_shard_bytes), blocks)
 
 
-def write_companions(
-    model: MergedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    base: Path,
-    adapters: list[Path],
-    args: MergeArguments,
-) -> None:
+def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:
     """config.json, generation_config.json, the tokenizer with its chat template, and run_config.yaml."""
     from utils.tokenization import save_tokenizer
 
-    # The base's own config with what the merge changed; a config in an adapter folder never replaces it.
-    config = read_json(base / "config.json")
-    if model.vocab_size is not None:
-        config["vocab_size"] = model.vocab_size
-    if model.untied:
-        config["tie_word_embeddings"] = False
+    config = dict(inputs.config)
     if args.dtype != "auto":
         for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
             config[name] = args.dtype
     write_json(folder / "config.json", config)
-    sources = [item / "generation_config.json" for item in (*reversed(adapters), base)]
+    sources = [item / "generation_config.json" for item in (*reversed(inputs.adapter_folders), inputs.base_folder)]
     if source := next((item for item in sources if item.is_file()), None):
         shutil.copyfile(source, folder / source.name)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+    if inputs.tokenizer is not None:
+        save_tokenizer(inputs.tokenizer, folder)
     save_run_config(folder, describe_arguments(args))
 
 

@@ -216,16 +216,15 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its own type, in memory of its own."""
-        shape = self.tensors[name].shape
-        return (
-            self.read_rows(name, 0, shape[0]) if shape else self._read_elements(self.tensors[name], 0, 1).reshape(())
-        )
+        info = self.tensors[name]
+        return self._read_elements(info, 0, math.prod(info.shape)).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of one tensor: (stop - start, *shape[1:])."""
+        """Rows `start` to `stop` of one tensor as a matrix, see `row_shape`; of a vector, the elements."""
         info = self.tensors[name]
-        width = math.prod(info.shape[1:])
-        return self._read_elements(info, start * width, stop * width).reshape(stop - start, *info.shape[1:])
+        _, width = row_shape(info.shape)
+        rows = self._read_elements(info, start * width, stop * width)
+        return rows.reshape(stop - start, width) if len(info.shape) > 1 else rows
 
     def _read_elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         if info.offset is None:
@@ -324,10 +323,15 @@ def parse_size(text: str) -> int:
     return size
 
 
+def row_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a tensor as it is cut into row blocks: the last dimension is a row, a vector has width 1."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
+
 def row_blocks(shape: Sequence[int], itemsize: int = 4) -> Iterator[tuple[int, int]]:
     """Cut a tensor into (start, stop) row blocks of about BLOCK_BYTES, never under MIN_BLOCK_ROWS but for the last."""
-    rows = shape[0] if shape else 1
-    step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize) // 64 * 64)
+    rows, width = row_shape(shape)
+    step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(1, width * itemsize) // 64 * 64)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapters import AddBias, LowRank, Replace, ReplaceRows, Update, plan_updates
-from .checkpoints import Checkpoint, TensorSpec, row_blocks
+from .checkpoints import Checkpoint, TensorSpec, row_blocks, row_shape
 from .files import InputError
 from .lora import EMBEDDING, HEAD, AdapterConfig, LowRankFactors
 
@@ -194,9 +195,21 @@ class MergedModel:
             yield result
         self.relative_delta[spec.name] = math.sqrt(changed / total) if total else math.inf if changed else 0.0
 
+    def stream(
+        self, specs: Iterable[TensorSpec], convert: Callable[[TensorSpec, Tensor], Any] | None = None
+    ) -> Iterator[tuple[TensorSpec, Any]]:
+        """(spec, block) for every row block of every tensor in `specs`, in order.
+
+        A block holds whole rows, as a matrix (rows, columns) of the spec's type; of vectors, a vector. `convert`
+        turns each block into something else, in the worker threads.
+        """
+        for spec in specs:
+            for block in self.blocks(spec):
+                yield spec, block if convert is None else convert(spec, block)
+
     def _base_rows(self, weight: MergedWeight, start: int, stop: int) -> Tensor:
         """The rows the base has of these, as float32; fewer where the vocabulary grew."""
-        rows = self.base.tensors[weight.source].shape[0]
+        rows, _ = row_shape(self.base.tensors[weight.source].shape)
         return self.base.read_rows(weight.source, min(start, rows), min(stop, rows)).float()
 
     def _load(self, weight: MergedWeight, dtype: torch.dtype) -> list[_Stage]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoints
+from utils import checkpoints, merge_inputs
 from utils.files import InputError
 
 SCRIPT = Path(merge.__file__)
@@ -569,7 +569,7 @@ def test_existing_output_and_overlapping_folders(llama, simple_adapter, tmp_path
     with pytest.raises(InputError, match="twice"):
         run_merge(llama, f"{simple_adapter},{simple_adapter}", tmp_path / "twice")
     with pytest.raises(InputError, match="no space"):
-        merge.check_space(tmp_path, 10**18)
+        merge_inputs.check_space(tmp_path, 10**18)
 
 
 def command(*flags: str | Path) -> list[str]:

@@ -1,0 +1,171 @@
+"""Merge inputs: a base, its adapters and its tokenizer found, checked against each other, and opened as one model.
+
+What merges, exports and converts share. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoints import Checkpoint, local_folder, open_checkpoint
+from .files import InputError, read_json
+from .lora import EMBEDDING, AdapterConfig, load_adapter_config
+from .merging import MergedModel
+from .modeling import load_config
+from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SAME_BASE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@dataclass
+class MergeInputs:
+    """A base with its adapters, ready to stream."""
+
+    base_folder: Path
+    adapter_folders: list[Path]
+    model: MergedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: dict[str, Any]  # the content of the merged model's config.json
+
+
+@contextlib.contextmanager
+def open_merge(
+    base: str, adapters: Sequence[str] = (), tokenizer: str | None = None, output: str | Path | None = None
+) -> Iterator[MergeInputs]:
+    """Find, check and open a base and its adapters.
+
+    Args:
+        base, adapters: folders or hub ids, adapters in the order they were trained; none: the base as it is.
+        tokenizer: a folder; default: that of the last adapter that has one, else the base's.
+        output: where the result goes; it must not overlap with an input.
+    Raises: InputError naming what is missing, damaged or does not belong together.
+    """
+    base_folder, adapter_folders = _find_folders(base, adapters, output)
+    config = load_config(str(base_folder))
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(base_folder))
+        opened = [
+            (load_adapter_config(folder), stack.enter_context(open_checkpoint(folder))) for folder in adapter_folders
+        ]
+        for number, (adapter, _) in enumerate(opened):
+            _check_recorded_base(adapter, base_folder, config, first=number == 0)
+        model = MergedModel(checkpoint, opened, tied=bool(config.tie_word_embeddings))
+        found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
+        _check_vocabulary(model, checkpoint, found)
+        yield MergeInputs(base_folder, adapter_folders, model, found, _merged_config(model, base_folder))
+
+
+def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
+    """The base's and the adapters' folders. Raises: InputError for output that would touch them."""
+    base_folder = local_folder(base)
+    adapter_folders = [local_folder(name) for name in adapters]
+    if output is not None:
+        target = Path(output).resolve()
+        for source in (base_folder.resolve(), *(folder.resolve() for folder in adapter_folders)):
+            if target == source or source in target.parents or target in source.parents:
+                raise InputError(f"--output_dir {output} and the input {source} overlap; pass another one")
+    if len({folder.resolve() for folder in adapter_folders}) < len(adapter_folders):
+        raise InputError(f"--lora_model {','.join(adapters)} names an adapter twice; it would be added twice")
+    return base_folder, adapter_folders
+
+
+def _check_recorded_base(adapter: AdapterConfig, base: Path, config: Any, first: bool) -> None:
+    """Compare what the adapter says about its base with the given one.
+
+    Raises: InputError if they are models of different kind or size.
+    """
+    architecture = next(iter(config.architectures or ()), None)
+    if adapter.base_model_class and architecture and adapter.base_model_class != architecture:
+        raise InputError(
+            f"adapter {adapter.folder} was trained on a {adapter.base_model_class}, {base} is a {architecture}; "
+            f"pass its own base, recorded as {adapter.base_model_name_or_path}"
+        )
+    recorded = Path(adapter.base_model_name_or_path)
+    if adapter.base_model_name_or_path and (recorded / "config.json").is_file():
+        theirs, ours = read_json(recorded / "config.json"), config.to_dict()
+        for name in SAME_BASE:
+            if name in theirs and name in ours and theirs[name] != ours[name]:
+                raise InputError(
+                    f"adapter {adapter.folder} was trained on {recorded} ({name} {theirs[name]}), "
+                    f"{base} has {ours[name]}; merge every adapter into its own base"
+                )
+    if first and adapter.base_model_name_or_path and recorded.name != base.name:
+        logger.warning(
+            "adapter %s was trained on %s; merging it into %s is right only if that is the same model",
+            *(adapter.folder, recorded, base),
+        )
+
+
+def _find_tokenizer(name: str | None, base: Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer named, else that of the last adapter that has one, else the base's; None if nobody has one."""
+    if name:
+        return load_tokenizer(name)
+    for folder in (*reversed(adapters), base):
+        if any((folder / file).is_file() for file in (SENTENCEPIECE_FILE, TOKENIZERS_FILE)):
+            logger.info("tokenizer: %s", folder)
+            return load_tokenizer(folder)
+    return None
+
+
+def _check_vocabulary(model: MergedModel, base: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises: InputError if the tokenizer is not the one the merged embeddings were trained with."""
+    rows = model.vocab_size
+    if rows is None:
+        return
+    old_rows = base.shapes[EMBEDDING][0]
+    if tokenizer is None:
+        if rows != old_rows:
+            raise InputError(
+                f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but neither they nor the base have "
+                "a tokenizer; pass --tokenizer_path"
+            )
+        logger.warning("no tokenizer found: the merged model has none; copy one there before using it")
+        return
+    size = len(tokenizer)
+    if size > rows:
+        raise InputError(
+            f"the tokenizer has {size} tokens, the merged model {rows} embedding rows: they come from different runs; "
+            "pass the adapter that was trained with this tokenizer, or another --tokenizer_path"
+        )
+    padded = rows in {math.ceil(size / multiple) * multiple for multiple in (2**power for power in range(10))}
+    if rows != old_rows and size <= old_rows and not padded:
+        raise InputError(
+            f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but the tokenizer has {size} tokens: "
+            "it is the one from before; pass the trained one as --tokenizer_path"
+        )
+    if not padded and rows != old_rows:
+        logger.warning("the tokenizer has %d tokens, the merged model %d rows: %d are unused", size, rows, rows - size)
+
+
+def _merged_config(model: MergedModel, base: Path) -> dict[str, Any]:
+    """The base's own config with what the merge changed; a config in an adapter folder never replaces it."""
+    config: dict[str, Any] = read_json(base / "config.json")
+    if model.vocab_size is not None:
+        config["vocab_size"] = model.vocab_size
+    if model.untied:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def check_space(output: Path, num_bytes: int) -> None:
+    """Raises: InputError if the weights cannot fit where they are to go."""
+    place = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise InputError(
+            f"no space for the merged model: it needs {num_bytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free"
+        )
