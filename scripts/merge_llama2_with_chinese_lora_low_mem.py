@@ -100,23 +100,25 @@ def main(args: MergeArguments) -> dict[str, Any]:
 
 def write_weights(
     model: MergedModel, specs: list[TensorSpec], folder: Path, max_shard_bytes: int, verbose: bool
-) -> None:
-    """Stream all weights into safetensors shards, with a progress bar."""
+) -> dict[str, str]:
+    """Stream all weights into safetensors shards, with a progress bar. Returns: their SHA-256."""
     from tqdm import tqdm
 
-    from utils.checkpoints import plan_shards, write_shards
+    from utils.checkpoints import plan_shards, write_index, write_shard
 
     total = sum(spec.num_bytes for spec in specs)
+    shards = plan_shards(specs, max_shard_bytes)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="merging") as bar:
 
-        def blocks(spec: TensorSpec) -> Iterator[Tensor]:
-            for block in model.blocks(spec):
-                yield block
+        def blocks() -> Iterator[tuple[TensorSpec, Tensor]]:
+            for spec, block in model.stream(spec for shard in shards.values() for spec in shard):
+                yield spec, block
                 bar.update(block.nbytes)
-            if verbose and spec.name in model.relative_delta:
-                logger.info("%s: relative change %.3g", spec.name, model.relative_delta[spec.name])
 
-        write_shards(folder, plan_shards(specs, max_shard_bytes), blocks)
+        stream = blocks()
+        hashes = {name: write_shard(folder / name, shard, stream) for name, shard in shards.items()}
+    write_index(folder, shards)
+    return hashes
 
 
 def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:

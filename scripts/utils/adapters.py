@@ -47,6 +47,7 @@ class LowRank:
 
     `transposed`: the weight is stored as (in, out), as embeddings and fan_in_fan_out layers are.
     `expert`: (index, count, first row, end row) where A and B hold all experts of a layer; the rows are those of B.
+    `place`: (first row, end row) of the stored weight that change, where it holds all experts of a layer.
     """
 
     name_A: str
@@ -55,6 +56,7 @@ class LowRank:
     transposed: bool = False
     magnitude: str | None = None
     expert: tuple[int, int, int, int] | None = None
+    place: tuple[int, int] | None = None
 
     def load(self, read: Callable[[str], Tensor]) -> LowRankFactors:
         """Read the factors as float32."""
@@ -65,6 +67,19 @@ class LowRank:
             B = B.reshape(B.shape[0], -1, count)[start:stop, :, index].contiguous()  # (out, rank * experts): fastest
         magnitude = None if self.magnitude is None else read(self.magnitude).float()
         return LowRankFactors(A.float(), B.float(), self.scaling, self.transposed, magnitude)
+
+    def merge_rows(self, factors: LowRankFactors, rows: Tensor, start: int, norm: Tensor | None = None) -> Tensor:
+        """The rows of the stored weight that begin at row `start`, merged; see LowRankFactors.merge_rows."""
+        if self.place is None:
+            return factors.merge_rows(rows, start, norm)
+        first, stop = max(start, self.place[0]), min(start + len(rows), self.place[1])
+        if first >= stop:
+            return rows
+        rows = rows.clone()
+        rows[first - start : stop - start] = factors.merge_rows(
+            rows[first - start : stop - start], first - self.place[0], norm
+        )
+        return rows
 
 
 Update = Replace | ReplaceRows | AddBias | LowRank
@@ -85,6 +100,7 @@ _TENSOR_ROLES = (
     (re.compile(r"\.bias$"), "bias"),
     (re.compile(r"\.weight$"), "weight"),
 )
+_MOE = ".block_sparse_moe."
 # PEFT saves resized embeddings up to three times; the first of these that is there decides.
 _WHOLE_ROLES = ("weight", "modules_to_save", "base_layer.weight")
 
@@ -102,6 +118,40 @@ def _group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], l
         else:
             modules[module][role] = name
     return modules, strange
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The experts of one Mixtral layer: matrices of their own (experts.N.w1), or two stacks as transformers 5 has
+    them in memory, gate_up_proj (experts, 2 * inner, hidden) and down_proj (experts, hidden, inner)."""
+
+    prefix: str
+    count: int
+    inner: int
+    hidden: int
+    fused: bool
+
+    @classmethod
+    def of(cls, block: str, weights: Mapping[str, tuple[int, ...]]) -> _Experts | None:
+        """The experts of `block`, such as model.layers.0.mlp; None if it has none."""
+        fused = f"{block}.experts."
+        if len(stack := weights.get(f"{fused}gate_up_proj", ())) == 3:
+            return cls(fused, stack[0], stack[1] // 2, stack[2], True)
+        single = f"{block.removesuffix('.mlp')}{_MOE}experts."
+        count = sum(name.startswith(single) and name.endswith(".w1.weight") for name in weights)
+        if not count:
+            return None
+        inner, hidden = weights[f"{single}0.w1.weight"]
+        return cls(single, count, inner, hidden, False)
+
+    def find(self, index: int, part: str) -> tuple[str, tuple[int, int] | None]:
+        """The weight that holds an expert's w1, w2 or w3, and the rows of it, None for all."""
+        if not self.fused:
+            return f"{self.prefix}{index}.{part}.weight", None
+        if part == "w2":
+            return f"{self.prefix}down_proj", (index * self.hidden, (index + 1) * self.hidden)
+        first = (2 * index + (part == "w3")) * self.inner
+        return f"{self.prefix}gate_up_proj", (first, first + self.inner)
 
 
 class _Planner:
@@ -124,10 +174,10 @@ class _Planner:
         return dict(self.updates)
 
     def _weight(self, module: str, parameter: str = "weight") -> str | None:
-        # In memory transformers 5 calls Mixtral's block `mlp`; checkpoints keep `block_sparse_moe`.
-        for name in (f"{module}.{parameter}", f"{module.replace('.mlp.', '.block_sparse_moe.')}.{parameter}"):
-            if name in self.weights:
-                return name
+        # In memory transformers 5 calls Mixtral's block `mlp`; most checkpoints keep `block_sparse_moe`.
+        for name in (module, module.replace(".mlp.", _MOE), module.replace(_MOE, ".mlp.")):
+            if f"{name}.{parameter}" in self.weights:
+                return f"{name}.{parameter}"
         return None
 
     def _shape(self, weight: str) -> tuple[int, ...]:
@@ -176,7 +226,7 @@ class _Planner:
             self._low_rank(module, weight, LowRank(name_A, name_B, 0.0, transposed, roles.pop("magnitude", None)))
             if "lora_bias" in roles and (bias := self._weight(module, "bias")):
                 self.updates[bias].append(AddBias(roles.pop("lora_bias"), self.config.scaling_of(module)))
-        elif not self._fused_experts(module, name_A, name_B):
+        elif not self._fused_experts(module, name_A, name_B) and not self._one_expert(module, name_A, name_B):
             return
         for role in ("A", "B", "embedding_A", "embedding_B"):
             roles.pop(role, None)
@@ -215,16 +265,12 @@ class _Planner:
 
         `experts` and `experts.base_layer` say only how the wrappers are nested; the shapes tell gate_up from down.
         """
-        layer, found, nested = module.replace(".mlp.", ".block_sparse_moe.").partition(".experts")
-        prefix = f"{layer}.experts."
-        count = sum(name.startswith(prefix) and name.endswith(".w1.weight") for name in self.weights)
-        if not found or nested not in ("", ".base_layer") or count == 0:
+        layer, found, nested = module.replace(_MOE, ".mlp.").partition(".experts")
+        experts = _Experts.of(layer, self.weights)
+        if not found or nested not in ("", ".base_layer") or experts is None:
             return False
-        (inner, hidden), (size_A, in_A), out_B = (
-            self.weights[f"{prefix}0.w1.weight"],
-            self.tensors[name_A],
-            self.tensors[name_B][0],
-        )
+        count, hidden, inner = experts.count, experts.hidden, experts.inner
+        (size_A, in_A), out_B = self.tensors[name_A], self.tensors[name_B][0]
         pieces = {(hidden, 2 * inner): ("gate_up_proj", ("w1", "w3")), (inner, hidden): ("down_proj", ("w2",))}
         if (in_A, out_B) not in pieces or size_A % count or size_A != self.tensors[name_B][1]:
             self.problems.append(
@@ -238,9 +284,28 @@ class _Planner:
         rows = out_B // len(parts)
         for index in range(count):
             for number, part in enumerate(parts):
-                place = (index, count, number * rows, (number + 1) * rows)
-                update = LowRank(name_A, name_B, self.config.scaling_of(key), expert=place)
-                self.updates[f"{prefix}{index}.{part}.weight"].append(update)
+                weight, place = experts.find(index, part)
+                source = (index, count, number * rows, (number + 1) * rows)
+                update = LowRank(name_A, name_B, self.config.scaling_of(key), expert=source, place=place)
+                self.updates[weight].append(update)
+        return True
+
+    def _one_expert(self, module: str, name_A: str, name_B: str) -> bool:
+        """Chinese-Mixtral's adapters name experts one by one (experts.3.w1); here onto a base that has them fused."""
+        match = re.fullmatch(r"(.*\.(?:mlp|block_sparse_moe))\.experts\.(\d+)\.(w[123])", module)
+        experts = _Experts.of(match[1].replace(_MOE[:-1], ".mlp"), self.weights) if match else None
+        if match is None or experts is None or int(match[2]) >= experts.count:
+            return False
+        weight, place = experts.find(int(match[2]), match[3])
+        shape = (experts.hidden, experts.inner) if match[3] == "w2" else (experts.inner, experts.hidden)
+        shape_A, shape_B = self.tensors[name_A], self.tensors[name_B]
+        if (shape_B[0], shape_A[1]) != shape or shape_A[0] != shape_B[1]:
+            self.problems.append(
+                f"{name_A} {list(shape_A)} and {name_B} {list(shape_B)} do not fit an expert's {match[3]} "
+                f"{list(shape)}"
+            )
+        self._check_rank(name_A, module, shape_A[0])
+        self.updates[weight].append(LowRank(name_A, name_B, self.config.scaling_of(module), place=place))
         return True
 
     def _plan_tokens(self, module: str, roles: dict[str, str]) -> None:

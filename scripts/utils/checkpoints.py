@@ -12,16 +12,18 @@ import os
 import pickle
 import re
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .files import InputError, read_json, write_json
 from .lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .streams import WINDOW, FileHasher, FileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ def _header_entries(path: Path, text: bytes) -> list[tuple[int, int, str, str, t
     return sorted(entries)
 
 
-def _load_bin(path: Path, **kwargs: Any) -> dict[str, Tensor]:
+def load_bin(path: Path, **kwargs: Any) -> dict[str, Tensor]:
     """torch.load that never runs code from the file. Raises: InputError naming the file."""
     try:
         weights = torch.load(path, weights_only=True, **kwargs)
@@ -135,7 +137,7 @@ def _load_bin(path: Path, **kwargs: Any) -> dict[str, Tensor]:
 
 def _read_bin_header(path: Path) -> list[TensorInfo]:
     infos = []
-    for name, tensor in _load_bin(path, map_location="meta").items():
+    for name, tensor in load_bin(path, map_location="meta").items():
         # torch notes where a storage's bytes stand in the (uncompressed) zip; its old format has no such offsets.
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         offset = None
@@ -198,6 +200,8 @@ class Checkpoint:
         self.tensors = tensors
         self._descriptors: dict[Path, int] = {}
         self._whole: tuple[Path, dict[str, Tensor]] | None = None
+        self._dropped: dict[Path, int] = {}  # bytes of a file that were told to leave the page cache
+        self._lock = threading.Lock()  # tensors are read from several threads
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -229,25 +233,49 @@ class Checkpoint:
     def _read_elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         if info.offset is None:
             return self._read_whole_file(info.file)[info.name].reshape(-1)[start:stop].clone()
-        if info.file not in self._descriptors:
-            self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
+        descriptor = self._descriptor(info.file)
         size = info.dtype.itemsize
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
         view, position = memoryview(data.numpy()), info.offset + start * size
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptors[info.file], [view[done:]], position + done)
+            count = os.preadv(descriptor, [view[done:]], position + done)
             if count == 0:
                 raise InputError(f"{info.file} ended while {info.name} was read; it was changed or truncated")
             done += count
         return data.view(info.dtype)
 
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
+
     def _read_whole_file(self, path: Path) -> dict[str, Tensor]:
         # Only for .bin files of torch < 1.6 and tensors saved as views; one file is kept at a time.
-        if self._whole is None or self._whole[0] != path:
-            self._whole = None
-            self._whole = (path, _load_bin(path, map_location="cpu"))
-        return self._whole[1]
+        with self._lock:
+            if self._whole is None or self._whole[0] != path:
+                self._whole = None
+                self._whole = (path, load_bin(path, map_location="cpu"))
+            return self._whole[1]
+
+    def scan_rows(self, name: str, start: int, stop: int, hasher: FileHasher | None = None) -> Tensor:
+        """`read_rows` of a large file read once from front to back: hashed, and not kept in the page cache."""
+        rows = self.read_rows(name, start, stop)
+        info = self.tensors[name]
+        if info.offset is not None:
+            offset = info.offset + start * row_shape(info.shape)[1] * info.dtype.itemsize
+            if hasher is not None:
+                hasher.update(info.file, offset, rows.reshape(-1).view(torch.uint8).numpy())
+            if offset - self._dropped.get(info.file, 0) > WINDOW:
+                os.posix_fadvise(self._descriptor(info.file), 0, offset, os.POSIX_FADV_DONTNEED)
+                self._dropped[info.file] = offset
+        return rows
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in the order their tensors are listed."""
+        return list(dict.fromkeys(info.file for info in self.tensors.values()))
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -329,11 +357,16 @@ def row_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def row_blocks(shape: Sequence[int], itemsize: int = 4) -> Iterator[tuple[int, int]]:
-    """Cut a tensor into (start, stop) row blocks of about BLOCK_BYTES, never under MIN_BLOCK_ROWS but for the last."""
+    """Cut a tensor into (start, stop) row blocks of about BLOCK_BYTES, never under MIN_BLOCK_ROWS but for the last.
+
+    A block never holds rows of two matrices of a stack, as fused experts are.
+    """
     rows, width = row_shape(shape)
+    height = shape[-2] if len(shape) > 2 else rows
     step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(1, width * itemsize) // 64 * 64)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    for first in range(0, rows, max(1, height)):
+        for start in range(first, first + height, step):
+            yield start, min(start + step, first + height)
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
@@ -365,36 +398,35 @@ def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_shards(folder: Path, shards: Mapping[str, Sequence[TensorSpec]], blocks: Any) -> None:
-    """Write safetensors shards and, if there are several, their index.
+def write_shard(path: Path, specs: Sequence[TensorSpec], blocks: Iterator[tuple[TensorSpec, Tensor]]) -> str:
+    """Write one safetensors file. Returns: its SHA-256.
 
     Args:
-        blocks: a function of a TensorSpec that yields the tensor's values in order, cut anywhere, in its type.
+        blocks: (spec, values) of these tensors in this order, each cut anywhere, in the spec's type; what follows
+            belongs to the next file and is left in the iterator.
+    Raises: OSError naming the file.
     """
-    for file_name, specs in shards.items():
-        try:
-            with open(folder / file_name, "wb") as file:
-                file.write(safetensors_header(specs))
-                for spec in specs:
-                    _write_tensor(file, spec, blocks(spec))
-        except OSError as error:
-            # A failed write does not say which file it was.
-            raise OSError(error.errno, error.strerror, error.filename or str(folder / file_name)) from None
-    if len(shards) > 1:
-        everything = [spec for specs in shards.values() for spec in specs]
-        metadata = {
-            "total_size": sum(spec.num_bytes for spec in everything),
-            "total_parameters": sum(math.prod(spec.shape) for spec in everything),
-        }
-        weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
-        write_json(folder / SAFETENSORS_INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _write_tensor(file: IO[bytes], spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
+    expected = sum(spec.num_bytes for spec in specs)
     written = 0
-    for block in blocks:
-        assert block.dtype == spec.dtype, f"{spec.name}: {block.dtype} instead of {spec.dtype}"
-        data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
-        file.write(memoryview(data))
-        written += len(data)
-    assert written == spec.num_bytes, f"{spec.name}: {written} bytes instead of {spec.num_bytes}"
+    with FileWriter(path) as file:
+        file.write(safetensors_header(specs))
+        while written < expected:
+            spec, block = next(blocks)
+            assert block.dtype == spec.dtype, f"{spec.name}: {block.dtype} instead of {spec.dtype}"
+            file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+            written += block.nbytes
+        assert written == expected, f"{path.name}: {written} of {expected} bytes"
+    return str(file.sha256)
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
+    """Write model.safetensors.index.json, if there are several shards."""
+    if len(shards) < 2:
+        return
+    everything = [spec for specs in shards.values() for spec in specs]
+    metadata = {
+        "total_size": sum(spec.num_bytes for spec in everything),
+        "total_parameters": sum(math.prod(spec.shape) for spec in everything),
+    }
+    weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
+    write_json(folder / SAFETENSORS_INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

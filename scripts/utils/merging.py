@@ -6,8 +6,12 @@ Every adapter tensor becomes part of exactly one planned update, or the merge is
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -19,6 +23,7 @@ from .adapters import AddBias, LowRank, Replace, ReplaceRows, Update, plan_updat
 from .checkpoints import Checkpoint, TensorSpec, row_blocks, row_shape
 from .files import InputError
 from .lora import EMBEDDING, HEAD, AdapterConfig, LowRankFactors
+from .streams import FileHasher, prefetch
 
 
 @dataclass
@@ -30,6 +35,17 @@ class _Stage:
     factors: LowRankFactors | None = None
     norm: Tensor | None = None  # DoRA on a transposed weight: (out,)
     values: Tensor | None = None  # replaced rows, or a bias change
+
+
+@dataclass
+class _Block:
+    """Some rows of a tensor on their way: `rows` are the base's."""
+
+    spec: TensorSpec
+    stages: list[_Stage]
+    start: int
+    stop: int
+    rows: Tensor
 
 
 @dataclass
@@ -49,18 +65,27 @@ class MergedModel:
     gives the same bits. Weights that no adapter touches pass unchanged.
     """
 
-    def __init__(self, base: Checkpoint, adapters: Sequence[tuple[AdapterConfig, Checkpoint]], tied: bool):
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapters: Sequence[tuple[AdapterConfig, Checkpoint]],
+        tied: bool,
+        shares: Sequence[float] | None = None,
+    ):
         """Plan the merge.
 
         Args:
             tied: the base's config says that lm_head shares the weight of embed_tokens.
+            shares: how much of each adapter's change is taken, 1 for all of it.
         Raises: InputError if an adapter does not fit, listing all that is wrong with it.
         """
         self.base, self.adapters = base, adapters
+        self.shares = list(shares or [1.0] * len(adapters))
         self.weights = {n: MergedWeight(n, i.dtype, i.shape) for n, i in base.tensors.items()}
         self.notes: list[str] = []  # decisions the user should hear of
         # |W' - W| / |W| of every changed weight, known once it was streamed
         self.relative_delta: dict[str, float] = {}
+        self._squares: dict[str, list[float]] = {}  # |W' - W|^2 and |W|^2 so far
         self.untied = False
         self.tied = tied and EMBEDDING in self.weights
         if self.tied and HEAD in self.weights and not _equal(base, EMBEDDING, HEAD):
@@ -170,60 +195,90 @@ class MergedModel:
 
     # -------------------------------- values
 
-    def blocks(self, spec: TensorSpec) -> Iterator[Tensor]:
-        """The values of one merged tensor in row blocks, in the type of `spec`.
+    def stream(
+        self,
+        specs: Iterable[TensorSpec],
+        convert: Callable[[TensorSpec, Tensor], Any] | None = None,
+        hasher: FileHasher | None = None,
+    ) -> Iterator[tuple[TensorSpec, Any]]:
+        """(spec, block) for every row block of every tensor in `specs`, in order, in the type of the spec.
 
+        The base is read ahead in a thread and merged by as many as there are cores; what waits is bounded, so memory
+        does not depend on the model's size. Matrices come as (rows, columns), stacks of them too, vectors as vectors.
+
+        Args:
+            convert: turns each block into something else, in the worker threads.
+            hasher: gets the bytes of the base's files as they are read.
         Raises: InputError if the adapter or the result holds NaN or infinity.
         """
-        weight = self.weights[spec.name]
-        if not weight.updates:
-            for start, stop in row_blocks(weight.shape, weight.dtype.itemsize):
-                rows = self.base.read_rows(weight.source, start, stop)
-                if spec.dtype != rows.dtype:
-                    self._check_finite(rows.to(spec.dtype), rows, spec)
-                yield rows.to(spec.dtype)
-            return
-        stages = self._load(weight, spec.dtype)
-        changed = total = 0.0
-        for start, stop in row_blocks(weight.shape):
-            old = self._base_rows(weight, start, stop)
-            merged = self._apply(stages, old, start, stop, spec.dtype)
-            result = merged.to(spec.dtype)
-            self._check_finite(result, old, spec)
-            changed += float(torch.linalg.vector_norm(merged[: len(old)] - old)) ** 2
-            total += float(torch.linalg.vector_norm(old)) ** 2
-            yield result
-        self.relative_delta[spec.name] = math.sqrt(changed / total) if total else math.inf if changed else 0.0
+        workers = os.cpu_count() or 1
+        pending: deque[tuple[_Block, Future[tuple[Any, float, float]]]] = deque()
+        # Threads share the work by blocks: a product of one block is too small to be worth sharing.
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for block in prefetch(self._read(specs, hasher)):
+                    pending.append((block, pool.submit(self._merge, block, convert)))
+                    if len(pending) > 2 * workers:
+                        yield self._take(*pending.popleft())
+                while pending:
+                    yield self._take(*pending.popleft())
+            finally:
+                for _, future in pending:
+                    future.cancel()
 
-    def stream(
-        self, specs: Iterable[TensorSpec], convert: Callable[[TensorSpec, Tensor], Any] | None = None
-    ) -> Iterator[tuple[TensorSpec, Any]]:
-        """(spec, block) for every row block of every tensor in `specs`, in order.
+    def blocks(self, spec: TensorSpec) -> Iterator[Tensor]:
+        """The row blocks of one merged tensor."""
+        return (block for _, block in self.stream([spec]))
 
-        A block holds whole rows, as a matrix (rows, columns) of the spec's type; of vectors, a vector. `convert`
-        turns each block into something else, in the worker threads.
-        """
+    def _read(self, specs: Iterable[TensorSpec], hasher: FileHasher | None) -> Iterator[_Block]:
         for spec in specs:
-            for block in self.blocks(spec):
-                yield spec, block if convert is None else convert(spec, block)
+            weight = self.weights[spec.name]
+            stages = self._load(weight, spec.dtype)
+            for start, stop in row_blocks(weight.shape, 4 if weight.updates else spec.dtype.itemsize):
+                yield _Block(spec, stages, start, stop, self._base_rows(weight, start, stop, hasher))
 
-    def _base_rows(self, weight: MergedWeight, start: int, stop: int) -> Tensor:
-        """The rows the base has of these, as float32; fewer where the vocabulary grew."""
+    def _merge(self, block: _Block, convert: Callable[[TensorSpec, Tensor], Any] | None) -> tuple[Any, float, float]:
+        """(result, squared norm of the change, squared norm of the base's rows); norms 0 where nothing changes."""
+        spec, old = block.spec, block.rows
+        changed = total = 0.0
+        if block.stages:
+            old = old.float()
+            merged = self._apply(block.stages, old, block.start, block.stop, spec.dtype)
+            result = merged.to(spec.dtype)
+            changed = float(torch.linalg.vector_norm(merged[: len(old)] - old)) ** 2
+            total = float(torch.linalg.vector_norm(old)) ** 2
+        else:
+            result = old.to(spec.dtype)
+        if block.stages or result.dtype != old.dtype:
+            self._check_finite(result, old, spec)
+        return (result if convert is None else convert(spec, result)), changed, total
+
+    def _take(self, block: _Block, future: Future[tuple[Any, float, float]]) -> tuple[TensorSpec, Any]:
+        result, changed, total = future.result()
+        if block.stages:
+            sums = self._squares.setdefault(block.spec.name, [0.0, 0.0]) if block.start else [0.0, 0.0]
+            self._squares[block.spec.name] = sums = [sums[0] + changed, sums[1] + total]
+            relative = math.sqrt(sums[0] / sums[1]) if sums[1] else math.inf if sums[0] else 0.0
+            self.relative_delta[block.spec.name] = relative
+        return block.spec, result
+
+    def _base_rows(self, weight: MergedWeight, start: int, stop: int, hasher: FileHasher | None = None) -> Tensor:
+        """The rows the base has of these; fewer where the vocabulary grew."""
         rows, _ = row_shape(self.base.tensors[weight.source].shape)
-        return self.base.read_rows(weight.source, min(start, rows), min(stop, rows)).float()
+        return self.base.scan_rows(weight.source, min(start, rows), min(stop, rows), hasher)
 
     def _load(self, weight: MergedWeight, dtype: torch.dtype) -> list[_Stage]:
         stages: list[_Stage] = []
         for number, update in weight.updates:
             read = partial(self._read_adapter, number)
             stage = _Stage(number, update)
-            if isinstance(update, Replace):
+            if isinstance(update, Replace) and self.shares[number] == 1.0:
                 stages = []  # what came before is overwritten
-            elif isinstance(update, LowRank):
+            if isinstance(update, LowRank):
                 stage.factors = update.load(read)
                 if stage.factors.needs_norm:
                     stage.norm = self._column_norm(weight, stages, stage, dtype)
-            else:
+            elif not isinstance(update, Replace):
                 stage.values = read(update.source).float()
             stages.append(stage)
         return stages
@@ -232,36 +287,47 @@ class MergedModel:
         """DoRA's norm of every column of W + dW, summed over all row blocks: (columns,)."""
         assert stage.factors is not None
         total = torch.zeros(weight.shape[1], dtype=torch.float64)
+        delta_only = dataclasses.replace(stage, factors=dataclasses.replace(stage.factors, magnitude=None))
         for start, stop in row_blocks(weight.shape):
-            rows = self._apply([*before, stage], self._base_rows(weight, start, stop), start, stop, dtype)
+            old = self._base_rows(weight, start, stop).float()
+            # Without its weight: the norm is that of the adapter's own W + dW.
+            rows = self._apply([*before, delta_only], old, start, stop, dtype, whole=True)
             total += rows.double().square().sum(dim=0)
         return total.sqrt().float()
 
-    def _apply(self, stages: list[_Stage], old: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def _apply(
+        self, stages: list[_Stage], old: Tensor, start: int, stop: int, dtype: torch.dtype, whole: bool = False
+    ) -> Tensor:
         """Rows `start` to `stop` after `stages`, as float32, from the base's rows `old`.
 
-        A last DoRA stage that waits for its norm gives W + dW.
+        Args:
+            whole: the last adapter counts in full, whatever its weight.
         """
-        rows, adapter = old, None
-        for stage in stages:
-            if adapter is not None and stage.adapter != adapter:
+        rows = old
+        for number, group in itertools.groupby(stages, key=lambda stage: stage.adapter):
+            if number != stages[0].adapter:
                 rows = rows.to(dtype).float()  # as the file would hold it that this adapter was trained on
-            adapter = stage.adapter
-            if isinstance(stage.update, Replace):
-                rows = self._replaced_rows(stage, start, stop)
-            elif stage.factors is not None:
-                waits = stage.factors.needs_norm and stage.norm is None
-                delta_only = dataclasses.replace(stage.factors, magnitude=None) if waits else stage.factors
-                rows = delta_only.merge_rows(rows, start, stage.norm)
-            elif isinstance(stage.update, AddBias):
-                assert stage.values is not None
-                rows = rows + stage.values[start:stop] * stage.update.scaling
-            elif isinstance(stage.update, ReplaceRows):
-                assert stage.values is not None
-                indices = torch.tensor(stage.update.indices)
-                inside = (indices >= start) & (indices < stop)
-                rows = rows.clone()
-                rows[indices[inside] - start] = stage.values[inside]
+            before, share = rows, 1.0 if whole and number == stages[-1].adapter else self.shares[number]
+            for stage in group:
+                rows = self._step(stage, rows, start, stop)
+            if share != 1.0:  # rows that only the adapter has are taken whole
+                rows = torch.cat([torch.lerp(before, rows[: len(before)], share), rows[len(before) :]])
+        return rows
+
+    def _step(self, stage: _Stage, rows: Tensor, start: int, stop: int) -> Tensor:
+        update = stage.update
+        if isinstance(update, Replace):
+            return self._replaced_rows(stage, start, stop)
+        if isinstance(update, LowRank):
+            assert stage.factors is not None
+            return update.merge_rows(stage.factors, rows, start, stage.norm)
+        assert stage.values is not None
+        if isinstance(update, AddBias):
+            return rows + stage.values[start:stop] * update.scaling
+        indices = torch.tensor(update.indices)
+        inside = (indices >= start) & (indices < stop)
+        rows = rows.clone()
+        rows[indices[inside] - start] = stage.values[inside]
         return rows
 
     def _replaced_rows(self, stage: _Stage, start: int, stop: int) -> Tensor:

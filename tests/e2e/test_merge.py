@@ -284,7 +284,25 @@ def test_other_architectures_equal_peft(tmp_path, kind):
     assert_logits_close(tmp_path / "out", expected)
 
 
-def test_chinese_mixtral_adapters_name_experts_one_by_one(tmp_path):
+def fused(base: Path, folder: Path) -> Path:
+    """The same Mixtral with its experts stacked on disk, as transformers 5 has them in memory."""
+    load(base).save_pretrained(folder, save_original_format=False)
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in all_weights(folder))
+    return folder
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate", "w1", "w2", "w3"], ["w2"], ["w1", "w3"]], ids="-".join)
+def test_fused_experts_on_disk_get_the_same_change(tmp_path, targets):
+    base = make_base(tmp_path / "base", "mixtral", intermediate_size=192)  # several blocks of every expert
+    expected = make_adapter(base, tmp_path / "adapter", target_modules=targets)
+    run_merge(fused(base, tmp_path / "fused"), tmp_path / "adapter", tmp_path / "out")
+    load(tmp_path / "adapter" / "oracle").save_pretrained(tmp_path / "oracle", save_original_format=False)
+    assert differences(all_weights(tmp_path / "out"), all_weights(tmp_path / "oracle")) == []
+    assert_logits_close(tmp_path / "out", expected)
+
+
+@pytest.mark.parametrize("layout", ["one_by_one", "fused"])
+def test_chinese_mixtral_adapters_name_experts_one_by_one(tmp_path, layout):
     """Their adapters carry block_sparse_moe.experts.N.w1 ...; PEFT of today opens them by conversion: the oracle."""
     from peft import PeftModel
 
@@ -302,7 +320,7 @@ def test_chinese_mixtral_adapters_name_experts_one_by_one(tmp_path):
     save_file(tensors, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    run_merge(base, adapter, tmp_path / "out")
+    run_merge(fused(base, tmp_path / "fused") if layout == "fused" else base, adapter, tmp_path / "out")
     assert_logits_close(tmp_path / "out", PeftModel.from_pretrained(load(base), adapter)(TEXT).logits)
 
 

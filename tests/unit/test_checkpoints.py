@@ -18,9 +18,10 @@ from utils.checkpoints import (
     parse_size,
     plan_shards,
     row_blocks,
-    write_shards,
+    write_index,
+    write_shard,
 )
-from utils.files import InputError
+from utils.files import InputError, hash_file
 
 
 def some_weights():
@@ -47,7 +48,7 @@ def assert_same(checkpoint, weights):
         assert loaded.dtype == weight.dtype == checkpoint.tensors[name].dtype
         assert torch.equal(loaded, weight)
     assert torch.equal(checkpoint.read_rows("a", 130, 257), weights["a"][130:257])
-    assert torch.equal(checkpoint.read_rows("cube", 1, 3), weights["cube"][1:3])
+    assert torch.equal(checkpoint.read_rows("cube", 1, 11), weights["cube"].reshape(12, 5)[1:11])
     assert torch.equal(checkpoint.read_rows("transposed", 4, 9), weights["transposed"][4:9])
 
 
@@ -94,7 +95,10 @@ def test_written_shards_are_what_safetensors_reads(tmp_path):
         weight = weights[spec.name]
         return [weight] if weight.dim() == 0 else [weight[start : start + 100] for start in range(0, len(weight), 100)]
 
-    write_shards(tmp_path, shards, blocks)
+    stream = ((spec, block) for shard in shards.values() for spec in shard for block in blocks(spec))
+    for name, shard in shards.items():
+        assert write_shard(tmp_path / name, shard, stream) == hash_file(tmp_path / name)
+    write_index(tmp_path, shards)
     read = {}
     for name in shards:
         read |= load_file(tmp_path / name)
@@ -114,18 +118,25 @@ def test_tensors_are_aligned_to_their_type(tmp_path):
         TensorSpec("f", torch.float32, (2,)),
         TensorSpec("h", torch.bfloat16, (3,)),
     ]
-    write_shards(tmp_path, plan_shards(specs, 10**6), lambda spec: [torch.zeros(spec.shape, dtype=spec.dtype)])
+    ((name, shard),) = plan_shards(specs, 10**6).items()
+    write_shard(tmp_path / name, shard, ((spec, torch.zeros(spec.shape, dtype=spec.dtype)) for spec in shard))
+    write_index(tmp_path, {name: shard})
     assert [item.name for item in tmp_path.iterdir()] == ["model.safetensors"]
     for info in open_checkpoint(tmp_path).tensors.values():
         assert info.offset % info.dtype.itemsize == 0
 
 
 def test_row_blocks_cover_a_tensor_once():
-    for shape in [(), (0, 3), (1,), (127, 4), (128, 4), (1000, 4), (1000, 100_000), (55296, 4096), (5, 3, 100)]:
+    for shape in [(), (0, 3), (1,), (127, 4), (128, 4), (1000, 4), (1000, 100_000), (55296, 4096)]:
         blocks = list(row_blocks(shape))
         rows = [row for start, stop in blocks for row in range(start, stop)]
         assert rows == list(range(shape[0] if shape else 1))
         assert all(stop - start >= checkpoints.MIN_BLOCK_ROWS for start, stop in blocks[:-1])
+
+
+def test_row_blocks_of_a_stack_hold_rows_of_one_matrix():
+    assert list(row_blocks((2, 200, 100_000))) == [(0, 128), (128, 200), (200, 328), (328, 400)]
+    assert list(row_blocks((3, 5, 2))) == [(0, 5), (5, 10), (10, 15)]
 
 
 @pytest.mark.parametrize(
