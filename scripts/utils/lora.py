@@ -198,16 +198,15 @@ class LowRankFactors:
 
         Bit-equal to the same rows of the whole product for blocks of at least 64 rows (measured on CPU).
         """
-        if self.transposed:
-            return (self.B @ self.A[:, start:stop]).T * self.scaling
-        return (self.B[start:stop] @ self.A) * self.scaling
+        product = (self.B @ self.A[:, start:stop]).T if self.transposed else self.B[start:stop] @ self.A
+        return product.mul_(self.scaling)
 
     def merge_rows(self, rows: Tensor, start: int, norm: Tensor | None = None) -> Tensor:
         """The merged rows that begin at row `start`; `rows` is float32, `norm` (out,) is given if `needs_norm`.
 
         Source: DoRA, Liu et al. 2024, eq. 5: W' = m * (W + dW) / ||W + dW||, one norm per output.
         """
-        merged = rows + self.delta_rows(start, start + len(rows))
+        merged = self.delta_rows(start, start + len(rows)).add_(rows)  # in place: memory is what blocks cost
         if self.magnitude is None:
             return merged
         if self.transposed:
