@@ -1,11 +1,13 @@
 """Merge one or more LoRA adapters into their base model, tensor by tensor, in about the memory of a few tensors.
 
-Base model + adapters -> a Hugging Face folder: safetensors, config, tokenizer, model card, merge_report.json.
+Base model + adapters -> a Hugging Face folder (safetensors, config, tokenizer, model card) or Meta's pth layout, with
+merge_report.json (what changed) and merge_manifest.json (SHA-256 of all that went in and came out).
 
 python scripts/merge_llama2_with_chinese_lora_low_mem.py --base_model llama2-7b --lora_model output/pt \
     --output_dir merged
 python scripts/merge_llama2_with_chinese_lora_low_mem.py --base_model llama2-7b --lora_model output/pt,output/sft \
     --output_dir merged --dtype float16 --max_shard_size 2GB
+python scripts/merge_llama2_with_chinese_lora_low_mem.py --verify_only merged
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,11 +24,8 @@ from utils.arguments import arg, describe_arguments, run, save_run_config
 from utils.files import InputError, atomic_folder, peak_resident_bytes, refuse_existing_output, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from utils.checkpoints import TensorSpec
     from utils.merge_inputs import MergeInputs
-    from utils.merging import MergedModel
+    from utils.merge_writer import MergeWriter
 
 logger = logging.getLogger(__name__)
 
@@ -38,137 +36,240 @@ REPORT = "merge_report.json"
 class MergeArguments:
     """What is merged, and where the result goes."""
 
-    model_name_or_path: str | None = arg(help="Base model (--base_model): a folder or a hub id, in full precision.")
+    model_name_or_path: str | None = arg(
+        help="Base model (--base_model) in full precision: a folder or a hub id; Hugging Face or Meta's pth layout."
+    )
     adapter_name_or_path: str | None = arg(
-        help="Adapter (--lora_model): a folder or hub id, or several, comma-separated, in the order they were trained."
+        help="Adapter (--lora_model): a folder or hub id, or several, comma-separated, in the order they were "
+        "trained; without one the base is converted to --output_type and --dtype."
+    )
+    adapter_weights: str | None = arg(
+        help="How much of each adapter's change is taken, comma-separated, such as 1,0.5; default: 1 for each."
     )
     tokenizer_name_or_path: str | None = arg(
         help="Tokenizer folder (--tokenizer_path); default: that of the last adapter that has one, else the base's."
     )
     output_dir: str = arg("./merged_model", help="New folder of the merged model.")
-    output_type: Literal["huggingface"] = arg(
-        "huggingface", help="Layout of the result. Meta's pth layout is not written by this version."
+    output_type: Literal["huggingface", "pth"] = arg(
+        "huggingface", help="Layout of the result: Hugging Face safetensors, or Meta's consolidated.NN.pth."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = arg(
         "auto", help="Type of the merged weights; auto keeps every tensor's own."
     )
     max_shard_size: str = arg("5GB", help="Largest weight file; a larger tensor has a file of its own.")
+    num_parts: int | None = arg(
+        help="Number of consolidated.NN.pth files; default: Meta's number for the model's size (7B 1, 13B 2, 70B 8)."
+    )
+    verify: bool = arg(
+        False,
+        help="Before the folder gets its name, compare its logits with those of base + adapters, layer by layer.",
+    )
+    verify_only: str | None = arg(help="Merge nothing: compare this merged folder with its merge_manifest.json.")
+    dry_run: bool = arg(False, help="Check everything and print the plan, sizes, memory and time; write nothing.")
     overwrite: bool = arg(False, help="Replace output_dir if it holds something, once the new model is complete.")
     verbose: bool = arg(False, help="Log every changed tensor.")
 
     def __post_init__(self) -> None:
-        if not self.model_name_or_path or not self.adapters:
+        if not self.verify_only and not self.model_name_or_path:
             raise InputError("pass the base model as --base_model and one or more adapters as --lora_model")
-
-    @property
-    def base(self) -> str:
-        return self.model_name_or_path or ""
+        shares = self.shares
+        if shares is not None and len(shares) != len(self.adapters):
+            raise InputError(
+                f"--adapter_weights {self.adapter_weights}: {len(shares)} numbers for {len(self.adapters)} adapters"
+            )
+        if self.verify and self.output_type == "pth":
+            raise InputError("--verify reads a Hugging Face folder; merge with --output_type huggingface to verify")
 
     @property
     def adapters(self) -> list[str]:
         return [name.strip() for name in (self.adapter_name_or_path or "").split(",") if name.strip()]
 
+    @property
+    def shares(self) -> list[float] | None:
+        if self.adapter_weights is None:
+            return None
+        try:
+            shares = [float(word) for word in self.adapter_weights.split(",")]
+        except ValueError:
+            shares = [math.nan]
+        if not all(map(math.isfinite, shares)):
+            raise InputError(f"--adapter_weights {self.adapter_weights}: need numbers such as 1,0.5")
+        return shares
+
 
 def main(args: MergeArguments) -> dict[str, Any]:
-    """Plan, check, write, report. Returns: the report."""
+    """Plan, check, write, prove, report. Returns: the report."""
+    if args.verify_only:
+        return verify_only(args.verify_only)
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     import torch
 
     from utils.checkpoints import parse_size
+    from utils.manifest import write_manifest
     from utils.merge_inputs import check_space, open_merge
+    from utils.merge_writer import HuggingFaceWriter, MetaWriter
 
     started = time.monotonic()
-    max_shard_bytes = parse_size(args.max_shard_size)
-    with open_merge(args.base, args.adapters, args.tokenizer_name_or_path, args.output_dir) as inputs:
-        model = inputs.model
-        specs = model.specs(None if args.dtype == "auto" else getattr(torch, args.dtype))
-        check_space(Path(args.output_dir), sum(spec.num_bytes for spec in specs))
-        for note in model.notes:
+    base, max_shard_bytes = str(args.model_name_or_path), parse_size(args.max_shard_size)
+    with open_merge(base, args.adapters, args.tokenizer_name_or_path, args.output_dir, args.shares) as inputs:
+        specs = inputs.model.specs(None if args.dtype == "auto" else getattr(torch, args.dtype))
+        writer = (
+            MetaWriter(inputs, specs, args.num_parts)
+            if args.output_type == "pth"
+            else HuggingFaceWriter(inputs, specs, max_shard_bytes)
+        )
+        for note in inputs.model.notes:
             logger.info("%s", note)
-        with atomic_folder(args.output_dir, args.overwrite) as folder:
-            write_weights(model, specs, folder, max_shard_bytes, args.verbose)
+        if args.dry_run:
+            return show_plan(writer, args)
+        if args.verify:
+            check_verifiable(inputs)
+        check_space(Path(args.output_dir), writer.num_bytes)
+        with atomic_folder(args.output_dir, args.overwrite, resume_key=writer.key) as folder:
+            hashes = write_weights(writer, folder)
             write_companions(inputs, folder, args)
-            report = build_report(model, specs, args, time.monotonic() - started)
+            report = build_report(writer, args)
+            if args.verify:
+                report["verification"] = verify_logits(inputs, folder)
+            report |= measure(writer, time.monotonic() - started)
             write_json(folder / REPORT, report)
             write_model_card(folder, report)
-    log_summary(report, args.output_dir)
+            write_manifest(folder, writer.describe_inputs(), describe_arguments(args), hashes)
+    log_summary(report, args)
     return report
+
+
+# ---------------------------------------------------------------- before and instead of writing
+
+
+def show_plan(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
+    """Log what a merge would do. Returns: the same as figures."""
+    model, files = writer.model, writer.files()
+    plan = {
+        "files": files,
+        "tensors": len(writer.specs),
+        "changed_tensors": len(model.changed),
+        "vocab_size": model.vocab_size,
+        "notes": model.notes,
+        "size_gb": round(writer.num_bytes / 1e9, 3),
+        "expected_seconds": round(writer.expected_seconds(), 1),
+        "expected_memory_gb": round(writer.expected_memory() / 1e9, 2),
+    }
+    logger.info(
+        "dry run, nothing is written\n  %d of %d tensors change; vocabulary %s\n%s\n  %.3f GB in all, about %.0f s if "
+        "the disk keeps up, about %.2f GB of memory\n  next: the same command without --dry_run",
+        *(plan["changed_tensors"], plan["tensors"], plan["vocab_size"]),
+        "\n".join(f"  {Path(args.output_dir) / name}: {size / 1e9:.3f} GB" for name, size in files.items()),
+        *(plan["size_gb"], plan["expected_seconds"], plan["expected_memory_gb"]),
+    )
+    return plan
+
+
+def verify_only(folder: str) -> dict[str, Any]:
+    """Check a merged folder against its manifest."""
+    from utils.manifest import verify_manifest
+
+    result = verify_manifest(folder)
+    logger.info("%s: all %d files (%.3f GB) are as the merge wrote them", folder, result["files"], result["gb"])
+    return result
+
+
+def check_verifiable(inputs: MergeInputs) -> None:
+    """Raises: InputError if --verify does not know this kind of model."""
+    from utils.verification import check_supported
+
+    check_supported(inputs)
 
 
 # ---------------------------------------------------------------- output
 
 
-def write_weights(
-    model: MergedModel, specs: list[TensorSpec], folder: Path, max_shard_bytes: int, verbose: bool
-) -> dict[str, str]:
-    """Stream all weights into safetensors shards, with a progress bar. Returns: their SHA-256."""
+def write_weights(writer: MergeWriter, folder: Path) -> dict[str, str]:
+    """Stream all weights to the disk, with a progress bar. Returns: the SHA-256 of every file."""
     from tqdm import tqdm
 
-    from utils.checkpoints import plan_shards, write_index, write_shard
-
-    total = sum(spec.num_bytes for spec in specs)
-    shards = plan_shards(specs, max_shard_bytes)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="merging") as bar:
-
-        def blocks() -> Iterator[tuple[TensorSpec, Tensor]]:
-            for spec, block in model.stream(spec for shard in shards.values() for spec in shard):
-                yield spec, block
-                bar.update(block.nbytes)
-
-        stream = blocks()
-        hashes = {name: write_shard(folder / name, shard, stream) for name, shard in shards.items()}
-    write_index(folder, shards)
-    return hashes
+    with tqdm(total=writer.num_bytes, unit="B", unit_scale=True, unit_divisor=1000, desc="merging") as bar:
+        return writer.write(folder, bar.update)
 
 
 def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:
-    """config.json, generation_config.json, the tokenizer with its chat template, and run_config.yaml."""
+    """The tokenizer with its chat template, run_config.yaml, and of Hugging Face folders the two configs."""
     from utils.tokenization import save_tokenizer
 
-    config = dict(inputs.config)
-    if args.dtype != "auto":
-        for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
-            config[name] = args.dtype
-    write_json(folder / "config.json", config)
-    sources = [item / "generation_config.json" for item in (*reversed(inputs.adapter_folders), inputs.base_folder)]
-    if source := next((item for item in sources if item.is_file()), None):
-        shutil.copyfile(source, folder / source.name)
+    if args.output_type == "huggingface":
+        config = dict(inputs.config)
+        if args.dtype != "auto":
+            for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
+                config[name] = args.dtype
+        write_json(folder / "config.json", config)
+        sources = [item / "generation_config.json" for item in (*reversed(inputs.adapter_folders), inputs.base_folder)]
+        if source := next((item for item in sources if item.is_file()), None):
+            shutil.copyfile(source, folder / source.name)
     if inputs.tokenizer is not None:
         save_tokenizer(inputs.tokenizer, folder)
     save_run_config(folder, describe_arguments(args))
 
 
-def build_report(model: MergedModel, specs: list[TensorSpec], args: MergeArguments, seconds: float) -> dict[str, Any]:
-    """What was merged and what it changed; sizes in units of 1e9 bytes."""
-    size = sum(spec.num_bytes for spec in specs)
-    deltas = model.relative_delta
-    if not any(deltas.values()):
+def verify_logits(inputs: MergeInputs, folder: Path) -> dict[str, Any]:
+    """Compare the folder's logits with those of base + adapters. Raises: InputError if they part."""
+    from tqdm import tqdm
+
+    from utils.verification import verify_merge
+
+    layers = int(inputs.config.get("num_hidden_layers", 0))
+    with tqdm(total=layers, unit="layer", desc="verifying") as bar:
+        result = verify_merge(inputs, folder, progress=lambda done, _: bar.update(done - bar.n))
+    if not result.passed:
+        raise InputError(f"--verify: {result.verdict}; nothing was published")
+    logger.info("%s", result.verdict)
+    return result.to_dict()
+
+
+def build_report(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
+    """What was merged and what it changed."""
+    model, deltas = writer.model, writer.model.relative_delta
+    if model.adapters and not any(deltas.values()):
         logger.warning("the adapters change nothing: the merged weights equal the base's; were they trained at all?")
+    if args.verbose:
+        for name, delta in sorted(deltas.items()):
+            logger.info("%s: relative change %.3g", name, delta)
     return {
         "base_model": args.model_name_or_path,
         "adapters": [str(config.folder) for config, _ in model.adapters],
+        "adapter_weights": model.shares,
         "adapter_tensors": [len(checkpoint.tensors) for _, checkpoint in model.adapters],
-        "tensors": len(specs),
+        "output_type": args.output_type,
+        "tensors": len(writer.specs),
         "changed_tensors": len(model.changed),
-        "copied_tensors": len(specs) - len(model.changed),
+        "copied_tensors": len(writer.specs) - len(model.changed),
         "vocab_size": model.vocab_size,
         "notes": model.notes,
-        "size_gb": round(size / 1e9, 6),
-        "seconds": round(seconds, 2),
-        "gb_per_second": round(size / 1e9 / max(seconds, 1e-9), 4),
-        "peak_memory_gb": round(peak_resident_bytes() / 1e9, 3),
         # null where the base's weight is zero
         "relative_delta": {n: deltas[n] if math.isfinite(deltas[n]) else None for n in sorted(deltas)},
+    }
+
+
+def measure(writer: MergeWriter, seconds: float) -> dict[str, float]:
+    """Sizes in units of 1e9 bytes, and what the merge took."""
+    size = writer.num_bytes / 1e9
+    return {
+        "size_gb": round(size, 6),
+        "seconds": round(seconds, 2),
+        "gb_per_second": round(size / max(seconds, 1e-9), 4),
+        "peak_memory_gb": round(peak_resident_bytes() / 1e9, 3),
     }
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:
     """README.md: what the model was made of."""
     figures = ("tensors", "changed_tensors", "vocab_size", "size_gb")
+    adapters = report["adapters"]
+    title = f"{Path(adapters[-1]).name}, merged" if adapters else f"{Path(report['base_model']).name}, converted"
+    made_of = f" Adapters, in order: {', '.join(adapters)}." if adapters else ""
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, merged-lora]", "---"),
-        *(f"# {Path(report['adapters'][-1]).name}, merged", ""),
-        f"Base model: `{report['base_model']}`. Adapters, in order: {', '.join(report['adapters'])}.",
+        *(f"# {title}", ""),
+        f"Base model: `{report['base_model']}`.{made_of}",
         f"Every change is listed in {REPORT}, the settings in run_config.yaml. The base model's licence applies.",
         *("", "| figure | value |", "|---|---|"),
         *(f"| {name} | {report[name]} |" for name in figures),
@@ -177,14 +278,16 @@ def write_model_card(folder: Path, report: dict[str, Any]) -> None:
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def log_summary(report: dict[str, Any], output: str) -> None:
+def log_summary(report: dict[str, Any], args: MergeArguments) -> None:
     """The last lines of the log: figures, files, the next command."""
+    command = f"inference_hf.py --base_model {args.output_dir} --with_prompt --interactive"
+    if args.output_type == "pth":
+        command = f"merge_llama2_with_chinese_lora_low_mem.py --verify_only {args.output_dir}"
     logger.info(
         "merged %d adapter(s): %d of %d tensors changed, %.3f GB in %.1f s (%.2f GB/s), peak memory %.2f GB\n"
-        "  files in %s (%s lists every change)\n"
-        "  next: python scripts/inference_hf.py --base_model %s --with_prompt --interactive",
+        "  files in %s (%s lists every change, merge_manifest.json every file)\n  next: python scripts/%s",
         *(len(report["adapters"]), report["changed_tensors"], report["tensors"], report["size_gb"], report["seconds"]),
-        *(report["gb_per_second"], report["peak_memory_gb"], output, REPORT, output),
+        *(report["gb_per_second"], report["peak_memory_gb"], args.output_dir, REPORT, command),
     )
 
 

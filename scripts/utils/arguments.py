@@ -380,6 +380,8 @@ def run(
     except InputError as error:
         _fail(f"error: {error}", 2)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _fail(f"error: {error.strerror}{_named(error)}; pass a folder that you may write to", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"error: no space left on the device{_named(error)}; free some, then run the same command again", 1)

@@ -223,6 +223,11 @@ class Checkpoint:
         info = self.tensors[name]
         return self._read_elements(info, 0, math.prod(info.shape)).reshape(info.shape)
 
+    def read_start(self, name: str, count: int) -> memoryview:
+        """The bytes of the first `count` elements of one tensor, or of all there are."""
+        info = self.tensors[name]
+        return self._read_elements(info, 0, min(count, math.prod(info.shape))).view(torch.uint8).numpy().data
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of one tensor as a matrix, see `row_shape`; of a vector, the elements."""
         info = self.tensors[name]

@@ -70,10 +70,11 @@ def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | None = None) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `path` only when the block ends well.
 
-    What a killed run left under the sibling's name is removed first.
+    What a killed run left under the sibling's name is removed first, unless it was made for the same `resume_key`:
+    then the block gets it back as it is. Ctrl-C leaves such a folder too, other errors do not.
     The old folder stays until the new one is complete.
     Raises: InputError if `path` holds anything and `overwrite` is False.
     """
@@ -81,10 +82,15 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     refuse_existing_output(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_name(path)
-    remove(partial)
-    partial.mkdir()
+    key_file = partial / ".resume_key"
+    if resume_key is None or not key_file.is_file() or key_file.read_text() != resume_key:
+        remove(partial)
+        partial.mkdir()
+        if resume_key is not None:
+            key_file.write_text(resume_key)
     try:
         yield partial
+        key_file.unlink(missing_ok=True)
         for item in partial.rglob("*"):
             if item.is_file():
                 _fsync(item)
@@ -97,8 +103,9 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             os.rename(partial, path)
         _fsync(path.parent)
-    except BaseException:
-        remove(partial)
+    except BaseException as error:
+        if resume_key is None or not isinstance(error, KeyboardInterrupt):
+            remove(partial)
         raise
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .base_record import check_base
 from .checkpoints import Checkpoint, local_folder, open_checkpoint
 from .files import InputError, read_json
-from .lora import EMBEDDING, AdapterConfig, load_adapter_config
+from .lora import EMBEDDING, load_adapter_config
 from .merging import MergedModel
+from .meta import is_meta_folder, meta_config, open_meta_checkpoint
 from .modeling import load_config
 from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, load_tokenizer
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SAME_BASE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass
@@ -42,31 +42,44 @@ class MergeInputs:
 
 @contextlib.contextmanager
 def open_merge(
-    base: str, adapters: Sequence[str] = (), tokenizer: str | None = None, output: str | Path | None = None
+    base: str,
+    adapters: Sequence[str] = (),
+    tokenizer: str | None = None,
+    output: str | Path | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Iterator[MergeInputs]:
     """Find, check and open a base and its adapters.
 
     Args:
         base, adapters: folders or hub ids, adapters in the order they were trained; none: the base as it is.
+        shares: how much of each adapter's change is taken; default: all.
         tokenizer: a folder; default: that of the last adapter that has one, else the base's.
         output: where the result goes; it must not overlap with an input.
     Raises: InputError naming what is missing, damaged or does not belong together.
     """
     base_folder, adapter_folders = _find_folders(base, adapters, output)
-    config = load_config(str(base_folder))
-    if getattr(config, "quantization_config", None) is not None:
+    is_meta = is_meta_folder(base_folder)
+    config = meta_config(base_folder) if is_meta else read_json(_checked_config(base_folder))
+    if config.get("quantization_config"):
         raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(base_folder))
+        checkpoint = stack.enter_context((open_meta_checkpoint if is_meta else open_checkpoint)(base_folder))
         opened = [
             (load_adapter_config(folder), stack.enter_context(open_checkpoint(folder))) for folder in adapter_folders
         ]
         for number, (adapter, _) in enumerate(opened):
-            _check_recorded_base(adapter, base_folder, config, first=number == 0)
-        model = MergedModel(checkpoint, opened, tied=bool(config.tie_word_embeddings))
+            check_base(adapter, base_folder, checkpoint, config, first=number == 0)
+        tied = not is_meta and bool(load_config(str(base_folder)).tie_word_embeddings)
+        model = MergedModel(checkpoint, opened, tied=tied, shares=shares)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
-        yield MergeInputs(base_folder, adapter_folders, model, found, _merged_config(model, base_folder))
+        yield MergeInputs(base_folder, adapter_folders, model, found, _merged_config(model, config))
+
+
+def _checked_config(base: Path) -> Path:
+    """The base's config.json. Raises: InputError naming what is wrong with it."""
+    load_config(str(base))
+    return base / "config.json"
 
 
 def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
@@ -81,33 +94,6 @@ def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None)
     if len({folder.resolve() for folder in adapter_folders}) < len(adapter_folders):
         raise InputError(f"--lora_model {','.join(adapters)} names an adapter twice; it would be added twice")
     return base_folder, adapter_folders
-
-
-def _check_recorded_base(adapter: AdapterConfig, base: Path, config: Any, first: bool) -> None:
-    """Compare what the adapter says about its base with the given one.
-
-    Raises: InputError if they are models of different kind or size.
-    """
-    architecture = next(iter(config.architectures or ()), None)
-    if adapter.base_model_class and architecture and adapter.base_model_class != architecture:
-        raise InputError(
-            f"adapter {adapter.folder} was trained on a {adapter.base_model_class}, {base} is a {architecture}; "
-            f"pass its own base, recorded as {adapter.base_model_name_or_path}"
-        )
-    recorded = Path(adapter.base_model_name_or_path)
-    if adapter.base_model_name_or_path and (recorded / "config.json").is_file():
-        theirs, ours = read_json(recorded / "config.json"), config.to_dict()
-        for name in SAME_BASE:
-            if name in theirs and name in ours and theirs[name] != ours[name]:
-                raise InputError(
-                    f"adapter {adapter.folder} was trained on {recorded} ({name} {theirs[name]}), "
-                    f"{base} has {ours[name]}; merge every adapter into its own base"
-                )
-    if first and adapter.base_model_name_or_path and recorded.name != base.name:
-        logger.warning(
-            "adapter %s was trained on %s; merging it into %s is right only if that is the same model",
-            *(adapter.folder, recorded, base),
-        )
 
 
 def _find_tokenizer(name: str | None, base: Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase | None:
@@ -151,9 +137,9 @@ def _check_vocabulary(model: MergedModel, base: Checkpoint, tokenizer: PreTraine
         logger.warning("the tokenizer has %d tokens, the merged model %d rows: %d are unused", size, rows, rows - size)
 
 
-def _merged_config(model: MergedModel, base: Path) -> dict[str, Any]:
+def _merged_config(model: MergedModel, base: dict[str, Any]) -> dict[str, Any]:
     """The base's own config with what the merge changed; a config in an adapter folder never replaces it."""
-    config: dict[str, Any] = read_json(base / "config.json")
+    config = dict(base)
     if model.vocab_size is not None:
         config["vocab_size"] = model.vocab_size
     if model.untied:

@@ -83,9 +83,8 @@ class MergedModel:
         self.shares = list(shares or [1.0] * len(adapters))
         self.weights = {n: MergedWeight(n, i.dtype, i.shape) for n, i in base.tensors.items()}
         self.notes: list[str] = []  # decisions the user should hear of
-        # |W' - W| / |W| of every changed weight, known once it was streamed
-        self.relative_delta: dict[str, float] = {}
-        self._squares: dict[str, list[float]] = {}  # |W' - W|^2 and |W|^2 so far
+        # |W' - W|^2 and |W|^2 of every changed weight, complete once it was streamed
+        self.squares: dict[str, tuple[float, float]] = {}
         self.untied = False
         self.tied = tied and EMBEDDING in self.weights
         if self.tied and HEAD in self.weights and not _equal(base, EMBEDDING, HEAD):
@@ -102,6 +101,14 @@ class MergedModel:
     @property
     def changed(self) -> list[str]:
         return [name for name, weight in self.weights.items() if weight.updates]
+
+    @property
+    def relative_delta(self) -> dict[str, float]:
+        """|W' - W| / |W| of every changed weight that was streamed; infinity where the base's weight is zero."""
+        return {
+            name: math.sqrt(changed / total) if total else math.inf if changed else 0.0
+            for name, (changed, total) in self.squares.items()
+        }
 
     @property
     def vocab_size(self) -> int | None:
@@ -258,10 +265,8 @@ class MergedModel:
     def _take(self, block: _Block, future: Future[tuple[Any, float, float]]) -> tuple[TensorSpec, Any]:
         result, changed, total = future.result()
         if block.stages:
-            sums = self._squares.setdefault(block.spec.name, [0.0, 0.0]) if block.start else [0.0, 0.0]
-            self._squares[block.spec.name] = sums = [sums[0] + changed, sums[1] + total]
-            relative = math.sqrt(sums[0] / sums[1]) if sums[1] else math.inf if sums[0] else 0.0
-            self.relative_delta[block.spec.name] = relative
+            before = self.squares[block.spec.name] if block.start else (0.0, 0.0)
+            self.squares[block.spec.name] = before[0] + changed, before[1] + total
         return block.spec, result
 
     def _base_rows(self, weight: MergedWeight, start: int, stop: int, hasher: FileHasher | None = None) -> Tensor:

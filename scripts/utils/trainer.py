@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
+from .base_record import record_base
 from .data import Collator
 from .files import InputError, remove
 from .losses import loss_targets
@@ -160,6 +161,7 @@ class RecipeTrainer(Trainer):
         if hasattr(model, "peft_config"):
             # Decided here, because PEFT would ask the hub whether the base's vocabulary changed.
             options["save_embedding_layers"] = False
+            record_base(folder, model.peft_config["default"].base_model_name_or_path)
         model.save_pretrained(folder, **options)
         save_tokenizer(self.processing_class, folder)
 

@@ -4,8 +4,10 @@ Adapters are perturbed everywhere: a fresh lora_B is zero, so that any formula w
 larger weight is merged in several.
 """
 
+import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoints, merge_inputs
+from utils import checkpoints, merge_inputs, merge_writer
+from utils.base_record import record_base
 from utils.files import InputError
 
 SCRIPT = Path(merge.__file__)
@@ -430,6 +433,7 @@ def test_output_folder_and_report(tiny_model_folder, tmp_path):
             "README.md",
             "config.json",
             "generation_config.json",
+            "merge_manifest.json",
             "merge_report.json",
             "model.safetensors",
             "run_config.yaml",
@@ -455,7 +459,121 @@ def test_an_untrained_adapter_is_noticed(llama, tmp_path, caplog):
     assert differences(all_weights(tmp_path / "out"), all_weights(llama)) == []
 
 
+def test_adapter_weights_scale_each_change(llama, tmp_path, base_tokenizer_folder):
+    first, second = tmp_path / "first", tmp_path / "second"
+    make_adapter(llama, first, rows=434, modules_to_save=["embed_tokens", "lm_head"])
+    make_adapter(llama, second, seed=2, use_dora=True, target_modules=["q_proj", "v_proj"])
+    tokenizer = str(grown_tokenizer(base_tokenizer_folder, tmp_path / "tokenizer", 434))
+    run_merge(
+        llama, f"{first},{second}", tmp_path / "out", adapter_weights="0.25,-1", tokenizer_name_or_path=tokenizer
+    )
+    base, merged = all_weights(llama), all_weights(tmp_path / "out")
+    one, two = all_weights(first / "oracle"), all_weights(second / "oracle")
+    for name, weight in merged.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(weight[400:], one[name][400:]), "rows that only the adapter has are taken whole"
+            expected = torch.lerp(base[name], one[name][:400], 0.25)
+            torch.testing.assert_close(weight[:400], expected, rtol=1e-5, atol=1e-6)
+        elif "q_proj" not in name and "v_proj" not in name:
+            torch.testing.assert_close(weight, torch.lerp(base[name], one[name], 0.25), rtol=1e-5, atol=1e-6)
+    run_merge(llama, second, tmp_path / "taken_away", adapter_weights="-1")
+    for name, weight in all_weights(tmp_path / "taken_away").items():
+        torch.testing.assert_close(weight, 2 * base[name] - two[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="2 numbers for 1 adapters"):
+        run_merge(llama, second, tmp_path / "never", adapter_weights="1,1")
+    with pytest.raises(InputError, match="need numbers such as"):
+        run_merge(llama, second, tmp_path / "never", adapter_weights="nan")
+
+
+def assert_manifest_is_true(out: Path, base: Path, *adapters: Path) -> dict:
+    manifest = json.loads((out / "merge_manifest.json").read_text())
+    files = {item.name for item in out.iterdir()}
+    assert set(manifest["outputs"]) == files - {"merge_manifest.json"}
+    folders = [(out, manifest["outputs"]), (base, manifest["inputs"]["base"]["files"])]
+    folders += zip(adapters, (entry["files"] for entry in manifest["inputs"]["adapters"]), strict=True)
+    for folder, entries in folders:
+        weights = {item.name for item in folder.iterdir() if item.suffix in (".safetensors", ".bin", ".pth")}
+        assert weights <= entries.keys()
+        for name, entry in entries.items():
+            content = (folder / name).read_bytes()
+            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, name
+    return manifest
+
+
+def test_the_manifest_names_every_file_with_its_hash(llama, simple_adapter, tmp_path):
+    base = tmp_path / "base"
+    load(llama).save_pretrained(base, max_shard_size="150KB")
+    run_merge(base, simple_adapter, tmp_path / "out", max_shard_size="200KB")
+    manifest = assert_manifest_is_true(tmp_path / "out", base, simple_adapter)
+    assert manifest["settings"]["max_shard_size"] == "200KB"
+    old = as_bin(llama, tmp_path / "bin", shards=2)
+    run_merge(old, as_old_adapter(simple_adapter, tmp_path / "old"), tmp_path / "out2")
+    assert_manifest_is_true(tmp_path / "out2", old, tmp_path / "old")
+
+
+def test_verify_only_finds_every_change(llama, simple_adapter, tmp_path):
+    out = tmp_path / "out"
+    run_merge(llama, simple_adapter, out)
+    result = merge.main(merge.MergeArguments(verify_only=str(out)))
+    assert result["files"] == len(list(out.iterdir())) - 1
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (out / "config.json").unlink()
+    (out / "README.md").write_text("short")
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        merge.main(merge.MergeArguments(verify_only=str(out)))
+    for problem in ("model.safetensors was changed", "config.json is missing", "README.md has 5 bytes", "not in the"):
+        assert problem in str(caught.value)
+    with pytest.raises(InputError, match=r"merge_manifest\.json"):
+        merge.main(merge.MergeArguments(verify_only=str(llama)))
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(llama, simple_adapter, tmp_path, caplog):
+    caplog.set_level("INFO")
+    plan = run_merge(llama, simple_adapter, tmp_path / "out", dry_run=True, max_shard_size="200KB")
+    assert not list(tmp_path.glob("*out*"))
+    assert not list(tmp_path.glob(".*"))
+    assert "nothing is written" in caplog.text
+    report = run_merge(llama, simple_adapter, tmp_path / "out", max_shard_size="200KB")
+    sizes = {item.name: item.stat().st_size for item in (tmp_path / "out").glob("*.safetensors")}
+    assert plan["files"] == sizes
+    assert (plan["tensors"], plan["changed_tensors"]) == (report["tensors"], report["changed_tensors"])
+    assert plan["expected_memory_gb"] > 0.1
+    with pytest.raises(InputError, match="match no weight"):
+        broken = edit_adapter(simple_adapter, tmp_path / "broken", BROKEN_ADAPTERS["one_strange"][0])
+        run_merge(llama, broken, tmp_path / "out2", dry_run=True)
+
+
+def test_a_model_without_adapters_is_converted(llama, tmp_path):
+    report = run_merge(llama, "", tmp_path / "out", dtype="bfloat16", max_shard_size="100KB")
+    expected = {name: weight.bfloat16() for name, weight in all_weights(llama).items()}
+    assert differences(all_weights(tmp_path / "out"), expected) == []
+    assert report["changed_tensors"] == 0
+    assert "converted" in (tmp_path / "out" / "README.md").read_text()
+
+
 # ---------------------------------------------------------------- bad input
+
+
+def test_a_base_with_other_weights_of_the_same_shape_is_refused(llama, simple_adapter, tmp_path, caplog):
+    """Training records what its base was; another model of the same size is no base for that adapter."""
+    adapter = edit_adapter(simple_adapter, tmp_path / "adapter")
+    record_base(adapter, llama)
+    run_merge(llama, adapter, tmp_path / "out")
+    sharded = tmp_path / "sharded"
+    load(llama).save_pretrained(sharded, max_shard_size="100KB")
+    run_merge(sharded, adapter, tmp_path / "out2")  # the same weights in other files
+    run_merge(as_bin(llama, tmp_path / "bin"), adapter, tmp_path / "out3")
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    weights = all_weights(llama)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.001
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="whose weights are not those of"):
+        run_merge(other, adapter, tmp_path / "out4")
+    load(llama, torch.bfloat16).save_pretrained(tmp_path / "half")
+    run_merge(tmp_path / "half", adapter, tmp_path / "out5")
+    assert "cannot be checked" in caplog.text
 
 
 def edit_adapter(source: Path, target: Path, change=None, **config) -> Path:
@@ -646,7 +764,7 @@ def wait_for_second_shard(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_stopped_merge_leaves_nothing_and_runs_again(tmp_path, stop):
+def test_stopped_merge_leaves_nothing_and_goes_on(tmp_path, stop):
     base = big_base(tmp_path / "base", 40)
     make_adapter(base, tmp_path / "adapter")
     flags = command("--base_model", base, "--lora_model", tmp_path / "adapter", "--output_dir", tmp_path / "out")
@@ -658,10 +776,72 @@ def test_stopped_merge_leaves_nothing_and_runs_again(tmp_path, stop):
     if stop == signal.SIGINT:
         assert process.returncode == 130
         assert "Traceback" not in log
-        assert not list(tmp_path.glob(".*"))
-    run_merge(base, tmp_path / "adapter", tmp_path / "out")
+        assert "again to go on" in log
+    (first,) = (tmp_path / ".out.partial").glob("model-00001-*")
+    written = first.stat().st_mtime_ns
+    report = run_merge(base, tmp_path / "adapter", tmp_path / "out", max_shard_size="5MB")
+    assert (tmp_path / "out" / first.name).stat().st_mtime_ns == written, "a finished shard was written again"
     assert differences(all_weights(tmp_path / "out"), all_weights(tmp_path / "adapter" / "oracle")) == []
     assert not list(tmp_path.glob(".*"))
+    assert not list((tmp_path / "out").glob(".*"))
+    assert_manifest_is_true(tmp_path / "out", base, tmp_path / "adapter")
+    fresh = run_merge(base, tmp_path / "adapter", tmp_path / "fresh", max_shard_size="5MB")
+    assert report["relative_delta"] == fresh["relative_delta"]
+
+
+def test_an_unfinished_merge_of_something_else_is_not_continued(llama, simple_adapter, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for settings in ({"dtype": "bfloat16"}, {"adapter_weights": "0.5"}, {"max_shard_size": "200KB"}, {}):
+        with monkeypatch.context() as patch:
+            patch.setattr(merge_writer, "write_index", stop)  # after all shards
+            with pytest.raises(KeyboardInterrupt):
+                run_merge(llama, simple_adapter, tmp_path / "out", **({"max_shard_size": "100KB"} | settings))
+        assert (tmp_path / ".out.partial").exists()
+    run_merge(llama, simple_adapter, tmp_path / "out", max_shard_size="100KB")
+    assert differences(all_weights(tmp_path / "out"), all_weights(simple_adapter / "oracle")) == []
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_nothing_or_a_complete_folder(tmp_path):
+    """Killed at random moments of its writing, again and again; what stands at the end is what PEFT makes."""
+    base = big_base(tmp_path / "base", 120)
+    make_adapter(base, tmp_path / "adapter")
+    flags = command("--base_model", base, "--lora_model", tmp_path / "adapter", "--output_dir", tmp_path / "out")
+    chance = random.Random(0)
+    for number in range(20):
+        process = subprocess.Popen([*flags, "--max_shard_size", "8MB"], stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while not (tmp_path / ".out.partial").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.4)
+        process.kill()
+        process.wait()
+        if (tmp_path / "out").exists():
+            merge.main(merge.MergeArguments(verify_only=str(tmp_path / "out")))
+            assert differences(all_weights(tmp_path / "out"), all_weights(tmp_path / "adapter" / "oracle")) == []
+            shutil.rmtree(tmp_path / "out")
+        elif number % 5 == 4:
+            shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)  # so that many kills hit early shards
+    run_merge(base, tmp_path / "adapter", tmp_path / "out", max_shard_size="8MB")
+    assert differences(all_weights(tmp_path / "out"), all_weights(tmp_path / "adapter" / "oracle")) == []
+    assert_manifest_is_true(tmp_path / "out", base, tmp_path / "adapter")
+
+
+def test_a_read_only_place_is_named(llama, simple_adapter, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        flags = command("--base_model", llama, "--lora_model", simple_adapter, "--output_dir", disk / "out")
+        done = subprocess.run(flags, capture_output=True, text=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Read-only file system while writing" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
