@@ -121,7 +121,7 @@ def _group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], l
 
 
 @dataclass(frozen=True)
-class _Experts:
+class Experts:
     """The experts of one Mixtral layer: matrices of their own (experts.N.w1), or two stacks as transformers 5 has
     them in memory, gate_up_proj (experts, 2 * inner, hidden) and down_proj (experts, hidden, inner)."""
 
@@ -132,7 +132,7 @@ class _Experts:
     fused: bool
 
     @classmethod
-    def of(cls, block: str, weights: Mapping[str, tuple[int, ...]]) -> _Experts | None:
+    def of(cls, block: str, weights: Mapping[str, tuple[int, ...]]) -> Experts | None:
         """The experts of `block`, such as model.layers.0.mlp; None if it has none."""
         fused = f"{block}.experts."
         if len(stack := weights.get(f"{fused}gate_up_proj", ())) == 3:
@@ -266,7 +266,7 @@ class _Planner:
         `experts` and `experts.base_layer` say only how the wrappers are nested; the shapes tell gate_up from down.
         """
         layer, found, nested = module.replace(_MOE, ".mlp.").partition(".experts")
-        experts = _Experts.of(layer, self.weights)
+        experts = Experts.of(layer, self.weights)
         if not found or nested not in ("", ".base_layer") or experts is None:
             return False
         count, hidden, inner = experts.count, experts.hidden, experts.inner
@@ -293,7 +293,7 @@ class _Planner:
     def _one_expert(self, module: str, name_A: str, name_B: str) -> bool:
         """Chinese-Mixtral's adapters name experts one by one (experts.3.w1); here onto a base that has them fused."""
         match = re.fullmatch(r"(.*\.(?:mlp|block_sparse_moe))\.experts\.(\d+)\.(w[123])", module)
-        experts = _Experts.of(match[1].replace(_MOE[:-1], ".mlp"), self.weights) if match else None
+        experts = Experts.of(match[1].replace(_MOE[:-1], ".mlp"), self.weights) if match else None
         if match is None or experts is None or int(match[2]) >= experts.count:
             return False
         weight, place = experts.find(int(match[2]), match[3])

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from utils import checkpoints, merge_inputs, merge_writer
 from utils.base_record import record_base
 from utils.files import InputError
+from utils.lora import LowRankFactors
 
 SCRIPT = Path(merge.__file__)
 SIZES = {
@@ -898,3 +899,17 @@ def test_a_full_disk_ends_with_one_line_and_no_output(tmp_path):
         assert "no space for the merged model: it needs 0.06 GB" in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_verify_compares_logits_and_publishes_nothing_where_they_part(llama, simple_adapter, tmp_path, monkeypatch):
+    report = run_merge(llama, simple_adapter, tmp_path / "out", verify=True, dtype="bfloat16")
+    assert report["verification"]["passed"]
+    assert report["verification"]["tokens"] > 10
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report
+    real = LowRankFactors.delta_rows
+    monkeypatch.setattr(LowRankFactors, "delta_rows", lambda self, start, stop: real(self, start, stop) * 0.5)
+    with pytest.raises(InputError, match=r"--verify: .*layers\.0\..*nothing was published"):
+        run_merge(llama, simple_adapter, tmp_path / "out2", verify=True)
+    assert not list(tmp_path.glob("*out2*"))
+    with pytest.raises(InputError, match="--output_type huggingface to verify"):
+        run_merge(llama, simple_adapter, tmp_path / "out2", verify=True, output_type="pth")

@@ -58,7 +58,7 @@ def base(tmp_path_factory, base_tokenizer_folder) -> Path:
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(80):
+    for _ in range(60):
         batch = rows[torch.randint(len(rows), (8,))]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
@@ -92,9 +92,9 @@ def load(folder: Path, **settings):
 
 
 def check_close_to_base(base: Path, out: Path, most: float) -> None:
-    """A change there is, or nothing was quantised; but a small one, where garbage has a perplexity of hundreds."""
+    """A change there is, or nothing was quantised; but a small one, where a model that knows nothing has 400."""
     before, after = perplexity(load(base), base), perplexity(load(out), out)
-    assert before < 60
+    assert before < 100
     assert 1e-6 < abs(after / before - 1) < most
 
 
@@ -182,17 +182,23 @@ def test_tied_embeddings_and_shards(base, tmp_path):
     assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(quantise_on_load(tied, "bnb-4bit")))
 
 
-def test_the_quantised_folder_answers_questions(base, tmp_path):
-    """Through inference_hf.py, in weights as narrow as its own loader must cope with."""
-    import inference_hf
+@pytest.mark.parametrize("method", ["bnb-4bit", "bnb-8bit"])
+def test_inference_loads_the_quantised_folder(tiny_model_folder, tmp_path, method):
+    """Its weights are narrower than what bitsandbytes packs for AVX-512; that must be noticed without being told."""
+    from inference_hf import TaskArguments, main
 
-    run_quantize(base, tmp_path / "out", "bnb-4bit")
-    ours = inference_hf.main(
-        inference_hf.InferenceArguments(str(tmp_path / "out")),
-        inference_hf.GenerationArguments(max_new_tokens=8, do_sample=False, repetition_penalty=1.0),
-        inference_hf.ChatArguments(prompt="The cat", predictions_file=str(tmp_path / "answer.json")),
-    )
-    assert ours
+    from utils.arguments import GenerationArguments, InferenceArguments
+
+    run_quantize(tiny_model_folder, tmp_path / "out", method)
+    greedy = GenerationArguments(max_new_tokens=8, do_sample=False, repetition_penalty=1.0)
+    task = TaskArguments(prompt="The cat", predictions_file=str(tmp_path / "answer.json"))
+    main(InferenceArguments(str(tmp_path / "out"), only_cpu=True), greedy, task)
+    answer = json.loads((tmp_path / "answer.json").read_text())[0]["Output"]
+    tokenizer = load_tokenizer(tiny_model_folder)
+    ids = torch.tensor([tokenizer("The cat").input_ids])
+    expected = quantization.load_quantized(tmp_path / "out").generate(ids, max_new_tokens=8, do_sample=False)
+    continued = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer.split() == f"The cat{continued}".split()
 
 
 # ---------------------------------------------------------------- llmcompressor, where it is installed
@@ -356,7 +362,7 @@ def test_output_is_never_overwritten_unasked_and_never_touches_the_base(base, tm
         run_quantize(base, out, "bnb-8bit")
     assert (out / "keep.txt").read_text() == "precious"
     for inside in (base, base / "sub"):
-        with pytest.raises(InputError, match="overlap|not empty"):
+        with pytest.raises(InputError, match=r"overlap|not empty"):
             run_quantize(base, inside, "bnb-8bit", overwrite=inside == base)
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     run_quantize(base, out, "bnb-8bit", overwrite=True)
