@@ -63,6 +63,43 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
     return _svg(parts, f"{y_label} of {', '.join(groups)}: {', '.join(names)}")
 
 
+def scatter_chart(groups: Mapping[str, Mapping[str, tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """Labelled dots as one <svg> element: {group: {label: (x, y)}}, a colour for each group.
+
+    Raises: ValueError if there is no point, or one is not finite.
+    """
+    points = [point for labels in groups.values() for point in labels.values()]
+    if not points or not all(math.isfinite(value) for point in points for value in point):
+        raise ValueError("scatter_chart: need finite points")
+    x_ticks, y_ticks = (nice_ticks(min(values), max(values)) for values in zip(*points, strict=True))
+    parts = [_axis_labels(x_label, y_label), _legend(groups), _y_grid(y_ticks)]
+    parts += [_text(_place_x(tick, x_ticks), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle") for tick in x_ticks]
+    taken: list[tuple[float, float, float]] = []  # left, right and baseline of the labels so far
+    for color, labels in zip(_colors(groups), groups.values(), strict=True):
+        for label, (x, y) in sorted(labels.items(), key=lambda item: item[1]):
+            across, down = _place_x(x, x_ticks), _place_y(y, y_ticks)
+            parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{color}"/>')
+            left, baseline = _free_place(across, down, 6.5 * len(label), taken)
+            taken.append((left, left + 6.5 * len(label), baseline))
+            parts.append(_text(left, baseline, label))
+    return _svg(
+        parts, f"{y_label} over {x_label}: {', '.join(label for labels in groups.values() for label in labels)}"
+    )
+
+
+def _free_place(x: float, y: float, width: float, taken: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Left end and baseline of a label beside a dot: to its right or left, a line higher each time one is there."""
+    for rise in range(0, HEIGHT - BOTTOM - TOP, 13):
+        for left in (x + 7, x - 7 - width):
+            baseline = y + 4 - rise
+            inside = left >= LEFT and left + width <= WIDTH and baseline >= TOP
+            if inside and all(
+                left > end or left + width < start or abs(baseline - line) >= 12 for start, end, line in taken
+            ):
+                return left, baseline
+    return x + 7, y + 4
+
+
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Evenly spaced round numbers, at most `most` steps over the span, the first <= `low` and the last >= `high`."""
     span = (high - low) or abs(high) or 1.0

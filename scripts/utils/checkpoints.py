@@ -316,7 +316,7 @@ def check_readable(folder: str | Path) -> None:
 
 
 def local_folder(name_or_path: str) -> Path:
-    """The folder of a model or adapter: itself, or the download of a hub id (safetensors preferred to .bin).
+    """The folder of a model or adapter: itself, or the download of a hub id (safetensors, else .bin, else .pth).
 
     Raises: InputError if there is no such folder and the hub has (or reaches) nothing of that name.
     """
@@ -330,11 +330,13 @@ def local_folder(name_or_path: str) -> Path:
 
     try:
         names = [] if os.environ.get("HF_HUB_OFFLINE") == "1" else HfApi().list_repo_files(name_or_path)
-        skip = ["*.bin"] if any(name.endswith(".safetensors") for name in names) else []
+        kinds = ["safetensors", "bin", "pth"]  # the first that is there, others hold the same weights again
+        found = next((kind for kind in kinds if any(name.endswith(f".{kind}") for name in names)), None)
+        skip = [f"*.{kind}" for kind in kinds if found and kind != found]
         return Path(
             snapshot_download(
                 name_or_path,
-                allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors", "*.bin"],
+                allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors", "*.bin", "*.pth"],
                 ignore_patterns=skip,
             )
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import AddBias, LowRank, Replace, Update, Experts
+from .adapters import AddBias, Experts, LowRank, Replace, Update
 from .checkpoints import Checkpoint, row_blocks, row_shape
 from .files import InputError
 from .lora import EMBEDDING, HEAD

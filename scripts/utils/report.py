@@ -38,6 +38,7 @@ from .pages import (
     percent,
     write_page,
 )
+from .quantization_report import quantization_sections
 from .recipe import (
     KINDS,
     LANGUAGES,
@@ -90,6 +91,7 @@ def build_report(run: RecipeRun, summary: Mapping[str, Any]) -> Page:
         answers_section(run, summary),
         samples_section(run),
         merge_section(run),
+        *quantization_sections(run.folder),
         time_section(run, summary),
         files_section(run),
         next_section(run),

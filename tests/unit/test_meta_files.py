@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -160,6 +161,16 @@ def test_an_error_in_the_middle_passes_through(tmp_path):
         for part in range(2):
             state = torch.load(tmp_path / "out" / f"consolidated.0{part}.pth")
             assert len(state) == 21
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_is_named(tmp_path, full):
+    model, _ = make_model(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"consolidated.0{full}.pth").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: .*consolidated\.0{full}\.pth"):
+        write_meta_checkpoint(tmp_path / "out", make_config(), specs_of(model), stream_of(model), 2)
 
 
 # ---------------------------------------------------------------- params.json
