@@ -209,6 +209,9 @@ def _load_tokenizers(folder: Path) -> PreTrainedTokenizerFast:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of `text` as text: no BOS or EOS, and what looks like a special token is cut into ordinary pieces."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        ids: list[int] = tokenizer.sp_model.encode(text)  # ten times faster than the call for many
+        return ids
     return encode_texts(tokenizer, [text])[0]
 
 
