@@ -135,7 +135,7 @@ def load_bin(path: Path, **kwargs: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _read_bin_header(path: Path) -> list[TensorInfo]:
+def read_bin_header(path: Path) -> list[TensorInfo]:
     infos = []
     for name, tensor in load_bin(path, map_location="meta").items():
         # torch notes where a storage's bytes stand in the (uncompressed) zip; its old format has no such offsets.
@@ -294,7 +294,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     files, index = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for info in _read_bin_header(file) if file.suffix == ".bin" else _read_safetensors_header(file):
+        for info in read_bin_header(file) if file.suffix == ".bin" else _read_safetensors_header(file):
             if info.name in tensors:
                 raise InputError(
                     f"{info.name} stands in {tensors[info.name].file} and in {file}; remove the stale file"

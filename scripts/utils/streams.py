@@ -121,19 +121,20 @@ class FileWriter:
             raise OSError(self._error.errno, self._error.strerror, str(self.path))
 
     def _work(self) -> None:
+        views = iter(self._queue.get, None)
         try:
-            self._write_all()
+            self._write_all(views)
         except OSError as error:
             self._error = error
-            while self._queue.get() is not None:  # let the producer go on until it looks
+            for _ in views:  # let the producer go on until it looks
                 pass
 
-    def _write_all(self) -> None:
+    def _write_all(self, views: Iterable[memoryview]) -> None:
         assert self._descriptor is not None
         # A mapping begins at a page, as direct writes need their memory to.
         with mmap.mmap(-1, WRITE_BYTES) as buffer:
             filled = total = 0
-            while (view := self._queue.get()) is not None:
+            for view in views:
                 while len(view):
                     count = min(len(view), WRITE_BYTES - filled)
                     buffer[filled : filled + count] = view[:count]

@@ -913,3 +913,44 @@ def test_verify_compares_logits_and_publishes_nothing_where_they_part(llama, sim
     assert not list(tmp_path.glob("*out2*"))
     with pytest.raises(InputError, match="--output_type huggingface to verify"):
         run_merge(llama, simple_adapter, tmp_path / "out2", verify=True, output_type="pth")
+
+
+# ---------------------------------------------------------------- Meta's layout
+
+
+@pytest.mark.parametrize("num_parts", [None, 2])
+def test_pth_output_and_pth_base_hold_the_same_weights(tiny_model_folder, tmp_path, num_parts):
+    """Merged as pth and turned back, the weights are those of the Hugging Face merge, bit for bit."""
+    adapter = tmp_path / "adapter"
+    make_adapter(tiny_model_folder, adapter, modules_to_save=["embed_tokens", "lm_head"])
+    pth, back = tmp_path / "pth", tmp_path / "back"
+    report = run_merge(tiny_model_folder, adapter, pth, output_type="pth", num_parts=num_parts)
+    parts = [f"consolidated.{number:02d}.pth" for number in range(num_parts or 1)]
+    expected = {*parts, "params.json", "merge_manifest.json", "merge_report.json", "run_config.yaml", "README.md"}
+    files = {item.name for item in pth.iterdir()}
+    assert expected <= files
+    assert {"tokenizer.model"} <= files
+    assert not {"config.json", "model.safetensors"} & files
+    assert_manifest_is_true(pth, tiny_model_folder, adapter)
+    assert report["changed_tensors"] == 16
+    assert merge.main(merge.MergeArguments(verify_only=str(pth)))["files"] == len(files) - 1
+    assert torch.load(pth / parts[0], weights_only=True)["norm.weight"].shape == (32,)
+    run_merge(pth, "", back)
+    assert differences(all_weights(back), all_weights(adapter / "oracle")) == []
+    assert_manifest_is_true(back, pth)
+    logits = load(adapter / "oracle", torch.float32)(TEXT).logits
+    assert_logits_close(back, logits)
+    again = tmp_path / "again"
+    make_adapter(back, again, seed=3)
+    run_merge(pth, again, tmp_path / "both")  # an adapter trained on the Hugging Face twin
+    assert differences(all_weights(tmp_path / "both"), all_weights(again / "oracle")) == []
+    plan = run_merge(pth, again, tmp_path / "never", output_type="pth", dry_run=True, num_parts=num_parts)
+    assert list(plan["files"]) == parts
+
+
+def test_pth_output_refuses_what_the_layout_cannot_hold(tmp_path):
+    base = make_base(tmp_path / "base", "qwen2")
+    make_adapter(base, tmp_path / "adapter")
+    with pytest.raises(InputError, match="pth holds Llama models only"):
+        run_merge(base, tmp_path / "adapter", tmp_path / "out", output_type="pth")
+    assert not (tmp_path / "out").exists()

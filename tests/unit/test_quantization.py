@@ -352,7 +352,7 @@ def test_a_gguf_row_names_the_types_that_stand_in_for_its_own(tiny, tmp_path, mo
     monkeypatch.setattr(formats, "require_llama_cpp", lambda purpose: None)
     row = make_table(tiny, gguf_files={"q4_0": path}).row("q4_0")
     assert row["types"] == {"Q4_0": 1, "F16": 1, "Q8_0": 1, "F32": 1}
-    assert row["note"] == "1 weights in another type: their rows do not fill q4_0's blocks"
+    assert row["note"] == "weights in another type, as their rows do not fill q4_0's blocks: 1"
     assert row["size_gb"] == path.stat().st_size / 1e9 and row["perplexity"] > 1 and model.closed
 
 

@@ -80,7 +80,8 @@ def test_a_file_system_without_direct_writes(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"abc"
 
 
-def test_a_failed_write_names_the_file_and_never_hangs(tmp_path):
+@pytest.mark.parametrize("megabytes", [100, 13])  # met while writing, and with the last bytes
+def test_a_failed_write_names_the_file_and_never_hangs(tmp_path, megabytes):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
@@ -88,7 +89,7 @@ def test_a_failed_write_names_the_file_and_never_hangs(tmp_path):
     before = threading.active_count()
     try:
         with pytest.raises(OSError) as caught, FileWriter(disk / "file") as file:
-            for _ in range(100):
+            for _ in range(megabytes):
                 file.write(bytes(1 << 20))
         assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(disk / "file"))
         assert threading.active_count() == before
