@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 一条命令跑完整个流程 (笔记本 CPU) / The whole recipe on a laptop CPU:  bash scripts/run_demo.sh
-#   英文小模型 -> 中文词表 -> 合并词表 -> 继续预训练 -> 合并 -> 指令精调 -> 合并 -> 问答与评测 -> output/demo/report.html
-#   tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> merge -> tuning -> merge -> answers -> report
+#   英文小模型 -> 中文词表 -> 合并词表 -> 继续预训练 -> 合并 -> 指令精调 -> 合并 -> GGUF 与量化 -> 问答与评测 -> output/demo/report.html
+#   tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> merge -> tuning -> merge -> GGUF, formats -> answers -> report
 # 可选 / optional: OUT=output/demo SEED=42.  已完成的步骤会跳过; 删除某一步的目录即可重跑该步及其后的步骤
 # Finished stages are skipped; delete a stage's folder to run it and those after it again.
 set -euo pipefail
@@ -66,6 +66,12 @@ stage sft "$OUT_DIR/sft" /all_results.json \
   --num_train_epochs 6 --validation_split 0.02 --modules_to_save embed_tokens,lm_head --save_steps 100 --save_total_limit 1
 stage assistant "$OUT_DIR/assistant" /config.json \
   env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" OUT="$OUT_DIR/assistant" bash "$HERE/run_merge.sh"
+
+stage gguf "$OUT_DIR/gguf" /export_report.json \
+  env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/gguf" TYPES="f16 q8_0 q4_0" bash "$HERE/run_export_gguf.sh"
+stage quantization "$OUT_DIR/quantization" .json \
+  "$PYTHON" "$ROOT/benchmarks/quantization.py" --model "$OUT_DIR/assistant" --texts "$DATA_DIR/pretrain/zh_heldout.txt" \
+  --gguf_dir "$OUT_DIR/gguf" --formats float32 bnb-8bit bnb-4bit f16 q8_0 q4_0 --output "$OUT_DIR/quantization.json" --no_record
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
 stage answers_base "$OUT_DIR/answers/base" .json \

@@ -14,6 +14,8 @@ STAGES = [
     ("pretrained", 6.5, 0.9),
     ("sft", 999.0, 9.9),
     ("assistant", 6.0, 0.9),
+    ("gguf", 5.0, 0.6),
+    ("quantization", 16.0, 0.9),
     ("answers_base", 21.0, 1.0),
     ("answers_adapter", 20.0, 1.0),
     ("answers_assistant", 19.0, 1.0),
@@ -53,6 +55,13 @@ VOCABULARY = {
     },
     "cost": {"hidden_size": 256, "tied": False, "added_parameters": 892_928},
 }  # fmt: skip
+
+FORMATS = [
+    {"format": "float32", "size_gb": 0.0148, "bits_per_weight": 32.0, "perplexity": 4.0, "bits_per_byte": 0.9,
+     "ms_per_token": 2.5, "note": ""},
+    {"format": "q4_0", "size_gb": 0.0021, "bits_per_weight": 4.6, "perplexity": 4.3, "bits_per_byte": 0.95,
+     "ms_per_token": 1.0, "types": {"Q4_0": 26}, "note": ""},
+]  # fmt: skip
 
 
 def write(path: Path, value) -> None:
@@ -101,6 +110,8 @@ def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, lis
     merge = {"tensors": 39, "changed_tensors": 30, "vocab_size": 2944, "size_gb": 0.018, "seconds": 0.4}
     for name in ("pretrained", "assistant"):
         write(folder / name / "merge_report.json", merge)
+    write(folder / "gguf" / "export_report.json", {"files": {}})
+    write(folder / "quantization.json", {"scored_tokens": 12_345, "rows": FORMATS})
     lines = [json.dumps({"name": n, "seconds": s, "peak_memory_gb": m}) for n, s, m in STAGES]
     write(folder / "stages.jsonl", "\n".join(lines) + "\n")
     write_answers(folder, questions, outputs)

@@ -25,6 +25,8 @@ NEEDS = {
     "run_pt.sh": {"MODEL": "m", "DATA": "d"},
     "run_sft.sh": {"MODEL": "m", "DATA": "d"},
     "run_merge.sh": {"MODEL": "m", "LORA": "l"},
+    "run_export_gguf.sh": {"MODEL": "m"},
+    "run_quantize.sh": {"MODEL": "m"},
     "run_inference.sh": {"MODEL": "m"},
     "run_train_tokenizer.sh": {"DATA": "d"},
     "run_merge_tokenizers.sh": {"BASE": "b", "SP": "s"},

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 400, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 34, 40  # margins around the plotted area; the legend stands in the top one
+LEFT, RIGHT, TOP, BOTTOM = 58, 16, 34, 40  # margins around the plotted area; the legend stands in the top one
 COLORS = ("#2a6f97", "#d9822b", "#4d9078", "#8e6c8a", "#b23a48")
 INK, GRID = "#52606d", "#e4e7eb"
 DOTTED = 12  # lines of at most so many points have a dot on each
@@ -74,30 +74,41 @@ def scatter_chart(groups: Mapping[str, Mapping[str, tuple[float, float]]], x_lab
     x_ticks, y_ticks = (nice_ticks(min(values), max(values)) for values in zip(*points, strict=True))
     parts = [_axis_labels(x_label, y_label), _legend(groups), _y_grid(y_ticks)]
     parts += [_text(_place_x(tick, x_ticks), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle") for tick in x_ticks]
-    taken: list[tuple[float, float, float]] = []  # left, right and baseline of the labels so far
+    places = {
+        label: (_place_x(x, x_ticks), _place_y(y, y_ticks))
+        for labels in groups.values()
+        for label, (x, y) in labels.items()
+    }
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
+    lines, dots, names = [], [], []
     for color, labels in zip(_colors(groups), groups.values(), strict=True):
-        for label, (x, y) in sorted(labels.items(), key=lambda item: item[1]):
-            across, down = _place_x(x, x_ticks), _place_y(y, y_ticks)
-            parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{color}"/>')
-            left, baseline = _free_place(across, down, 6.5 * len(label), taken)
-            taken.append((left, left + 6.5 * len(label), baseline))
-            parts.append(_text(left, baseline, label))
-    return _svg(
-        parts, f"{y_label} over {x_label}: {', '.join(label for labels in groups.values() for label in labels)}"
-    )
+        for label in sorted(labels, key=lambda label: labels[label]):
+            x, y = places[label]
+            left, top, right, bottom = box = _free_box(x, y, 6.5 * len(label), taken)
+            taken.append(box)
+            if not top - 3 <= y <= bottom + 3:  # too far for the eye to connect
+                end = min(max(x, left), right), bottom if bottom < y else top
+                lines.append(f'<path d="M{x:.1f} {y:.1f}L{end[0]:.1f} {end[1]:.1f}" stroke="{color}"/>')
+            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
+            names.append(_text(left, bottom - 3, label))
+    return _svg([*parts, *lines, *dots, *names], f"{y_label} over {x_label}: {', '.join(places)}")
 
 
-def _free_place(x: float, y: float, width: float, taken: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Left end and baseline of a label beside a dot: to its right or left, a line higher each time one is there."""
-    for rise in range(0, HEIGHT - BOTTOM - TOP, 13):
-        for left in (x + 7, x - 7 - width):
-            baseline = y + 4 - rise
-            inside = left >= LEFT and left + width <= WIDTH and baseline >= TOP
-            if inside and all(
-                left > end or left + width < start or abs(baseline - line) >= 12 for start, end, line in taken
-            ):
-                return left, baseline
-    return x + 7, y + 4
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _free_box(x: float, y: float, width: float, taken: Sequence[Box]) -> Box:
+    """Where a label has room, as near to its dot as possible: beside it, or some lines above or below."""
+    choices = []
+    for shift in range(0, HEIGHT, 6):
+        for middle in (y - shift, y + shift):
+            choices += [(left, middle - 6, left + width, middle + 7) for left in (x + 7, x - 7 - width)]
+    for box in choices:
+        left, top, right, bottom = box
+        inside = left >= LEFT and right <= WIDTH and top >= TOP - 6 and bottom <= HEIGHT - BOTTOM
+        if inside and all(left >= b[2] or right <= b[0] or top >= b[3] or bottom <= b[1] for b in taken):
+            return box
+    return choices[0]
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -78,7 +78,7 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     strange = [item.name for item in folder.iterdir() if item.suffix in WEIGHT_FILES and item.name not in outputs]
     problems += [f"{name} is not in the manifest; engines may load it" for name in sorted(strange)]
     if problems:
-        raise InputError(f"{folder} is not what {MANIFEST} describes:\n  " + "\n  ".join(problems))
+        raise InputError(f"{folder} is not what merge_manifest.json describes:\n  " + "\n  ".join(problems))
     return {"files": len(outputs), "gb": round(total / 1e9, 3)}
 
 

@@ -100,15 +100,16 @@ def load_model(args: ModelArguments, compute_dtype: torch.dtype, device_map: Any
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if quantization is not None and dtype == "auto":
         dtype = compute_dtype
+    # None would replace what the config of a quantised folder says.
+    settings = {} if quantization is None else {"quantization_config": quantization}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
         dtype=dtype,
         attn_implementation=choose_attention(args.attn_implementation),
-        quantization_config=quantization,
         device_map=device_map,
+        **settings,
     )
-    if args.load_in_kbits == 4:
-        _pack_whole_blocks_only(model)
+    _pack_whole_blocks_only(model)
     return model
 
 

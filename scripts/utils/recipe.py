@@ -40,6 +40,8 @@ STAGES = {
     "pretrained": Stage(Text("合并进基座", "Merged into the base"), "pretrained/merge_report.json", "run_merge.sh"),
     "sft": Stage(Text("指令精调", "Instruction tuning"), "sft/all_results.json", "run_sft.sh"),
     "assistant": Stage(Text("合并为助手", "Merged assistant"), "assistant/merge_report.json", "run_merge.sh"),
+    "gguf": Stage(Text("导出 GGUF", "GGUF files"), "gguf/export_report.json", "run_export_gguf.sh"),
+    "quantization": Stage(Text("比较各种格式", "Storage formats"), "quantization.json", "run_demo.sh"),
     "answers_base": Stage(Text("基座的回答", "Answers, base"), "answers/base.json", "run_inference.sh"),
     "answers_adapter": Stage(Text("适配器的回答", "Answers, adapter"), "answers/adapter.json", "run_inference.sh"),
     "answers_assistant": Stage(Text("助手的回答", "Answers, merged"), "answers/assistant.json", "run_inference.sh"),
