@@ -48,7 +48,7 @@ def test_summary_holds_the_figures_of_the_run(run):
     summary = write_report(*run)
     assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == summary
     # The first, slower run of sft (999 s, 9.9 GB) does not count.
-    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 21 + 20 + 19
+    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19
     assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 11
     assert summary["peak_memory_gb"] == 1.8
     assert summary["bits_per_byte"] == {
@@ -197,7 +197,7 @@ def test_html_is_whole_and_loads_nothing(run):
     assert all(link.startswith("data:image/png;base64,") or link[1:] in page.ids for link in page.links)
     assert "url(" not in text and "@import" not in text
     # 3 loss curves, two bar charts; the vocabulary's png.
-    assert page.tags.count("svg") == 5 and page.tags.count("img") == 1
+    assert page.tags.count("svg") == 6 and page.tags.count("img") == 1
     assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 12
 
 
