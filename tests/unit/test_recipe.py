@@ -49,7 +49,7 @@ def test_summary_holds_the_figures_of_the_run(run):
     assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == summary
     # The first, slower run of sft (999 s, 9.9 GB) does not count.
     assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19
-    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 11
+    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 13
     assert summary["peak_memory_gb"] == 1.8
     assert summary["bits_per_byte"] == {
         "zh": {"base": 2.5, "extended": 3.1, "pretrained": 0.9},
@@ -198,7 +198,7 @@ def test_html_is_whole_and_loads_nothing(run):
     assert "url(" not in text and "@import" not in text
     # 3 loss curves, two bar charts; the vocabulary's png.
     assert page.tags.count("svg") == 6 and page.tags.count("img") == 1
-    assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 12
+    assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 13
 
 
 def test_all_text_from_data_is_escaped(run):
