@@ -9,7 +9,6 @@ python scripts/export_gguf.py --base_model llama2-7b --lora_model output/pt,outp
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -76,7 +75,9 @@ class ExportArguments:
 
     @property
     def num_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        from utils.parallel import available_cores
+
+        return self.threads or available_cores()
 
 
 def main(args: ExportArguments) -> dict[str, Any]:
@@ -96,9 +97,8 @@ def main(args: ExportArguments) -> dict[str, Any]:
     texts = read_texts(args.self_test_data)
     assert args.model_name_or_path is not None
     with open_merge(args.model_name_or_path, args.adapters, args.tokenizer_name_or_path, args.output_dir) as inputs:
-        plan = plan_gguf(
-            inputs.model, inputs.config, inputs.tokenizer, (inputs.adapter_folders or [inputs.base_folder])[-1].name
-        )
+        name = Path([args.model_name_or_path, *args.adapters][-1]).absolute().name
+        plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, name)
         for note in (*inputs.model.notes, *plan.notes):
             logger.warning("%s", note)
         check_imatrix(imatrix, plan)
@@ -106,11 +106,9 @@ def main(args: ExportArguments) -> dict[str, Any]:
         check_disk(plan, [*types, *([source] if quantized and source not in types else [])], args.output_dir)
         level, reason = choose_self_test(args, inputs)
         with atomic_folder(args.output_dir, args.overwrite) as folder:
-            tested_texts = 0
-            if level != "none":
-                tested_texts = test_vocabulary(plan, inputs, folder, texts)
+            count = prove_tokens(plan, inputs, folder, texts) if level != "none" else 0
             files = write_files(plan, inputs, types, source, folder, imatrix, args.num_threads)
-            results = test_files(inputs, files, folder, texts, args.num_threads) if level == "full" else {}
+            results = prove_arithmetic(inputs, files, folder, texts, args.num_threads) if level == "full" else {}
             write_modelfiles(inputs, types, folder)
             report = {
                 "base_model": args.model_name_or_path,
@@ -119,7 +117,7 @@ def main(args: ExportArguments) -> dict[str, Any]:
                 "vocab_size": inputs.model.vocab_size,
                 "notes": [*inputs.model.notes, *plan.notes],
                 "files": files,
-                "self_test": {"level": level, "reason": reason, "token_texts": tested_texts, "results": results},
+                "self_test": {"level": level, "reason": reason, "token_texts": count, "results": results},
                 "seconds": round(time.monotonic() - started, 2),
                 "peak_memory_gb": round(peak_resident_bytes() / 1e9, 3),
             }
@@ -207,7 +205,7 @@ def choose_self_test(args: ExportArguments, inputs: MergeInputs) -> tuple[str, s
 # ---------------------------------------------------------------- writing and testing
 
 
-def test_vocabulary(plan: GgufPlan, inputs: MergeInputs, folder: Path, texts: list[str]) -> int:
+def prove_tokens(plan: GgufPlan, inputs: MergeInputs, folder: Path, texts: list[str]) -> int:
     """Compare llama.cpp's tokens with the tokenizer's before any weight is written. Returns: how many texts.
 
     Raises: InputError with the texts that are cut otherwise.
@@ -236,7 +234,7 @@ def write_files(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Write one file of every type. Returns: name, size, SHA-256 and tensor types of each."""
     from utils.files import hash_file
-    from utils.gguf_files import QUANTIZED_TYPES, write_gguf
+    from utils.gguf_files import QUANTIZED_TYPES, describe_plan, write_gguf
     from utils.llamacpp import describe_file, quantize
 
     paths = {name: folder / f"model-{name}.gguf" for name in types}
@@ -253,7 +251,7 @@ def write_files(
         origin.unlink(missing_ok=True)
     files = {}
     for name, path in paths.items():
-        described = describe_file(path, name)
+        described = describe_file(path, name) if name in quantized else describe_plan(plan, name)
         if fallbacks := described["fallbacks"]:
             logger.warning(
                 "%s: the rows of %d tensors (first %s) do not fill its blocks; they are stored with more bits: %s",
@@ -264,7 +262,7 @@ def write_files(
     return files
 
 
-def test_files(
+def prove_arithmetic(
     inputs: MergeInputs, files: dict[str, dict[str, Any]], folder: Path, texts: list[str], threads: int
 ) -> dict[str, dict[str, Any]]:
     """Compare llama.cpp's arithmetic with the model's. Raises: InputError listing every difference."""

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,31 @@ def tensor_type(tensor: GgufTensor, file_type: str, tied: bool) -> GGMLQuantizat
     wanted = GGMLQuantizationType["Q8_0" if is_output and file_type in _COARSE else file_type]
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if columns % block == 0 else GGMLQuantizationType.F16
+
+
+def describe_plan(plan: GgufPlan, file_type: str) -> dict[str, Any]:
+    """`describe_types` of the file that `write_gguf` writes."""
+    types = ((t.name, t.shape, tensor_type(t, file_type, plan.tied).name) for t in plan.tensors)
+    return describe_types(types, file_type)
+
+
+def describe_types(tensors: Iterable[tuple[str, Sequence[int], str]], file_type: str) -> dict[str, Any]:
+    """{"tensor_types": {type: how many}, "fallbacks": names of tensors whose rows do not fill the type's blocks}.
+
+    Those are stored in a type with smaller blocks; llama.cpp says so only in its own log.
+
+    Args:
+        tensors: (name, shape, type) of each.
+    """
+    small = file_type in WRITTEN_TYPES or file_type == "IQ4_NL"
+    block = 1 if file_type in ("F32", "F16", "BF16") else 32 if small else 256
+    counts: Counter[str] = Counter()
+    fallbacks = []
+    for name, shape, kind in tensors:
+        counts[kind] += 1
+        if len(shape) > 1 and kind != "F32" and shape[-1] % block:
+            fallbacks.append(name)
+    return {"tensor_types": dict(counts), "fallbacks": fallbacks}
 
 
 def file_bytes(plan: GgufPlan, file_type: str) -> int:

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import struct
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import gguf
 import numpy as np
 
 from .files import InputError
-from .gguf_files import WRITTEN_TYPES, file_type_number
+from .gguf_files import describe_types, file_type_number
 
 _ERROR = 4  # ggml's GGML_LOG_LEVEL_ERROR
 _QUANTIZE_BUFFER = 256 << 20  # bytes of rows that llama.cpp holds at a time
@@ -203,18 +202,6 @@ def _read_imatrix_dat(data: bytes) -> dict[str, np.ndarray]:
 
 
 def describe_file(path: Path, file_type: str) -> dict[str, Any]:
-    """{"tensor_types": {type: how many}, "fallbacks": names of tensors whose rows do not fill the type's blocks}.
-
-    llama.cpp stores the latter in a type with smaller blocks, and says so only in its own log.
-    """
+    """gguf_files.describe_types of a file that llama.cpp may have written; reads its whole header, which is slow."""
     tensors = gguf.GGUFReader(path).tensors
-    small = file_type in WRITTEN_TYPES or file_type == "IQ4_NL"
-    block = 1 if file_type in ("F32", "F16", "BF16") else 32 if small else 256
-    return {
-        "tensor_types": dict(Counter(tensor.tensor_type.name for tensor in tensors)),
-        "fallbacks": [
-            tensor.name
-            for tensor in tensors
-            if len(tensor.shape) > 1 and tensor.tensor_type.name != "F32" and tensor.shape[0] % block
-        ],
-    }
+    return describe_types(((t.name, t.shape.tolist()[::-1], t.tensor_type.name) for t in tensors), file_type)
