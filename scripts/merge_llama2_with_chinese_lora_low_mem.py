@@ -77,6 +77,8 @@ class MergeArguments:
             raise InputError(
                 f"--adapter_weights {self.adapter_weights}: {len(shares)} numbers for {len(self.adapters)} adapters"
             )
+        if self.num_parts is not None and self.output_type != "pth":
+            raise InputError(f"--num_parts {self.num_parts} belongs to --output_type pth")
         if self.verify and self.output_type == "pth":
             raise InputError("--verify reads a Hugging Face folder; merge with --output_type huggingface to verify")
 
@@ -124,7 +126,7 @@ def main(args: MergeArguments) -> dict[str, Any]:
             return show_plan(writer, args)
         if args.verify:
             check_verifiable(inputs)
-        check_space(Path(args.output_dir), writer.num_bytes)
+        check_space(Path(args.output_dir), writer.num_bytes - writer.finished_bytes(args.output_dir))
         with atomic_folder(args.output_dir, args.overwrite, resume_key=writer.key) as folder:
             hashes = write_weights(writer, folder)
             write_companions(inputs, folder, args)

@@ -10,7 +10,7 @@ from typing import Any
 from .checkpoints import Checkpoint, open_checkpoint
 from .files import InputError, read_json, write_json
 from .lora import AdapterConfig
-from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, load_tokenizer, tokenizer_fingerprint
+from .tokenization import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,11 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _describe(base: Path, checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
-    has_tokenizer = any((base / name).is_file() for name in (SENTENCEPIECE_FILE, TOKENIZERS_FILE))
     return {
         "config": {name: config[name] for name in SAME_BASE if name in config},
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in checkpoint.tensors.values()}),
         "weights": weights_fingerprint(checkpoint),
-        "tokenizer": tokenizer_fingerprint(load_tokenizer(base)) if has_tokenizer else None,
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(base)) if has_tokenizer(base) else None,
     }
 
 

@@ -5,6 +5,7 @@ Files are read with pread: pages of a memory-mapped file would count into the pr
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -147,7 +148,7 @@ def read_bin_header(path: Path) -> list[TensorInfo]:
     size = path.stat().st_size
     if any(info.offset is not None and info.offset + info.num_bytes > size for info in infos):
         raise InputError(f"{path} is truncated: it has {size} bytes, fewer than its tensors need; copy it again")
-    return infos
+    return sorted(infos, key=lambda info: info.offset or 0)  # from front to back
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
@@ -372,8 +373,17 @@ def row_blocks(shape: Sequence[int], itemsize: int = 4) -> Iterator[tuple[int, i
     height = shape[-2] if len(shape) > 2 else rows
     step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(1, width * itemsize) // 64 * 64)
     for first in range(0, rows, max(1, height)):
-        for start in range(first, first + height, step):
-            yield start, min(start + step, first + height)
+        for start, stop in _even_blocks(height, step):
+            yield first + start, first + stop
+
+
+def _even_blocks(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < rows:
+        # A short rest joins the last block: products of few rows are not bit-equal to the whole product.
+        stop = rows if rows - start - step < MIN_BLOCK_ROWS // 2 else start + step
+        yield start, stop
+        start = stop
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
@@ -387,7 +397,9 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, 
         shards[-1].append(spec)
         room -= spec.num_bytes
     for shard in shards:
-        shard.sort(key=lambda spec: -spec.dtype.itemsize)  # wide types first keeps every tensor aligned; stable
+        ends = itertools.accumulate((spec.num_bytes for spec in shard), initial=0)
+        if any(end % spec.dtype.itemsize for end, spec in zip(ends, shard, strict=False)):
+            shard.sort(key=lambda spec: -spec.dtype.itemsize)  # wide types first keeps every tensor aligned; stable
     count = len(shards)
     names = [SAFETENSORS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     return dict(zip(names, shards, strict=True))

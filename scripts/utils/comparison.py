@@ -51,7 +51,7 @@ class _AdaptedWeight:
         self.model, self.weight = model, model.weights[name]
         self.source = model.base.tensors[self.weight.source]
         self.stages: list[_Stage] = []
-        for number, update in self.weight.updates:
+        for number, update in model.remaining_updates(self.weight):
             if region and isinstance(update, LowRank) and update.place and not _overlap(update.place, region):
                 continue
             stage = _Stage(number, update)
@@ -98,7 +98,8 @@ class _AdaptedWeight:
             for stage in group:
                 rows, y = self._step(stage, rows, y, index, x)
                 if isinstance(stage.update, Replace):
-                    known = torch.ones_like(known)
+                    shapes = self.model.adapters[number][1].shapes
+                    known = index < row_shape(shapes[stage.update.source])[0]
             share = self.model.shares[number]
             if share != 1.0 and not (whole and number == self.stages[-1].adapter):
                 shares = torch.where(known_before, share, 1.0)  # rows that only the adapter has are taken whole
@@ -138,6 +139,7 @@ class _AdaptedWeight:
             if not update.place[0] <= int(index[0]) < update.place[1]:
                 return rows, y
             index = index - update.place[0]
+        index = index.clamp(max=len(stage.left) - 1)  # rows that only a later adapter has are its alone
         left = stage.left[index]
         rows, y = rows + left @ stage.right, y + (x @ stage.right.T) @ left.T
         if stage.magnitude is None:
@@ -181,7 +183,7 @@ class Comparison:
         self.layers: list[float] = []
         adapters = inputs.model.adapters
         # Experts of a layer share their factors.
-        read = lru_cache(maxsize=4)(lambda adapter, name: adapters[adapter][1].read(name))
+        read = lru_cache(maxsize=4 * max(1, len(adapters)))(lambda adapter, name: adapters[adapter][1].read(name))
         self._adapted = partial(_AdaptedWeight, inputs.model, read)
         self._skeleton = Skeleton(inputs)
 

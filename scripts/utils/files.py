@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from .json_stream import JsonStreamError, iter_json_values
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 READ_BYTES = 4 << 20  # bytes of text handled at a time: large enough to be fast, small enough to keep memory flat
+RESUME_KEY = ".resume_key"
 MAX_LOCATIONS = 5  # of skipped rows named in the log
 
 
@@ -71,51 +73,97 @@ def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | None = None) -> Iterator[Path]:
-    """Yield an empty sibling folder that becomes `path` only when the block ends well.
+    """Yield an empty sibling folder that becomes `path` only when the block ends well; hidden files are left out.
 
     What a killed run left under the sibling's name is removed first, unless it was made for the same `resume_key`:
     then the block gets it back as it is. Ctrl-C leaves such a folder too, other errors do not.
     The old folder stays until the new one is complete.
-    Raises: InputError if `path` holds anything and `overwrite` is False.
+    Raises: InputError if `path` holds anything and `overwrite` is False, or another run is writing it.
     """
-    path = Path(path)
     refuse_existing_output(path, overwrite)
+    path = Path(path).resolve()  # a link's target, not the link, is what is written
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_name(path)
-    key_file = partial / ".resume_key"
-    if resume_key is None or not key_file.is_file() or key_file.read_text() != resume_key:
-        remove(partial)
-        partial.mkdir()
-        if resume_key is not None:
-            key_file.write_text(resume_key)
-    try:
-        yield partial
-        key_file.unlink(missing_ok=True)
-        for item in partial.rglob("*"):
-            if item.is_file():
-                _fsync(item)
-        if path.exists():
-            old = path.with_name(f".{path.name}.replaced")
-            remove(old)
-            os.rename(path, old)
+    with _locked_folder(_partial_name(path)) as partial:
+        if resume_key is None or unfinished_folder(path, resume_key) is None:
+            for item in partial.iterdir():
+                remove(item)
+            if resume_key is not None:
+                (partial / RESUME_KEY).write_text(resume_key)
+        try:
+            yield partial
+            for item in partial.iterdir():
+                if item.name.startswith("."):
+                    remove(item)
+            for item in partial.rglob("*"):
+                if item.is_file():
+                    _fsync(item)
+            _publish(partial, path)
+        except BaseException as error:
+            if resume_key is None or not isinstance(error, KeyboardInterrupt):
+                remove(partial)
+            raise
+
+
+def unfinished_folder(path: str | Path, resume_key: str) -> Path | None:
+    """The folder that an interrupted `atomic_folder` of the same key left, if there is one."""
+    key = _partial_name(Path(path).resolve()) / RESUME_KEY
+    return key.parent if key.is_file() and key.read_text() == resume_key else None
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, made if it is absent, for this process alone. Raises: InputError if another one has it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another run is writing {folder}; wait for it, or pass another --output_dir"
+                ) from None
+            except OSError:
+                pass  # this file system has no locks
+            if not folder.is_dir() or os.stat(folder).st_ino != os.fstat(descriptor).st_ino:
+                continue  # the run that had it has just ended
+            yield folder
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a complete folder its name."""
+    old = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        os.rename(path, old)
+        try:
             os.rename(partial, path)
-            remove(old)
-        else:
-            os.rename(partial, path)
-        _fsync(path.parent)
-    except BaseException as error:
-        if resume_key is None or not isinstance(error, KeyboardInterrupt):
-            remove(partial)
-        raise
+        except OSError:
+            os.rename(old, path)
+            raise
+        remove(old)
+    else:
+        os.rename(partial, path)
+    _fsync(path.parent)
 
 
 def refuse_existing_output(path: str | Path, overwrite: bool = False) -> None:
-    """Raises: InputError if `path` is a file, or a folder with anything in it unless `overwrite` is set."""
-    path = Path(path)
+    """Check an output folder's name. What a run killed while it replaced the folder left aside is put back first.
+
+    Raises: InputError if `path` is a file, holds the current folder, or holds anything unless `overwrite` is set.
+    """
+    name, path = path, Path(path).resolve()
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise InputError(f"--output_dir {name} is the current folder or holds it; pass the name of a new folder")
+    old = path.with_name(f".{path.name}.replaced")
+    if old.is_dir():
+        remove(old) if path.exists() else os.rename(old, path)
     if path.is_file():
-        raise InputError(f"--output_dir {path} is a file; pass the name of a new folder")
+        raise InputError(f"--output_dir {name} is a file; pass the name of a new folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"output folder {path} is not empty; pass another --output_dir, or --overwrite to replace it")
+        raise InputError(f"output folder {name} is not empty; pass another --output_dir, or --overwrite to replace it")
 
 
 def write_json(path: str | Path, value: Any) -> None:

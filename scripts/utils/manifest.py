@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import InputError, hash_file, read_json, write_json
+from .files import InputError, hash_file, read_json, remove, write_json
 
 MANIFEST = "merge_manifest.json"
-SMALL_FILES = (".json", ".model", ".jinja", ".yaml", ".md", ".txt")
+SMALL_FILES = (".json", ".model", ".jinja", ".txt")  # of an input, besides its weights
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
 
 
@@ -24,7 +24,7 @@ def describe_file(path: Path, sha256: str | None = None) -> dict[str, Any]:
 def describe_folder(folder: Path, weights: Mapping[Path, str]) -> dict[str, Any]:
     """The files of an input folder that a merge depends on: `weights` with their hashes, and the small ones."""
     small = [item for item in sorted(folder.iterdir()) if item.is_file() and item.suffix in SMALL_FILES]
-    files = {item.name: describe_file(item) for item in small if item.suffix not in (".md", ".txt")}
+    files = {item.name: describe_file(item) for item in small}
     files |= {path.name: describe_file(path, sha256) for path, sha256 in weights.items()}
     return {"folder": str(folder), "files": files}
 
@@ -61,20 +61,22 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
     outputs = manifest.get("outputs") if isinstance(manifest, dict) else None
-    if not isinstance(outputs, dict) or not all(isinstance(entry, dict) for entry in outputs.values()):
+    if not isinstance(outputs, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in outputs.values()
+    ):
         raise InputError(f"{folder / MANIFEST} is no merge manifest: it lists no outputs")
     problems = []
-    total = sum(int(entry.get("bytes", 0)) for entry in outputs.values())
+    total = sum(entry["bytes"] for entry in outputs.values())
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="verifying") as bar:
         for name, entry in outputs.items():
             path = folder / name
             if not path.is_file():
                 problems.append(f"{name} is missing")
-            elif path.stat().st_size != entry.get("bytes"):
-                problems.append(f"{name} has {path.stat().st_size} bytes, need {entry.get('bytes')}")
+            elif path.stat().st_size != entry["bytes"]:
+                problems.append(f"{name} has {path.stat().st_size} bytes, need {entry['bytes']}")
             elif hash_file(path) != entry.get("sha256"):
                 problems.append(f"{name} was changed: its SHA-256 is another")
-            bar.update(int(entry.get("bytes", 0)))
+            bar.update(entry["bytes"])
     strange = [item.name for item in folder.iterdir() if item.suffix in WEIGHT_FILES and item.name not in outputs]
     problems += [f"{name} is not in the manifest; engines may load it" for name in sorted(strange)]
     if problems:
@@ -109,5 +111,8 @@ class Progress:
             os.fsync(file.fileno())
         self.shards[name] = entry
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def discard_rest(self) -> None:
+        """Remove what an interrupted merge left besides finished shards and notes: it was made for other files."""
+        for item in self.path.parent.iterdir():
+            if item.name not in self.shards and not item.name.startswith("."):
+                remove(item)

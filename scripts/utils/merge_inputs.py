@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 from .base_record import check_base
 from .checkpoints import Checkpoint, local_folder, open_checkpoint
 from .files import InputError, read_json
-from .lora import EMBEDDING, load_adapter_config
+from .lora import EMBEDDING, HEAD, load_adapter_config
 from .merging import MergedModel
 from .meta import is_meta_folder, meta_config, open_meta_checkpoint
 from .modeling import load_config
-from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, load_tokenizer
+from .tokenization import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+KNOWN_MODELS = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -69,8 +71,9 @@ def open_merge(
         ]
         for number, (adapter, _) in enumerate(opened):
             check_base(adapter, base_folder, checkpoint, config, first=number == 0)
-        tied = not is_meta and bool(load_config(str(base_folder)).tie_word_embeddings)
-        model = MergedModel(checkpoint, opened, tied=tied, shares=shares)
+        _check_complete(checkpoint, config)
+        tied = config["tie_word_embeddings"] if is_meta else load_config(str(base_folder)).tie_word_embeddings
+        model = MergedModel(checkpoint, opened, tied=bool(tied), shares=shares)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
         yield MergeInputs(base_folder, adapter_folders, model, found, _merged_config(model, config))
@@ -96,12 +99,34 @@ def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None)
     return base_folder, adapter_folders
 
 
+def _check_complete(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Raises: InputError if the weights of a known kind of model lack some that its config asks for."""
+    if config.get("model_type") not in KNOWN_MODELS:
+        return
+    layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.layers.")}
+    count = int(config["num_hidden_layers"])
+    parts = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.weight"]
+    parts += [f"self_attn.{name}_proj.weight" for name in "kvo"]
+    if config["model_type"] != "mixtral":
+        parts += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    wanted = [EMBEDDING, "model.norm.weight", *(f"model.layers.{i}.{part}" for i in range(count) for part in parts)]
+    if not config.get("tie_word_embeddings", False):
+        wanted.append(HEAD)
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing or len(layers) != count:
+        named = f": {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}" if missing else ""
+        raise InputError(
+            f"{checkpoint.folder}: config.json describes {count} layers, the weights hold {len(layers)} and lack "
+            f"{len(missing)} tensors{named}; download the model again"
+        )
+
+
 def _find_tokenizer(name: str | None, base: Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase | None:
     """The tokenizer named, else that of the last adapter that has one, else the base's; None if nobody has one."""
     if name:
         return load_tokenizer(name)
     for folder in (*reversed(adapters), base):
-        if any((folder / file).is_file() for file in (SENTENCEPIECE_FILE, TOKENIZERS_FILE)):
+        if has_tokenizer(folder):
             logger.info("tokenizer: %s", folder)
             return load_tokenizer(folder)
     return None
@@ -148,7 +173,7 @@ def _merged_config(model: MergedModel, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_space(output: Path, num_bytes: int) -> None:
-    """Raises: InputError if the weights cannot fit where they are to go."""
+    """Raises: InputError if so many bytes of weights cannot fit where they are to go."""
     place = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < num_bytes:

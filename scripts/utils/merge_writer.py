@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,10 @@ from .checkpoints import (
     write_index,
     write_shard,
 )
-from .files import hash_file, hash_json, peak_resident_bytes
+from .files import hash_file, hash_json, peak_resident_bytes, unfinished_folder
 from .manifest import Progress, describe_folder
 from .merge_inputs import MergeInputs
+from .merging import worker_count
 from .meta_files import plan_meta_checkpoint, write_meta_checkpoint
 from .streams import QUEUE_LENGTH, WRITE_BYTES, FileHasher
 
@@ -57,7 +57,7 @@ class MergeWriter:
 
     def expected_memory(self) -> int:
         """Bytes of peak memory: what the process has now, the blocks on their way, and the largest factors."""
-        workers = os.cpu_count() or 1
+        workers = worker_count()
         blocks = (2 * QUEUE_LENGTH + 5 * workers) * BLOCK_BYTES + len(self.files()) * WRITE_BYTES
         shapes = [checkpoint.shapes for _, checkpoint in self.model.adapters]
         factors = [
@@ -78,6 +78,11 @@ class MergeWriter:
                 break
         return self.num_bytes / max(done, 1) * (time.perf_counter() - started)
 
+    def finished_bytes(self, output: str | Path) -> int:
+        """Bytes that an interrupted merge of the same key has on the disk."""
+        folder = unfinished_folder(output, self.key)
+        return sum(entry["bytes"] for entry in Progress(folder).shards.values()) if folder else 0
+
     # -------------------------------- writing
 
     def write(self, folder: Path, progress: Callable[[int], Any]) -> dict[str, str]:
@@ -85,6 +90,7 @@ class MergeWriter:
 
         Raises: InputError as MergedModel.stream, OSError naming the file.
         """
+        Progress(folder).discard_rest()
         with ThreadPoolExecutor(1) as pool:
             # Adapters are read in the order of the base, so their hashes are taken beside that.
             files = [file for _, checkpoint in self.model.adapters for file in checkpoint.files]
@@ -108,7 +114,10 @@ class MergeWriter:
             describe_folder(config.folder, {file: self._adapter_hashes[file].result() for file in checkpoint.files})
             for config, checkpoint in self.model.adapters
         ]
-        return {"base": describe_folder(self.inputs.base_folder, base), "adapters": adapters}
+        described = {"base": describe_folder(self.inputs.base_folder, base), "adapters": adapters}
+        if self.inputs.tokenizer is not None:
+            described["tokenizer"] = describe_folder(Path(self.inputs.tokenizer.name_or_path), {})
+        return described
 
 
 class HuggingFaceWriter(MergeWriter):
@@ -135,10 +144,8 @@ class HuggingFaceWriter(MergeWriter):
             sha256 = write_shard(folder / name, shard, stream)
             squares = {spec.name: self.model.squares[spec.name] for spec in shard if spec.name in self.model.squares}
             finished.add(name, (folder / name).stat().st_size, sha256, squares)
-        hashes = {name: str(finished.shards[name]["sha256"]) for name in self.shards}
-        finished.remove()
         write_index(folder, self.shards)
-        return hashes
+        return {name: str(finished.shards[name]["sha256"]) for name in self.shards}
 
 
 class MetaWriter(MergeWriter):

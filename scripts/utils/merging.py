@@ -96,7 +96,8 @@ class MergedModel:
         if self.tied and HEAD in base.tensors:
             self.weights[HEAD] = dataclasses.replace(self.weights[EMBEDDING])
         self._check_result()
-        self._read_adapter = lru_cache(maxsize=4)(self._read_finite)  # experts of a layer share their factors
+        # Experts of a layer share their factors.
+        self._read_adapter = lru_cache(maxsize=4 * max(1, len(adapters)))(self._read_finite)
 
     @property
     def changed(self) -> list[str]:
@@ -218,7 +219,7 @@ class MergedModel:
             hasher: gets the bytes of the base's files as they are read.
         Raises: InputError if the adapter or the result holds NaN or infinity.
         """
-        workers = os.cpu_count() or 1
+        workers = worker_count()
         pending: deque[tuple[_Block, Future[tuple[Any, float, float]]]] = deque()
         # Threads share the work by blocks: a product of one block is too small to be worth sharing.
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -250,8 +251,7 @@ class MergedModel:
         changed = total = 0.0
         if not block.stages:
             result = old.to(spec.dtype)
-            if result.dtype != old.dtype:
-                self._check_finite(old, old, spec)
+            self._check_finite(old, old, spec)
         else:
             old = old.float()
             merged = self._apply(block.stages, old, block.start, block.stop, spec.dtype)
@@ -274,13 +274,19 @@ class MergedModel:
         rows, _ = row_shape(self.base.tensors[weight.source].shape)
         return self.base.scan_rows(weight.source, min(start, rows), min(stop, rows), hasher)
 
+    def remaining_updates(self, weight: MergedWeight) -> list[tuple[int, Update]]:
+        """The updates of a weight without those that a later one overwrites."""
+        first = 0
+        for place, (number, update) in enumerate(weight.updates):
+            if isinstance(update, Replace) and self.shares[number] == 1.0:
+                first = place
+        return weight.updates[first:]
+
     def _load(self, weight: MergedWeight, dtype: torch.dtype) -> list[_Stage]:
         stages: list[_Stage] = []
-        for number, update in weight.updates:
+        for number, update in self.remaining_updates(weight):
             read = partial(self._read_adapter, number)
             stage = _Stage(number, update)
-            if isinstance(update, Replace) and self.shares[number] == 1.0:
-                stages = []  # what came before is overwritten
             if isinstance(update, LowRank):
                 stage.factors = update.load(read)
                 if stage.factors.needs_norm:
@@ -339,8 +345,10 @@ class MergedModel:
 
     def _replaced_rows(self, stage: _Stage, start: int, stop: int) -> Tensor:
         assert isinstance(stage.update, Replace)
-        rows = self.adapters[stage.adapter][1].read_rows(stage.update.source, start, stop).float()
-        return self._finite(stage.adapter, stage.update.source, rows)
+        source, tensors = stage.update.source, self.adapters[stage.adapter][1]
+        count, _ = row_shape(tensors.shapes[source])  # a later adapter may have more
+        rows = tensors.read_rows(source, min(start, count), min(stop, count)).float()
+        return self._finite(stage.adapter, source, rows)
 
     def _read_finite(self, adapter: int, name: str) -> Tensor:
         return self._finite(adapter, name, self.adapters[adapter][1].read(name))
@@ -360,8 +368,14 @@ class MergedModel:
         if not _is_finite(old, old.dtype):
             raise InputError(f"the base's {spec.name} holds NaN or infinity; download the base model again")
         raise InputError(
-            f"merged, {spec.name} overflows {str(spec.dtype).removeprefix('torch.')}; pass --dtype bfloat16 or float32"
+            f"merged, {spec.name} overflows {str(spec.dtype).removeprefix('torch.')}; use bfloat16 or float32"
         )
+
+
+def worker_count() -> int:
+    """Threads that merge: the cores this process may use, at most 8, as many as the fastest disks can feed."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(len(cores), 8)
 
 
 def _equal(tensors: Checkpoint, one: str, other: str) -> bool:

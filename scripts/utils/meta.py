@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint, TensorInfo, read_bin_header
+from .checkpoints import Checkpoint, TensorInfo, read_bin_header, row_shape
 from .files import InputError, read_json
 from .lora import EMBEDDING, HEAD
 from .streams import FileHasher
@@ -161,6 +161,11 @@ class MetaCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         return self.read_rows(name, 0, self.tensors[name].shape[0])
+
+    def read_start(self, name: str, count: int) -> memoryview:
+        info = self.tensors[name]
+        rows = self.read_rows(name, 0, min(math.ceil(count / row_shape(info.shape)[1]), row_shape(info.shape)[0]))
+        return rows.reshape(-1)[:count].contiguous().view(torch.uint8).numpy().data
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._rows(name, start, stop, lambda part, meta, *block: part.read_rows(meta, *block))

@@ -119,11 +119,22 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return _load_sentencepiece(folder)
     if (folder / TOKENIZERS_FILE).is_file():
         return _load_tokenizers(folder)
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        raise InputError(
+            f"{folder / SENTENCEPIECE_FILE} is in tiktoken's format, which is not read here; copy {TOKENIZERS_FILE} "
+            "from the model's Hugging Face version there, or pass a folder that has it"
+        )
     found = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
     raise InputError(
         f"no tokenizer in {folder}: need {SENTENCEPIECE_FILE} or {TOKENIZERS_FILE}, found {found}; "
         "copy the tokenizer's files there or pass the folder that has them"
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether load_tokenizer can open the folder."""
+    model = folder / SENTENCEPIECE_FILE
+    return (folder / TOKENIZERS_FILE).is_file() or (model.is_file() and not _is_tiktoken(model))
 
 
 def _local_folder(name: str | Path) -> Path:

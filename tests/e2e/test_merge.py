@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -25,6 +27,9 @@ from utils import checkpoints, merge_inputs, merge_writer
 from utils.base_record import record_base
 from utils.files import InputError
 from utils.lora import LowRankFactors
+from utils.merging import worker_count
+from utils.streams import FileHasher
+from utils.tokenization import load_tokenizer
 
 SCRIPT = Path(merge.__file__)
 SIZES = {
@@ -915,7 +920,175 @@ def test_verify_compares_logits_and_publishes_nothing_where_they_part(llama, sim
         run_merge(llama, simple_adapter, tmp_path / "out2", verify=True, output_type="pth")
 
 
+# ---------------------------------------------------------------- what a review found
+
+
+def test_weighted_adapters_that_grow_the_vocabulary_after_others(llama, tmp_path, base_tokenizer_folder):
+    """Rows that only the second adapter has come from it alone; the first one's file ends before them."""
+    tokenizer = str(grown_tokenizer(base_tokenizer_folder, tmp_path / "tokenizer", 434))
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    firsts = {
+        "whole": whole,
+        "low_rank": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        "dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    }
+    second = tmp_path / "second"
+    make_adapter(llama, second, rows=434, seed=2, **whole)
+    two = all_weights(second / "oracle")
+    for name, settings in firsts.items():
+        first = tmp_path / name
+        make_adapter(llama, first, **settings)
+        one = all_weights(first / "oracle")
+        for share in (0.5, 1.0):
+            out = tmp_path / f"{name}{share}"
+            run_merge(
+                llama, f"{first},{second}", out, adapter_weights=f"1,{share}", tokenizer_name_or_path=tokenizer,
+                verify=True,
+            )  # fmt: skip
+            for tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+                merged = all_weights(out)[tensor]
+                assert torch.equal(merged[400:], two[tensor][400:]), (name, share, tensor)
+                expected = torch.lerp(one[tensor], two[tensor][:400], share)
+                torch.testing.assert_close(merged[:400], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [513, 514, 520])
+def test_a_short_last_block_has_the_same_bits(tmp_path, rows):
+    base = make_base(tmp_path / "base", vocab_size=rows)
+    make_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"], r=16)
+    run_merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert differences(all_weights(tmp_path / "out"), all_weights(tmp_path / "adapter" / "oracle")) == []
+
+
+def test_two_merges_into_one_folder_do_not_mix(llama, simple_adapter, tmp_path, monkeypatch):
+    started, finish = threading.Event(), threading.Event()
+    real = merge_writer.write_index
+
+    def wait(*args):
+        started.set()
+        assert finish.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(merge_writer, "write_index", wait)
+    thread = threading.Thread(target=run_merge, args=(llama, simple_adapter, tmp_path / "out"))
+    thread.start()
+    assert started.wait(60)
+    for settings in ({}, {"dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="another run is writing"):
+            run_merge(llama, simple_adapter, tmp_path / "out", **settings)
+    finish.set()
+    thread.join()
+    assert merge.main(merge.MergeArguments(verify_only=str(tmp_path / "out")))["files"] > 3
+
+
+def test_a_resumed_merge_takes_nothing_but_weights_from_before(tiny_model_folder, tmp_path, monkeypatch):
+    """Stopped during --verify; the second run has another tokenizer, and room for nothing but what is missing."""
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    make_adapter(tiny_model_folder, adapter)
+    tokenizers = [Path(shutil.copytree(tiny_model_folder, tmp_path / name)) for name in ("with", "without")]
+    (tokenizers[0] / "chat_template.jinja").write_text("{{ messages }}")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "verify_logits", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(tiny_model_folder, adapter, out, tokenizer_name_or_path=str(tokenizers[0]), verify=True)
+    partial = tmp_path / ".out.partial"
+    assert (partial / "chat_template.jinja").is_file()
+    written = (partial / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(merge_inputs.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="no space"):
+        run_merge(tiny_model_folder, adapter, tmp_path / "elsewhere", tokenizer_name_or_path=str(tokenizers[1]))
+    run_merge(tiny_model_folder, adapter, out, tokenizer_name_or_path=str(tokenizers[1]), verify=True)
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    assert not (out / "chat_template.jinja").exists()
+    manifest = assert_manifest_is_true(out, tiny_model_folder, adapter)
+    assert "tokenizer.model" in manifest["inputs"]["tokenizer"]["files"]
+
+
+def test_a_folder_left_aside_by_a_kill_comes_back(llama, simple_adapter, tmp_path):
+    out = tmp_path / "out"
+    run_merge(llama, simple_adapter, out)
+    out.rename(tmp_path / ".out.replaced")  # killed between the two renames of --overwrite
+    with pytest.raises(InputError, match="not empty"):
+        run_merge(llama, simple_adapter, out)
+    assert (out / "model.safetensors").is_file()
+
+
+def test_output_folders_that_cannot_be(llama, simple_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", "/"):
+        with pytest.raises(InputError, match=r"current folder or holds it|overlap"):
+            run_merge(llama, simple_adapter, Path(name), overwrite=True)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    run_merge(llama, simple_adapter, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model" / "model.safetensors").is_file()
+    with pytest.raises(InputError, match="belongs to --output_type pth"):
+        run_merge(llama, simple_adapter, tmp_path / "never", num_parts=2)
+
+
+def test_weights_that_no_adapter_touches_are_checked_too(llama, tmp_path):
+    make_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    weights = all_weights(llama)
+    weights["model.layers.1.mlp.up_proj.weight"][300, 5] = float("inf")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"the base's model\.layers\.1\.mlp\.up_proj\.weight holds NaN or inf"):
+        run_merge(base, tmp_path / "adapter", tmp_path / "out")
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["lm_head.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lack 2 tensors: model\.layers\.1\.mlp\.up_proj\.weight, lm_head"):
+        run_merge(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_old_bin_files_are_read_once(llama, simple_adapter, tmp_path, monkeypatch):
+    """Records out of order, and a type that is wider than the others'."""
+    base = as_bin(llama, tmp_path / "base")
+    weights = torch.load(base / "pytorch_model.bin", weights_only=True)
+    weights = {name: weight.half() for name, weight in reversed(weights.items())}
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    torch.save(weights, base / "pytorch_model.bin")
+    read = []
+    real = FileHasher._read
+
+    def note(file, digest, start, stop):
+        read.append(stop - start)
+        real(file, digest, start, stop)
+
+    monkeypatch.setattr(FileHasher, "_read", staticmethod(note))
+    run_merge(base, simple_adapter, tmp_path / "out")
+    assert_manifest_is_true(tmp_path / "out", base, simple_adapter)
+    assert sum(read) < 20_000, "only what lies between tensors"
+
+
+def test_threads_are_as_many_as_cores_up_to_eight(monkeypatch):
+    for cores, workers in ((1, 1), (2, 2), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert worker_count() == workers
+
+
 # ---------------------------------------------------------------- Meta's layout
+
+
+def test_meta_bases_with_a_record_a_tie_or_a_tiktoken_file(tmp_path):
+    twin = make_base(tmp_path / "twin", tie_word_embeddings=True)
+    run_merge(twin, "", tmp_path / "pth", output_type="pth")
+    part = tmp_path / "pth" / "consolidated.00.pth"
+    weights = torch.load(part, weights_only=True)
+    del weights["output.weight"]  # the head is tied
+    torch.save(weights, part)
+    (tmp_path / "pth" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    expected = make_adapter(twin, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    record_base(tmp_path / "adapter", twin)
+    report = run_merge(tmp_path / "pth", tmp_path / "adapter", tmp_path / "out")
+    assert any("differently" in note for note in report["notes"])
+    assert_logits_close(tmp_path / "out", expected)
+    with pytest.raises(InputError, match=r"tiktoken's format.*copy tokenizer\.json"):
+        load_tokenizer(tmp_path / "pth")
 
 
 @pytest.mark.parametrize("num_parts", [None, 2])

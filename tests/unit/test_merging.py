@@ -92,7 +92,7 @@ def test_large_finite_values_are_no_overflow(tmp_path):
     assert merged(MergedModel(base, [make_adapter(tmp_path / "a", change)], False), "x.weight").unique().tolist() == [
         pytest.approx(3e30)
     ]
-    with pytest.raises(InputError, match="overflows float16; pass --dtype"):
+    with pytest.raises(InputError, match="overflows float16; use bfloat16"):
         merged(MergedModel(base, [make_adapter(tmp_path / "b", change)], False), "x.weight", torch.float16)
 
 
