@@ -7,6 +7,7 @@ PYTHON=${PYTHON:-python} SHARED=${SHARED:-../shared/data}
 if [[ -d $SHARED ]]; then
   "$PYTHON" benchmarks/prepare_data.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296" --text "$SHARED"/pt/zh_*.txt
   "$PYTHON" benchmarks/sft_packing.py --data "$SHARED/sft/alpaca_zh_10k.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
+  "$PYTHON" benchmarks/merge.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   SHARED=$SHARED PYTHON=$PYTHON bash benchmarks/real_run.sh
 else
   echo "the other measurements need real text: set SHARED to a folder with pt/, sft/ and tokenizers/"

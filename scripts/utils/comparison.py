@@ -139,8 +139,9 @@ class _AdaptedWeight:
             if not update.place[0] <= int(index[0]) < update.place[1]:
                 return rows, y
             index = index - update.place[0]
-        index = index.clamp(max=len(stage.left) - 1)  # rows that only a later adapter has are its alone
-        left = stage.left[index]
+        known = (index < len(stage.left)).float()  # not the rows that only a later adapter has
+        index = index.clamp(max=len(stage.left) - 1)
+        left = stage.left[index] * known[:, None]
         rows, y = rows + left @ stage.right, y + (x @ stage.right.T) @ left.T
         if stage.magnitude is None:
             return rows, y
@@ -148,7 +149,7 @@ class _AdaptedWeight:
             assert stage.norm is not None
             rows = rows * (stage.magnitude / stage.norm)
             return rows, x @ rows.T
-        gain = stage.magnitude[index] / torch.linalg.vector_norm(rows, dim=1)
+        gain = stage.magnitude[index] / torch.linalg.vector_norm(rows, dim=1).clamp_min(1 - known)
         return rows * gain[:, None], y * gain
 
 
