@@ -70,8 +70,8 @@ stage assistant "$OUT_DIR/assistant" /config.json \
 stage gguf "$OUT_DIR/gguf" /export_report.json \
   env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/gguf" TYPES="f16 q8_0 q4_0" bash "$HERE/run_export_gguf.sh"
 stage quantization "$OUT_DIR/quantization" .json \
-  "$PYTHON" "$ROOT/benchmarks/quantization.py" --model "$OUT_DIR/assistant" --texts "$DATA_DIR/pretrain/zh_heldout.txt" \
-  --gguf_dir "$OUT_DIR/gguf" --formats float32 bnb-8bit bnb-4bit f16 q8_0 q4_0 --output "$OUT_DIR/quantization.json" --no_record
+  "$PYTHON" "$ROOT/benchmarks/quantization.py" --model "$OUT_DIR/pretrained" --texts "$DATA_DIR/pretrain/zh_heldout.txt" \
+  --formats float32 bnb-8bit bnb-4bit f16 q8_0 q4_0 --output "$OUT_DIR/quantization.json" --no_record
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
 stage answers_base "$OUT_DIR/answers/base" .json \

@@ -21,10 +21,12 @@ def quantization_sections(folder: Path) -> list[Section]:
     if not (folder / QUANTIZATION).is_file():
         return []
     table = read_json(folder / QUANTIZATION)
+    name = Path(table.get("model") or "").name
+    model, named = (f"模型 {name} ", f"the model {name}") if name else ("同一模型", "the same model")
     note = Text(
-        f"同一模型存成不同格式后的大小与质量，都在同样的 {table['scored_tokens']:,} 个留出词元上测得，困惑度越低越好；"
+        f"{model}存成不同格式后的大小与质量，都在同样的 {table['scored_tokens']:,} 个留出词元上测得，困惑度越低越好；"
         "变化与第一行比。",
-        f"Size and quality of the same model in each format, all measured on the same {table['scored_tokens']:,} "
+        f"Size and quality of {named} in each format, all measured on the same {table['scored_tokens']:,} "
         "held-out tokens; lower perplexity is better, changes are against the first row.",
     )
     first = next((row["perplexity"] for row in table["rows"] if row["perplexity"] is not None), None)
