@@ -242,11 +242,11 @@ def edit(folder, target, change):
 
 
 BROKEN = {
-    "no_layer": (lambda w, c: [w.pop(n) for n in list(w) if "layers.1." in n], r"lacks blk\.1\.attn_k\.weight"),
-    "no_tensor": (lambda w, c: w.pop("model.layers.1.mlp.up_proj.weight"), r"lacks blk\.1\.ffn_up\.weight"),
-    "no_norm": (lambda w, c: w.pop("model.norm.weight"), r"lacks output_norm\.weight"),
-    "no_head": (lambda w, c: w.pop("lm_head.weight"), r"lacks output\.weight"),
-    "more_layers": (lambda w, c: c.update(num_hidden_layers=1), "no counterpart|has 2 layers"),
+    "no_layer": (lambda w, c: [w.pop(n) for n in list(w) if "layers.1." in n], r"lack 9 tensors: model\.layers\.1"),
+    "no_tensor": (lambda w, c: w.pop("model.layers.1.mlp.up_proj.weight"), r"lack 1 tensors: model\.layers\.1\.mlp\.up_proj"),
+    "no_norm": (lambda w, c: w.pop("model.norm.weight"), r"lack 1 tensors: model\.norm"),
+    "no_head": (lambda w, c: w.pop("lm_head.weight"), r"lack 1 tensors: lm_head"),
+    "more_layers": (lambda w, c: c.update(num_hidden_layers=1), "describes 1 layers, the weights hold 2"),
     "strange": (lambda w, c: w.update({"model.vision.weight": torch.ones(2)}), r"model\.vision\.weight has no count"),
     "integers": (
         lambda w, c: w.update({"model.layers.0.mlp.up_proj.weight": torch.ones(160, 64, dtype=torch.int8)}),
@@ -269,7 +269,7 @@ BROKEN = {
 def test_what_llama_cpp_cannot_hold_is_refused_before_weights_are_read(llama, tmp_path, case):
     change, message = BROKEN[case]
     folder = edit(llama[0], tmp_path / "broken", change)
-    with open_merge(str(folder)) as inputs, pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message), open_merge(str(folder)) as inputs:
         plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "test")
 
 
