@@ -4,7 +4,8 @@ Layers, a module imports only from its right (tests/test_repo.py checks it):
 
 report > recipe > quantization_report > pages > charts > trainer > runs > training > predictions > inference > export >
 ollama > verification > comparison > merge_writer > manifest > merge_inputs > formats > quantization > generation >
-data > samples > documents > token_cache > parallel > modeling > losses > llamacpp > gguf_files > gguf_metadata >
-gguf_vocabulary > merging > meta_files > meta > base_record > checkpoints > streams > adapters > prompts > efficiency >
-vocabulary > tokenization > pieces > corpus > lora > arguments > old_flags > files > json_stream
+data > preferences > preference_records > samples > documents > token_cache > parallel > modeling > losses > rl >
+llamacpp > gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files > meta > base_record > checkpoints >
+streams > adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora > arguments > old_flags >
+files > json_stream
 """
