@@ -6,6 +6,6 @@ report > recipe > quantization_report > pages > charts > trainer > runs > traini
 ollama > verification > comparison > merge_writer > manifest > merge_inputs > formats > quantization > generation >
 data > preferences > preference_records > samples > documents > token_cache > parallel > modeling > losses > rl >
 llamacpp > gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files > meta > base_record > checkpoints >
-streams > adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora > arguments > old_flags >
-files > json_stream
+streams > adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora > arguments >
+old_flags > files > json_stream
 """

@@ -243,7 +243,7 @@ def edit(folder, target, change):
 
 BROKEN = {
     "no_layer": (lambda w, c: [w.pop(n) for n in list(w) if "layers.1." in n], r"lack 9 tensors: model\.layers\.1"),
-    "no_tensor": (lambda w, c: w.pop("model.layers.1.mlp.up_proj.weight"), r"lack 1 tensors: model\.layers\.1\.mlp\.up_proj"),
+    "no_tensor": (lambda w, c: w.pop("model.layers.1.mlp.up_proj.weight"), r"lack 1 tensors: model\.layers\.1\.mlp"),
     "no_norm": (lambda w, c: w.pop("model.norm.weight"), r"lack 1 tensors: model\.norm"),
     "no_head": (lambda w, c: w.pop("lm_head.weight"), r"lack 1 tensors: lm_head"),
     "more_layers": (lambda w, c: c.update(num_hidden_layers=1), "describes 1 layers, the weights hold 2"),
