@@ -94,7 +94,8 @@ def make_model(folder: Path, kind: str, layers: int, tokenizer: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from utils.checkpoints import TensorSpec, plan_shards, write_index, write_shard
+    from utils.checkpoints import TensorSpec
+    from utils.shards import plan_shards, write_index, write_shard
     from utils.tokenization import load_tokenizer, save_tokenizer
 
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": 4096, "vocab_size": 32000}

@@ -106,10 +106,10 @@ def main(args: MergeArguments) -> dict[str, Any]:
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     import torch
 
-    from utils.checkpoints import parse_size
     from utils.manifest import write_manifest
     from utils.merge_inputs import check_space, open_merge
     from utils.merge_writer import HuggingFaceWriter, MetaWriter
+    from utils.shards import parse_size
 
     started = time.monotonic()
     base, max_shard_bytes = str(args.model_name_or_path), parse_size(args.max_shard_size)

@@ -74,10 +74,10 @@ class QuantizeArguments:
 def main(args: QuantizeArguments) -> dict[str, Any]:
     """Check, quantise, save, reload and compare, publish. Returns: the report."""
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
-    from utils.checkpoints import parse_size
     from utils.merge_inputs import open_merge
     from utils.modeling import load_config
     from utils.quantization import Scheme, check_scheme, read_calibration, refuse_adapter
+    from utils.shards import parse_size
 
     started = time.monotonic()
     parse_size(args.max_shard_size)

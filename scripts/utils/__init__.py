@@ -5,7 +5,7 @@ Layers, a module imports only from its right (tests/test_repo.py checks it):
 report > recipe > quantization_report > pages > charts > trainer > runs > training > predictions > inference > export >
 ollama > verification > comparison > merge_writer > manifest > merge_inputs > formats > quantization > generation >
 data > preferences > preference_records > samples > documents > token_cache > parallel > modeling > losses > rl >
-llamacpp > gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files > meta > base_record > checkpoints >
-streams > adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora > arguments >
-old_flags > files > json_stream
+llamacpp > gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files > meta > base_record > shards >
+checkpoints > streams > adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora >
+arguments > old_flags > files > json_stream
 """

@@ -14,7 +14,7 @@ from .checkpoints import local_folder, open_checkpoint
 from .files import InputError
 from .lora import EMBEDDING, HEAD, load_adapter_config
 from .modeling import bf16_is_supported, load_config, load_model
-from .tokenization import SENTENCEPIECE_FILE, TOKENIZERS_FILE, embedding_rows
+from .tokenization import embedding_rows, has_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +36,7 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
     base = local_folder(args.model_name_or_path or recorded or "")
     tokenizer = args.tokenizer_name_or_path
     if tokenizer is None:
-        names = (SENTENCEPIECE_FILE, TOKENIZERS_FILE)
-        own = adapter is not None and any((adapter / name).is_file() for name in names)
-        tokenizer = str(adapter if own else base)
+        tokenizer = str(adapter if adapter is not None and has_tokenizer(adapter) else base)
     return dataclasses.replace(
         args,
         model_name_or_path=str(base),

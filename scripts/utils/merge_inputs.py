@@ -61,7 +61,12 @@ def open_merge(
     """
     base_folder, adapter_folders = _find_folders(base, adapters, output)
     is_meta = is_meta_folder(base_folder)
-    config = meta_config(base_folder) if is_meta else read_json(_checked_config(base_folder))
+    if is_meta:
+        config = meta_config(base_folder)
+        tied = config["tie_word_embeddings"]
+    else:
+        tied = load_config(str(base_folder)).tie_word_embeddings  # names what is wrong with the file, knows defaults
+        config = read_json(base_folder / "config.json")
     if config.get("quantization_config"):
         raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
     with contextlib.ExitStack() as stack:
@@ -72,17 +77,10 @@ def open_merge(
         for number, (adapter, _) in enumerate(opened):
             check_base(adapter, base_folder, checkpoint, config, first=number == 0)
         _check_complete(checkpoint, config)
-        tied = config["tie_word_embeddings"] if is_meta else load_config(str(base_folder)).tie_word_embeddings
         model = MergedModel(checkpoint, opened, tied=bool(tied), shares=shares)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
         yield MergeInputs(base_folder, adapter_folders, model, found, _merged_config(model, config))
-
-
-def _checked_config(base: Path) -> Path:
-    """The base's config.json. Raises: InputError naming what is wrong with it."""
-    load_config(str(base))
-    return base / "config.json"
 
 
 def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:

@@ -12,19 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import LowRank
-from .checkpoints import (
-    BLOCK_BYTES,
-    TensorSpec,
-    plan_shards,
-    safetensors_header,
-    write_index,
-    write_shard,
-)
+from .checkpoints import BLOCK_BYTES, TensorSpec
 from .files import hash_file, hash_json, peak_resident_bytes, unfinished_folder
 from .manifest import Progress, describe_folder
 from .merge_inputs import MergeInputs
 from .merging import worker_count
 from .meta_files import plan_meta_checkpoint, write_meta_checkpoint
+from .shards import plan_shards, safetensors_header, write_index, write_shard
 from .streams import QUEUE_LENGTH, WRITE_BYTES, FileHasher
 
 FORMAT = 1  # of what is written; a merge is not resumed from another one

@@ -14,13 +14,13 @@ import meta_model
 import pytest
 import torch
 
-from utils import checkpoints
-from utils.checkpoints import plan_shards, write_shard
+from utils import checkpoints, shards
 from utils.files import hash_file, write_json
 from utils.merge_inputs import open_merge
 from utils.merging import MergedModel
 from utils.meta import meta_config, open_meta_checkpoint
 from utils.meta_files import write_meta_checkpoint
+from utils.shards import plan_shards, write_shard
 
 TOKENS = torch.tensor([1, 5, 9, 33, 120, 400, 7, 64, 64, 3])
 MHA, GQA = {}, {"dim": 384, "n_heads": 16, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3}
@@ -131,7 +131,7 @@ def test_memory_is_bounded_by_blocks_not_by_tensors(tmp_path, monkeypatch):
     weights = meta_model.make_weights(params, 4000)
     meta = meta_model.save(tmp_path / "meta", params, meta_model.cut(weights, 2))
     largest = {"read": 0, "written": 0}
-    read, write = checkpoints.Checkpoint._read_elements, checkpoints.FileWriter.write
+    read, write = checkpoints.Checkpoint._read_elements, shards.FileWriter.write
 
     def counted_read(self, info, start, stop):
         largest["read"] = max(largest["read"], (stop - start) * info.dtype.itemsize)
@@ -142,7 +142,7 @@ def test_memory_is_bounded_by_blocks_not_by_tensors(tmp_path, monkeypatch):
         return write(self, data)
 
     monkeypatch.setattr(checkpoints.Checkpoint, "_read_elements", counted_read)
-    monkeypatch.setattr(checkpoints.FileWriter, "write", counted_write)
+    monkeypatch.setattr(shards.FileWriter, "write", counted_write)
     to_meta(to_huggingface(meta, tmp_path / "hf"), tmp_path / "back", 2)
     assert_parts_are(tmp_path / "back", meta_model.cut(weights, 2))
     assert 0 < largest["read"] <= (128 + 2 * 24) * 1024 * 4  # 128 rows of w2, and heads that a block cuts

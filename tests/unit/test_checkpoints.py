@@ -15,13 +15,10 @@ from utils.checkpoints import (
     TensorSpec,
     check_readable,
     open_checkpoint,
-    parse_size,
-    plan_shards,
     row_blocks,
-    write_index,
-    write_shard,
 )
 from utils.files import InputError, hash_file
+from utils.shards import parse_size, plan_shards, write_index, write_shard
 
 
 def some_weights():
