@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ IGNORED = -100  # targets of positions without loss, the value PyTorch's own los
 CHUNK_ELEMENTS = 1 << 25  # logits alive at once: 64 MiB in bf16
 # Rows whose softmax is in float32 at once: on a CPU few enough to stay in the cache, on a GPU all rows of a chunk.
 CPU_SOFTMAX_ROWS = 16
+LossKind = Literal["sum", "tokens", "tokens+entropy"]
 
 
 class _SummedNLL(torch.autograd.Function):
@@ -42,7 +44,7 @@ class _SummedNLL(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows in chunks(len(hidden), weight.shape[0]):
             logits = hidden[rows] @ weight.T
-            total += _to_gradient(logits, targets[rows])
+            total += _to_gradient(logits, targets[rows])[0].sum()
             if grad_hidden is not None:
                 torch.matmul(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -67,20 +69,68 @@ class _SummedNLL(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """Overwrite logits (N, V) by softmax - one-hot; returns the summed loss. All sums and logarithms are in
-    float32."""
-    total = logits.new_zeros((), dtype=torch.float32)
-    step = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
-    for part, target in zip(logits.split(step), targets.unsqueeze(1).split(step), strict=True):
+class _TokenStatistics(torch.autograd.Function):
+    """Negative log-likelihood of each target, and the entropy of each distribution (which has no gradient).
+
+    As in _SummedNLL the gradient of hidden is made in the forward pass, up to each row's factor. That of weight mixes
+    the rows, so it needs the factors: where weight is trained, the backward pass makes the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORED -> float32 (N,) and (N,)."""
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropies = torch.zeros_like(losses)
+        for rows in chunks(len(hidden), weight.shape[0]):
+            logits = hidden[rows] @ weight.T
+            losses[rows], entropies[rows] = _to_gradient(logits, targets[rows], with_entropy)
+            if grad_hidden is not None:
+                torch.matmul(logits, weight, out=grad_hidden[rows])
+        trained = (hidden, weight, targets) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(*(() if grad_hidden is None else (grad_hidden,)), *trained)
+        ctx.mark_non_differentiable(entropies)
+        return losses, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        factors = upstream[0].unsqueeze(1)
+        saved = list(ctx.saved_tensors)
+        grad_hidden = saved.pop(0) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            hidden, weight, targets = saved
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            for rows in chunks(len(hidden), weight.shape[0]):
+                logits = hidden[rows] @ weight.T
+                _to_gradient(logits, targets[rows])
+                grad_weight += (logits * factors[rows].to(logits)).T @ hidden[rows]
+        return None if grad_hidden is None else grad_hidden * factors.to(grad_hidden), grad_weight, None, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """Overwrite logits (N, V) by softmax - one-hot; returns losses (N,) and entropies (N,), 0 if not asked for.
+
+    All sums and logarithms are in float32.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    entropies = torch.zeros_like(losses)
+    step = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        part, target = logits[rows], targets[rows].unsqueeze(1)
         highest, chosen = part.amax(1, keepdim=True).float(), part.gather(1, target).float()
         probabilities = torch.softmax(part, 1, dtype=torch.float32)
         # log(sum(exp)) from the likeliest entry, whose probability cannot underflow.
         log_normaliser = highest - probabilities.amax(1, keepdim=True).log()
-        total += (log_normaliser - chosen).sum()
+        losses[rows] = (log_normaliser - chosen).squeeze(1)
+        if with_entropy:  # -sum p log p, with log p = logit - log_normaliser
+            entropies[rows] = log_normaliser.squeeze(1) - (probabilities * part).sum(1)
         probabilities.scatter_add_(1, target, torch.full_like(chosen, -1.0))
         part.copy_(probabilities)
-    return total
+    return losses, entropies
 
 
 def chunks(count: int, width: int) -> list[slice]:
@@ -122,31 +172,46 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class LossHead(nn.Linear):
-    """An lm_head that, while `targets` is set, returns losses instead of logits.
+    """An lm_head that, while `request` is set, returns losses instead of logits.
 
     The loss is computed inside the module's own forward, where DeepSpeed ZeRO-3 and FSDP have gathered the weight.
-    With gradients: the scalar sum of the negative log-likelihoods. Without: one value a position, as token_nll.
     """
 
-    targets: Tensor | None = None
+    request: LossRequest | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (B, T, H) -> logits (B, T, V), or the losses of `targets` (B, T)."""
-        if self.targets is None:
+        """input (B, T, H) -> logits (B, T, V), or what `request` asks for."""
+        if self.request is None:
             return super().forward(input)
-        dtype = (
-            torch.get_autocast_dtype(input.device.type)
-            if torch.is_autocast_enabled(input.device.type)
-            else input.dtype
-        )
-        with torch.autocast(input.device.type, enabled=False):
-            if not torch.is_grad_enabled():
-                return token_nll(input.to(dtype), self.weight.to(dtype), self.targets)
-            flat_targets = self.targets.reshape(-1)
-            kept = (flat_targets != IGNORED).nonzero().squeeze(1)
+        targets, kind = self.request.targets, self.request.kind
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        with torch.autocast(device, enabled=False):
+            if kind == "sum" and not torch.is_grad_enabled():
+                return token_nll(input.to(dtype), self.weight.to(dtype), targets)
+            kept = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
             hidden = input.reshape(-1, input.shape[-1])[kept].to(dtype)
+            if self.request.temperature != 1:
+                hidden = hidden / self.request.temperature  # the head has no bias, so this divides the logits
             weight = _GradientCast.apply(self.weight, dtype) if self.weight.dtype != dtype else self.weight
-            return _SummedNLL.apply(hidden, weight, flat_targets[kept])
+            if kind == "sum":
+                return _SummedNLL.apply(hidden, weight, targets.reshape(-1)[kept])
+            losses = _TokenStatistics.apply(hidden, weight, targets.reshape(-1)[kept], kind == "tokens+entropy")
+            places = [
+                input.new_zeros(targets.numel(), dtype=torch.float32).index_copy(0, kept, part) for part in losses
+            ]
+            if kind == "tokens":
+                return places[0].view(targets.shape)
+            return torch.stack(places, -1).view(*targets.shape, 2)
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What a LossHead computes of `targets` (B, T), the next tokens, IGNORED where there is none; see loss_targets."""
+
+    targets: Tensor
+    kind: LossKind = "sum"
+    temperature: float = 1.0
 
 
 def install_loss_head(model: PreTrainedModel) -> None:
@@ -160,14 +225,23 @@ def install_loss_head(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def loss_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
-    """Within the block, the model's forward returns losses of `targets` (B, T) as its "logits"; see LossHead."""
+def loss_targets(
+    model: nn.Module, targets: Tensor, kind: LossKind = "sum", temperature: float = 1.0
+) -> Iterator[None]:
+    """Within the block, the model's forward returns losses of `targets` (B, T) as its "logits".
+
+    Args:
+        kind: "sum", the scalar sum of the negative log-likelihoods (without gradients: each one, (B, T));
+            "tokens", each negative log-likelihood (B, T), 0 at ignored positions;
+            "tokens+entropy", (B, T, 2), with the entropy of each distribution in nats, which has no gradient.
+        temperature: logits are divided by it.
+    """
     heads = [module for module in model.modules() if isinstance(module, LossHead)]
     assert heads, "install_loss_head comes first"
     for head in heads:
-        head.targets = targets
+        head.request = LossRequest(targets, kind, temperature)
     try:
         yield
     finally:
         for head in heads:
-            head.targets = None
+            head.request = None

@@ -69,6 +69,50 @@ def test_without_gradient_every_position_has_its_loss():
     assert model(input_ids=ids).logits.shape == (3, 70, 97), "outside the block the head gives logits again"
 
 
+@pytest.mark.parametrize("trained", ["all", "head frozen", "hidden frozen"])
+@pytest.mark.parametrize("kind", ["tokens", "tokens+entropy"])
+def test_token_losses_take_any_gradient(monkeypatch, kind, trained):
+    """Weighted token losses against autograd through whole logits, in several chunks, with a temperature."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 97 * 64)
+    plain, chunked = tiny_llama(), tiny_llama()
+    install_loss_head(chunked)
+    ids, targets = some_batch()
+    for model in (plain, chunked):
+        model.lm_head.requires_grad_(trained != "head frozen")
+        model.model.requires_grad_(trained != "hidden frozen")
+    weights = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+    logits = plain(input_ids=ids).logits / 0.7
+    nll = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    (nll * weights).sum().backward()
+    with loss_targets(chunked, targets, kind, temperature=0.7):
+        result = chunked(input_ids=ids).logits
+    if kind == "tokens+entropy":
+        result, entropy = result.unbind(-1)
+        expected = torch.distributions.Categorical(logits=logits.detach()).entropy().masked_fill(targets == -100, 0.0)
+        torch.testing.assert_close(entropy.detach(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.detach(), nll.detach())
+    (result * weights).sum().backward()
+    for (name, one), (_, other) in zip(plain.named_parameters(), chunked.named_parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_token_losses_without_gradient_and_in_bf16():
+    model = tiny_llama()
+    install_loss_head(model)
+    ids, targets = some_batch()
+    with torch.no_grad(), loss_targets(model, targets):
+        expected = model(input_ids=ids).logits
+    with torch.no_grad(), loss_targets(model, targets, "tokens+entropy"):
+        torch.testing.assert_close(model(input_ids=ids).logits[..., 0], expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16), loss_targets(model, targets, "tokens"):
+        result = model(input_ids=ids).logits
+    result.sum().backward()
+    torch.testing.assert_close(result.detach(), expected, rtol=0.05, atol=0.05)
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+
 def test_bf16_autocast_keeps_the_gradient_in_fp32_and_close():
     plain, chunked = tiny_llama(), tiny_llama()
     install_loss_head(chunked)

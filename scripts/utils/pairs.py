@@ -1,0 +1,204 @@
+"""Batches of preference pairs: both answers of a pair in one row, each behind its own copy of the prompt.
+
+A row is two segments, prompt + chosen and prompt + rejected, that do not see each other (position_ids restart, see
+utils.data). One forward pass serves both answers, and a row is padded to the longest pair of its batch, not to the
+longest answer twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .documents import parse_corpora, split_documents
+from .files import RECORD_SUFFIXES, InputError
+from .preferences import Pair, PreferenceFile, group_by_length, load_preferences
+from .prompts import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .arguments import DataArguments
+    from .training import RunArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair and its number in the PreferenceFile."""
+
+    number: int
+    pair: Pair
+
+
+class PairSet(Dataset[Example]):
+    """Some pairs of a PreferenceFile.
+
+    Attributes:
+        lengths: (n,) tokens of each row.
+        num_tokens: tokens of all rows.
+    """
+
+    num_bytes = 0  # bits per byte are not reported for pairs
+
+    def __init__(self, file: PreferenceFile, ids: np.ndarray | None = None) -> None:
+        """Args: ids: (n,) which pairs; all by default."""
+        self.file = file
+        self.ids = np.arange(len(file)) if ids is None else np.asarray(ids, dtype=np.int64)
+        prompt, chosen, rejected = file.lengths[self.ids].astype(np.int64).T
+        self.lengths = 2 * prompt + chosen + rejected
+        self.num_tokens = int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        number = int(self.ids[index])
+        return Example(number, self.file[number])
+
+
+class PairCollator:
+    """Examples -> a batch of P pairs: int64 tensors, rows padded on the right to the longest.
+
+    input_ids, position_ids, shift_labels: (B, T), as in utils.data; targets are the tokens of the answers.
+    answer: (B, T), the number of the answer each position belongs to, -1 for padding: 2 p is the chosen answer of pair
+        p, 2 p + 1 its rejected one. Prompts count to their answers.
+    last: (2 P,), the place of each answer's last token in the flattened (B * T,) positions.
+    numbers: (P,), the pairs' numbers in the PreferenceFile.
+    margins: (P,) float32, 0 where the record gave none.
+    """
+
+    def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
+        """Args: flatten: one row for all pairs, which flash_attention_2 needs to see where segments begin."""
+        self.pad_token_id, self.flatten = pad_token_id, flatten
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        rows = [_row(example.pair, place) for place, example in enumerate(examples)]
+        if self.flatten:
+            rows = [{name: np.concatenate([row[name] for row in rows]) for name in rows[0]}]
+        length = max(len(row["input_ids"]) for row in rows)
+        padding = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX, "answer": -1}
+        batch: dict[str, Tensor] = {}
+        for name in rows[0]:
+            table: np.ndarray = np.full((len(rows), length), padding.get(name, 0), dtype=np.int64)
+            for number, row in enumerate(rows):
+                count = len(row[name])
+                table[number, :count] = row[name]
+                if name == "position_ids":  # padding is a segment of its own
+                    table[number, count:] = np.arange(length - count)
+            batch[name] = torch.from_numpy(table)
+        answer = batch["answer"].flatten()
+        places = torch.arange(len(answer))[answer >= 0]
+        last = torch.zeros(2 * len(examples), dtype=torch.int64)
+        batch["last"] = last.scatter_reduce(0, answer[answer >= 0], places, "amax")
+        batch["numbers"] = torch.tensor([example.number for example in examples])
+        batch["margins"] = torch.tensor([example.pair.margin or 0.0 for example in examples], dtype=torch.float32)
+        return batch
+
+
+def _row(pair: Pair, place: int) -> dict[str, np.ndarray]:
+    segments = []
+    for side, answer in enumerate((pair.chosen, pair.rejected)):
+        ids = np.concatenate([pair.prompt, answer])
+        targets: np.ndarray = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
+        targets[len(pair.prompt) - 1 : -1] = answer
+        segments.append(
+            {
+                "input_ids": ids,
+                "position_ids": np.arange(len(ids)),
+                "shift_labels": targets,
+                "answer": np.full(len(ids), 2 * place + side),
+            }
+        )
+    return {name: np.concatenate([segment[name] for segment in segments]) for name in segments[0]}
+
+
+def sum_by_answer(values: Tensor, answer: Tensor, num_answers: int) -> Tensor:
+    """Sums of values (B, T) over the positions of each answer (B, T; see PairCollator) -> (num_answers,)."""
+    inside = answer.flatten() >= 0
+    sums = values.new_zeros(num_answers)
+    return sums.index_add(0, answer.flatten()[inside], values.flatten()[inside])
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """Rows in batches of about the same length, another order every epoch; see preferences.group_by_length."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        """Args: lengths: (n,) tokens of each row; batch_size: rows of a forward pass, over all processes."""
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        batches = group_by_length(self.lengths, self.batch_size, self.seed + self.epoch)
+        # A smaller batch must come last, or those after it would be cut in the wrong places.
+        batches.sort(key=lambda batch: len(batch) < self.batch_size)
+        for batch in batches:
+            yield from batch.tolist()
+
+
+# ---------------------------------------------------------------- from arguments to sets
+
+
+def load_pair_sets(
+    data_args: DataArguments,
+    training_args: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_seq_length: int,
+    max_dropped_share: float = 0.1,
+) -> tuple[PairSet, dict[str, PairSet], dict[str, str]]:
+    """Tokenise the training and evaluation pairs that the arguments name (once, into the cache); log what they are.
+
+    Returns: the training set, the evaluation sets by name, and the caches' keys, which say what a run learns from.
+    Raises: InputError.
+    """
+    if not data_args.train_data:
+        raise InputError("pass --train_data: json, jsonl or parquet files or folders of preference pairs")
+    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+
+    def load(files: list[Path], limit: int | None) -> PreferenceFile:
+        with training_args.main_process_first(local=False, desc="tokenising"):
+            return load_preferences(
+                files,
+                tokenizer,
+                template,
+                max_seq_length,
+                cache,
+                on_bad_text=data_args.on_bad_text,
+                num_workers=data_args.preprocessing_num_workers,
+                max_samples=limit,
+                max_dropped_share=max_dropped_share,
+            )
+
+    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
+    pairs = load(files, data_args.max_train_samples)
+    named = parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
+    validation = {name: load(group, data_args.max_eval_samples) for name, group in named.items()}
+    share = 0.0 if validation else data_args.validation_split
+    train_ids, held_out_ids = split_documents(pairs, share, training_args.seed)
+    eval_sets = {name: PairSet(group) for name, group in validation.items()}
+    if share:
+        eval_sets["heldout"] = PairSet(pairs, held_out_ids)
+    logger.info("data: %s", json.dumps(pairs.statistics(), ensure_ascii=False))
+    first = pairs[0]
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt, first.chosen, first.rejected)]
+    logger.info("first pair\n  prompt   %s\n  chosen   %s\n  rejected %s", *texts)
+    keys = {"train": pairs.key, **{name: group.key for name, group in validation.items()}}
+    return PairSet(pairs, train_ids), eval_sets, keys
