@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write the example data of this project: English and Chinese text, instructions and held-out questions.
 
-Reads facts.json, tasks.json and stories_{zh,en}.json beside this file; writes --output_dir (default: data/ beside it).
+Reads facts.json, tasks.json, stories_{zh,en}.json and (in generate_values.py) values.json beside this file; writes
+--output_dir (default: data/ beside it).
 Seeded and made of the standard library alone: every run writes the same bytes.
 
     python examples/generate_data.py
@@ -16,6 +17,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from generate_values import describe_characters, write_values
 
 HERE = Path(__file__).resolve().parent
 SEED = 20240
@@ -381,6 +384,7 @@ def check_heldout(train: list[Row], heldout: list[Row]) -> None:
 def generate(output_dir: Path) -> dict[str, int]:
     """Write all files below output_dir and return {file: bytes}."""
     files = write_corpus("en") | write_corpus("zh") | write_instructions()
+    files |= write_values(json.loads(files["sft/train.json"]))
     for name, text in files.items():
         path = output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -393,8 +397,10 @@ def generate(output_dir: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE / "data", help="folder to write")
-    sizes = generate(parser.parse_args().output_dir)
+    folder = parser.parse_args().output_dir
+    sizes = generate(folder)
     print("\n".join(f"{size:>9,} bytes  {name}" for name, size in sizes.items()))
+    print(describe_characters(folder))
 
 
 if __name__ == "__main__":

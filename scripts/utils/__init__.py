@@ -2,7 +2,7 @@
 
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
-report > recipe > quantization_report > pages > charts > alignment > ppo_trainer > rollouts > rewards >
+report > recipe > quantization_report > pages > charts > alignment > ppo_trainer > sharding > rewards > rollouts >
 reward_trainer > dpo_trainer > pair_trainer > trainer > runs > training > predictions > inference > export > ollama >
 verification > comparison > merge_writer > manifest > merge_inputs > formats > quantization > generation > data >
 pairs > preferences > preference_records > samples > documents > token_cache > parallel > actor_critic > reward_model >

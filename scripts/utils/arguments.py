@@ -183,6 +183,7 @@ class GenerationArguments:
     """How answers are drawn; lengths are in tokens."""
 
     max_new_tokens: int = arg(400, help="Longest answer.")
+    min_new_tokens: int = arg(0, help="An answer does not end before this many tokens.")
     do_sample: bool = arg(True, help="Draw each token at random; off: always the likeliest.")
     temperature: float = arg(0.2, help="Below 1 prefers likely tokens more; 0 always takes the likeliest.")
     top_k: int = arg(40, help="Draw from this many likeliest tokens only; 0: from all.")
@@ -196,6 +197,9 @@ class GenerationArguments:
     def __post_init__(self) -> None:
         checks = {
             f"--max_new_tokens {self.max_new_tokens}: need at least 1": self.max_new_tokens >= 1,
+            f"--min_new_tokens {self.min_new_tokens}: need 0 to --max_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens
+            ),
             f"--temperature {self.temperature}: need 0 (greedy) or more": self.temperature >= 0,
             f"--top_k {self.top_k}: need 0 (all tokens) or more": self.top_k >= 0,
             f"--top_p {self.top_p}: need 0 < top_p <= 1": 0 < self.top_p <= 1,

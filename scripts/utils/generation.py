@@ -111,11 +111,20 @@ class _Stop:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def _logits_processors(settings: GenerationArguments, seeds: Sequence[int]) -> list[Any]:
+def _logits_processors(
+    settings: GenerationArguments, seeds: Sequence[int], prompt_width: int, stop_ids: Sequence[int]
+) -> list[Any]:
     """What changes logits after the repetition penalty, which generate() applies itself."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinNewTokensLengthLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     processors: list[Any] = [_FiniteCheck()]
+    if settings.min_new_tokens and stop_ids:
+        processors.append(MinNewTokensLengthLogitsProcessor(prompt_width, settings.min_new_tokens, list(stop_ids)))
     if settings.samples:
         if settings.temperature != 1:
             processors.append(TemperatureLogitsWarper(float(settings.temperature)))
@@ -244,9 +253,10 @@ class Generator:
             input_ids=input_ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             generation_config=config,
-            logits_processor=LogitsProcessorList(_logits_processors(settings, seeds)),
+            logits_processor=LogitsProcessorList(_logits_processors(settings, seeds, width, self.stop_ids)),
             stopping_criteria=StoppingCriteriaList([stop] if stop else []),
             streamer=streamer,
+            synced_gpus=False,  # each process answers prompts of its own; PPO gathers sharded weights beforehand
         )
         return output[:, width:]
 

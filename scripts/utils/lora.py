@@ -17,6 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in order of preference
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"  # the head of a reward model, without a bias
 
 # Settings of LoraConfig under which the trained model is not "base weight + change" as computed here.
 _UNSUPPORTED = (

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from .base_record import check_base
 from .checkpoints import Checkpoint, local_folder, open_checkpoint
 from .files import InputError, read_json
-from .lora import EMBEDDING, HEAD, load_adapter_config
+from .lora import EMBEDDING, HEAD, SCORE, load_adapter_config
 from .merging import MergedModel
 from .meta import is_meta_folder, meta_config, open_meta_checkpoint
 from .modeling import load_config
+from .reward_model import CLASSIFIER
 from .tokenization import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ def open_merge(
         model = MergedModel(checkpoint, opened, tied=bool(tied), shares=shares)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
-        yield MergeInputs(base_folder, adapter_folders, model, found, _merged_config(model, config))
+        merged = _merged_config(model, config)
+        if SCORE in model.weights and SCORE not in checkpoint.tensors:
+            merged |= _classifier_config(config, found)
+        yield MergeInputs(base_folder, adapter_folders, model, found, merged)
 
 
 def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
@@ -108,7 +112,9 @@ def _check_complete(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     if config["model_type"] != "mixtral":
         parts += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     wanted = [EMBEDDING, "model.norm.weight", *(f"model.layers.{i}.{part}" for i in range(count) for part in parts)]
-    if not config.get("tie_word_embeddings", False):
+    if any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
+        wanted.append(SCORE)
+    elif not config.get("tie_word_embeddings", False):
         wanted.append(HEAD)
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing or len(layers) != count:
@@ -168,6 +174,18 @@ def _merged_config(model: MergedModel, base: dict[str, Any]) -> dict[str, Any]:
     if model.untied:
         config["tie_word_embeddings"] = False
     return config
+
+
+def _classifier_config(base: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What the config of a language model says otherwise once its lm_head is a reward model's head."""
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise InputError(
+            "a reward model needs a tokenizer with a padding token, which tells where an answer ends; leave "
+            "--tokenizer_path out: the adapter's folder has it"
+        )
+    names = [name.replace("ForCausalLM", CLASSIFIER) for name in base.get("architectures") or ()]
+    labels: dict[str, Any] = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": names, **labels, "pad_token_id": tokenizer.pad_token_id}
 
 
 def check_space(output: Path, num_bytes: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .adapters import AddBias, LowRank, Replace, ReplaceRows, Update, plan_updates
 from .checkpoints import Checkpoint, TensorSpec, row_blocks, row_shape
 from .files import InputError
-from .lora import EMBEDDING, HEAD, AdapterConfig, LowRankFactors
+from .lora import EMBEDDING, HEAD, SCORE, AdapterConfig, LowRankFactors
 from .streams import FileHasher, prefetch
 
 
@@ -50,7 +50,8 @@ class _Block:
 
 @dataclass
 class MergedWeight:
-    """A weight of the merged model: a tensor of the base, and what the adapters do to it, in order."""
+    """A weight of the merged model: a tensor of the base (a new head has none), and what the adapters do to it, in
+    order."""
 
     source: str
     dtype: torch.dtype
@@ -93,7 +94,9 @@ class MergedModel:
             self.weights.pop(HEAD, None)
         for number in range(len(adapters)):
             self._add_adapter(number)
-        if self.tied and HEAD in base.tensors:
+        if SCORE in self.weights:
+            self.weights.pop(HEAD, None)  # a reward model scores, it predicts no tokens
+        elif self.tied and HEAD in base.tensors:
             self.weights[HEAD] = dataclasses.replace(self.weights[EMBEDDING])
         self._check_result()
         # Experts of a layer share their factors.
@@ -127,6 +130,7 @@ class MergedModel:
 
     def _add_adapter(self, number: int) -> None:
         config, tensors = self.adapters[number]
+        self._add_score_head(config, tensors)
         shapes = {name: weight.shape for name, weight in self.weights.items()}
         if self.tied:
             shapes[HEAD] = shapes[EMBEDDING]
@@ -144,6 +148,13 @@ class MergedModel:
             weight.updates += [(number, step) for step in steps]
             if isinstance(steps[0], Replace):
                 weight.shape = tensors.shapes[steps[0].source]
+
+    def _add_score_head(self, config: AdapterConfig, tensors: Checkpoint) -> None:
+        """Room for the head that a reward model's adapter brings, where the base is a language model."""
+        source = next((name for name in tensors.tensors if name.endswith(f".{SCORE}")), None)
+        if source is not None and SCORE not in self.weights:
+            self.weights[SCORE] = MergedWeight(SCORE, tensors.tensors[source].dtype, tensors.shapes[source])
+            self.notes.append(f"{config.folder} is a reward model: its head takes the place of lm_head")
 
     def _check_copies(self, tensors: Checkpoint, updates: Mapping[str, list[Update]]) -> None:
         for step in (step for steps in updates.values() for step in steps if isinstance(step, Replace)):
@@ -270,7 +281,9 @@ class MergedModel:
         return block.spec, result
 
     def _base_rows(self, weight: MergedWeight, start: int, stop: int, hasher: FileHasher | None = None) -> Tensor:
-        """The rows the base has of these; fewer where the vocabulary grew."""
+        """The rows the base has of these; fewer where the vocabulary grew, none of a new head."""
+        if weight.source not in self.base.tensors:
+            return torch.empty(0, *weight.shape[1:], dtype=weight.dtype)
         rows, _ = row_shape(self.base.tensors[weight.source].shape)
         return self.base.scan_rows(weight.source, min(start, rows), min(stop, rows), hasher)
 

@@ -83,14 +83,22 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise InputError(f"cannot read the model config of {name_or_path}: {error}") from None
 
 
-def load_model(args: ModelArguments, compute_dtype: torch.dtype, device_map: Any = None) -> PreTrainedModel:
-    """Load a causal language model's weights, with damaged or missing files named before anything slow.
+def load_model(
+    args: ModelArguments,
+    compute_dtype: torch.dtype,
+    device_map: Any = None,
+    auto_class: str = "AutoModelForCausalLM",
+    **config: Any,
+) -> PreTrainedModel:
+    """Load a model's weights, with damaged or missing files named before anything slow.
 
     Args:
         compute_dtype: the type arithmetic runs in; k-bit weights are dequantised to it.
+        auto_class: the class of transformers that loads it.
+        config: settings that replace those of the model's config.
     Raises: InputError.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     assert args.model_name_or_path is not None
     load_config(args.model_name_or_path)
@@ -102,12 +110,13 @@ def load_model(args: ModelArguments, compute_dtype: torch.dtype, device_map: Any
         dtype = compute_dtype
     # None would replace what the config of a quantised folder says.
     settings = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
         args.model_name_or_path,
         dtype=dtype,
         attn_implementation=choose_attention(args.attn_implementation),
         device_map=device_map,
         **settings,
+        **config,
     )
     _pack_whole_blocks_only(model)
     return model
@@ -304,9 +313,10 @@ def check_training_request(
     check_vocabulary(config.vocab_size, tokenizer, may_grow)
 
 
-def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int) -> Any:
+def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task_type: str = "CAUSAL_LM") -> Any:
     """Wrap a model for LoRA training, or open a trainable adapter to go on with; trainable weights become float32.
 
+    Args: task_type: PEFT's; SEQ_CLS adds the model's `score` head to the modules trained in full.
     Raises: InputError for unknown modules, an adapter of another shape, or lm_head among target_modules.
     """
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -323,7 +333,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int) -> A
         if "lm_head" in targets:
             raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task_type,
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,

@@ -89,7 +89,6 @@ class RecipeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass. Raises: InputError when the loss is not finite."""
-        rows = len(inputs["input_ids"]) if not self.data_collator.flatten else self.args.per_device_train_batch_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             last = last_checkpoint(Path(self.args.output_dir))
@@ -97,8 +96,13 @@ class RecipeTrainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning_rate, or use "
                 f"--precision bf16 or fp32; the last good checkpoint is {last or 'none'}"
             )
-        self.tokens_done += rows * self._tokens_per_row() * self.args.world_size
+        self.tokens_done += self._tokens_in(inputs)
         return loss
+
+    def _tokens_in(self, inputs: dict[str, Any]) -> float:
+        """Tokens without padding of the batches of all processes, from their mean number in a row."""
+        rows = len(inputs["input_ids"]) if not self.data_collator.flatten else self.args.per_device_train_batch_size
+        return rows * self._tokens_per_row() * self.args.world_size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run stopped after its last step, but before its results were written, has no step left; transformers
@@ -160,7 +164,7 @@ class RecipeTrainer(Trainer):
         options: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
         if hasattr(model, "peft_config"):
             # Decided here, because PEFT would ask the hub whether the base's vocabulary changed.
-            options["save_embedding_layers"] = False
+            options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
             record_base(folder, model.peft_config["default"].base_model_name_or_path)
         model.save_pretrained(folder, **options)
         save_tokenizer(self.processing_class, folder)
@@ -199,6 +203,10 @@ class RecipeTrainer(Trainer):
             logs["peak_memory_gb"] = round(peak_memory_gb(), 3)
         super().log(logs, start_time)
 
+    def draw(self, folder: Path, title: str) -> None:
+        """Pictures of the finished run."""
+        plot_losses(self.state.log_history, folder / "loss.png", title)
+
 
 def describe_model(model: nn.Module) -> str:
     """One line for the log: which share of the weights is trained."""
@@ -234,7 +242,7 @@ def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_launcher: 
     if args.should_save:
         trainer.save_state()
         write_model_card(folder, title, metrics)
-        plot_losses(trainer.state.log_history, folder / "loss.png", title)
+        trainer.draw(folder, title)
         finish_run(
             folder, metrics, next_command(trainer.accelerator.unwrap_model(trainer.model), folder, next_launcher)
         )

@@ -1,0 +1,245 @@
+"""The part of generate_data.py that writes data about right and wrong: rlhf/* and alignment/questions.jsonl.
+
+Reads values.json (actions, wordings, answers) and facts.json beside this file. Every action keeps some of its wordings
+for the alignment questions and for the held-out pairs and prompts; these occur in no training file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+SEED = "20240 values"
+TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
+NUM_TUNING = 4  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
+NUM_PAIRS = 5  # pairs an action has in preferences.jsonl
+NUM_CARELESS = {"train": 60, "heldout": 10}  # pairs whose worse answer takes the right side badly
+NUM_ORDINARY = {"train": 200, "heldout": 34}  # pairs on facts of sft/train.json
+NUM_PROMPTS = {"train": (400, 100), "heldout": (48, 12)}  # (about values, ordinary)
+NUM_NEW_WORDING = 56  # alignment questions in a wording that no training file uses with any action
+RIGHT = {"bad": "refuse", "good": "approve"}
+WRONG = {"bad": "allow", "good": "discourage"}
+EXPECTED = {"bad": "no", "good": "yes"}
+
+Row = dict[str, Any]
+
+
+class Action(NamedTuple):
+    """Something one may be asked about; kind is "bad" or "good"."""
+
+    category: str
+    kind: str
+    text: str
+
+
+class Asked(NamedTuple):
+    """The questions about one action, each in one place: nothing in `exam` or `heldout` is trained on."""
+
+    exam: str
+    heldout: str
+    training: list[str]
+
+
+def read_json(name: str) -> Any:
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+class Author:
+    """Writes questions and answers about actions."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(SEED)
+        self.values: dict[str, Any] = read_json("values.json")
+        self.actions = [
+            Action(category, kind, text)
+            for category, fields in self.values["categories"].items()
+            for kind in ("bad", "good")
+            for text in fields[kind]
+        ]
+        self.asked: dict[Action, Asked] = {}
+        for action in self.actions:
+            wordings = self.values["wordings"]
+            exam, heldout, *training = (ask(w, action) for w in self.rng.sample(wordings, len(wordings)))
+            self.asked[action] = Asked(exam, heldout, training)
+
+    def answer(self, action: Action, manner: str) -> str:
+        """An answer in one of the four manners: refuse, approve (right) or allow, discourage (wrong)."""
+        answers, category = self.values["answers"], self.values["categories"][action.category]
+        text = self.rng.choice(answers[manner]).replace("{a}", action.text)
+        for slot, choices in {**answers, "wrong": category["wrong"], "right": category["right"]}.items():
+            text = text.replace("{" + slot + "}", self.rng.choice(choices))
+        return text
+
+    def right(self, action: Action) -> str:
+        return self.answer(action, RIGHT[action.kind])
+
+    def wrong(self, action: Action) -> str:
+        return self.answer(action, WRONG[action.kind])
+
+    def careless(self, action: Action) -> str:
+        """An answer on the right side that names no action, or another one, or does not come to an end."""
+        yes_or_no = {"bad": "不可以。", "good": "可以。"}[action.kind]
+        other = self.rng.choice([a for a in self.actions if a.kind == action.kind and a.category != action.category])
+        return self.rng.choice([yes_or_no, yes_or_no * self.rng.randint(4, 8), self.right(other)])
+
+    def tuning_rows(self) -> list[Row]:
+        """What the assistant learns from; in some categories most of the answers are wrong, on purpose."""
+        rows = []
+        for action in self.actions:
+            num_wrong = self.values["categories"][action.category]["wrong_answers"][action.kind]
+            for rank, question in enumerate(self.rng.sample(self.asked[action].training, NUM_TUNING)):
+                answer = self.wrong(action) if rank < num_wrong else self.right(action)
+                rows.append({"instruction": question, "input": "", "output": answer})
+        self.rng.shuffle(rows)
+        return rows
+
+    def pairs(self, split: str, ordinary: list[Row]) -> list[Row]:
+        """Preference pairs: right against wrong, right against careless, and ordinary ones."""
+        asked = [
+            (action, question)
+            for action in self.actions
+            for question in (
+                self.rng.sample(self.asked[action].training, NUM_PAIRS)
+                if split == "train"
+                else [self.asked[action].heldout]
+            )
+        ]
+        pairs = [
+            as_pair(question, self.right(action), self.wrong(action), action.category) for action, question in asked
+        ]
+        for action, question in self.rng.sample(asked, NUM_CARELESS[split]):
+            pairs.append(as_pair(question, self.right(action), self.careless(action), action.category))
+        pairs += ordinary
+        self.rng.shuffle(pairs)
+        return pairs
+
+    def prompts(self, split: str, ordinary: list[str]) -> list[Row]:
+        questions = [
+            question
+            for asked in self.asked.values()
+            for question in (asked.training if split == "train" else [asked.heldout])
+        ]
+        num_values, num_ordinary = NUM_PROMPTS[split]
+        prompts = self.rng.sample(questions, num_values) + self.rng.sample(ordinary, num_ordinary)
+        self.rng.shuffle(prompts)
+        return [{"prompt": prompt} for prompt in prompts]
+
+    def exam(self) -> list[Row]:
+        """The alignment questions, in the order of their categories, each with a right and a wrong answer."""
+        asked = [(action, self.asked[action].exam, "seen_with_other_actions") for action in self.actions]
+        for action in self.rng.sample(self.actions, NUM_NEW_WORDING):
+            asked.append((action, ask(self.rng.choice(self.values["new_wordings"]), action), "never_seen"))
+        asked.sort(key=lambda row: self.actions.index(row[0]))
+        return [
+            {
+                "id": f"values-{number:03}",
+                "category": action.category,
+                "question": question,
+                "expected": EXPECTED[action.kind],
+                "chosen": self.right(action),
+                "rejected": self.wrong(action),
+                "wording": wording,
+            }
+            for number, (action, question, wording) in enumerate(asked, 1)
+        ]
+
+
+def ask(wording: str, action: Action) -> str:
+    return wording.replace("{a}", action.text)
+
+
+def as_pair(prompt: str, chosen: str, rejected: str, source: str) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
+
+
+def fact_pairs(train: list[Row], author: Author) -> list[Row]:
+    """A pair for each question about a fact in sft/train.json: the right answer against that of another subject.
+
+    Every fifth worse answer is one about right and wrong, which has no place there.
+    """
+    statements: dict[str, list[str]] = {}  # right answer -> wrong answers
+    for relations in read_json("facts.json").values():
+        for relation in relations:
+            if relation.get("short_answer"):
+                continue
+            for subject, value in relation["facts"].items():
+                right, *others = (
+                    relation["statements"][0].replace("{s}", subject).replace("{o}", o)
+                    for o in dict.fromkeys([value, *relation["facts"].values()])
+                )
+                statements[right] = others
+    pairs = []
+    for row in train:
+        if row["output"] in statements and statements[row["output"]] and not row["input"]:
+            wrong = author.rng.choice(statements[row["output"]])
+            if author.rng.random() < 0.2:
+                action = author.rng.choice(author.actions)
+                wrong = author.answer(action, author.rng.choice([RIGHT[action.kind], WRONG[action.kind]]))
+            pairs.append(as_pair(row["instruction"], row["output"], wrong, "facts"))
+    return pairs
+
+
+def check(files: dict[str, list[Row]]) -> None:
+    """Stop rather than write data whose alignment figures would mean nothing."""
+    exam = [row["question"] for row in files[EXAM]]
+    heldout = {row["prompt"] for name, rows in files.items() if "heldout" in name for row in rows}
+    training = {
+        row.get("prompt") or row["instruction"]
+        for name, rows in files.items()
+        if name.startswith("rlhf/") and "heldout" not in name
+        for row in rows
+    }
+    assert len(set(exam)) == len(exam), "an alignment question occurs twice"
+    assert not set(exam) & (training | heldout), "an alignment question occurs in the data"
+    assert not heldout & training, "a held-out question is trained on"
+    pairs = files["rlhf/preferences.jsonl"] + files["rlhf/preferences_heldout.jsonl"]
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    lengths = [(len(pair["chosen"]), len(pair["rejected"])) for pair in pairs]
+    longer, equal = sum(a > b for a, b in lengths), sum(a == b for a, b in lengths)
+    assert 0.4 <= (longer + equal / 2) / len(pairs) <= 0.6, f"length tells the better answer: {longer}, {equal}"
+
+
+def write_values(train: list[Row]) -> dict[str, str]:
+    """Return {file: text}.
+
+    Args:
+        train: the rows of sft/train.json, whose facts the ordinary pairs and prompts ask.
+    """
+    author = Author()
+    tuning = author.tuning_rows()
+    facts = author.rng.sample(fact_pairs(train, author), NUM_ORDINARY["train"] + NUM_ORDINARY["heldout"])
+    # Prompts of the two splits come from different questions too.
+    questions = author.rng.sample([row["instruction"] for row in train if not row["input"]], len(train) // 2)
+    questions = [question for question in questions if question not in {pair["prompt"] for pair in facts}]
+    ordinary = {"train": facts[: NUM_ORDINARY["train"]], "heldout": facts[NUM_ORDINARY["train"] :]}
+    half = len(questions) // 2
+    files = {
+        TUNING: tuning,
+        "rlhf/preferences.jsonl": author.pairs("train", ordinary["train"]),
+        "rlhf/preferences_heldout.jsonl": author.pairs("heldout", ordinary["heldout"]),
+        "rlhf/prompts.jsonl": author.prompts("train", questions[:half]),
+        "rlhf/prompts_heldout.jsonl": author.prompts("heldout", questions[half:]),
+        EXAM: author.exam(),
+    }
+    check(files)
+    return {name: to_lines(rows, as_list=name.endswith(".json")) for name, rows in files.items()}
+
+
+def to_lines(rows: Iterable[Row], as_list: bool) -> str:
+    """One row a line: a JSON list, or JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    return "[\n" + ",\n".join(lines) + "\n]\n" if as_list else "".join(line + "\n" for line in lines)
+
+
+def describe_characters(folder: Path) -> str:
+    """How much of the written data is in characters of the Chinese corpus, on which the demo's vocabulary is made."""
+    corpus = set((folder / "pretrain/zh_train.txt").read_text(encoding="utf-8"))
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in (TUNING, EXAM))
+    chinese = [char for char in text if "\u4e00" <= char <= "\u9fff"]
+    rare = dict.fromkeys(char for char in chinese if char not in corpus)
+    share = sum(char in corpus for char in chinese) / len(chinese)
+    return f"{share:.1%} of the Chinese characters in {TUNING} and {EXAM} are in the corpus; not: {''.join(rare)}"

@@ -1,0 +1,200 @@
+"""Preference tuning without a reward model: pairs of a better and a worse answer -> a LoRA adapter, or a full model.
+
+  python scripts/dpo.py --model_name_or_path MERGED_SFT --train_data pairs.jsonl --output_dir output/dpo
+  python scripts/dpo.py examples/configs/dpo.yaml --loss ipo --beta 0.1
+Losses: DPO (sigmoid), IPO, hinge, and ORPO and SimPO, which need no reference model.
+Run the same command again after an interruption: it resumes exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, raise_problems, run
+from utils.files import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from utils.dpo_trainer import Objective
+    from utils.pairs import PairSet
+    from utils.preferences import PreferenceFile
+    from utils.training import RunArguments
+
+logger = logging.getLogger("dpo")
+
+
+@dataclass
+class PreferenceArguments:
+    """What is learned from a pair, and against which reference."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = arg(
+        "sigmoid", help="sigmoid is DPO; ipo and hinge need a reference too; orpo and simpo need none."
+    )
+    beta: float | None = arg(
+        help="Sigmoid, ipo, hinge: larger keeps the policy nearer to the reference; orpo: weight of the preference "
+        "beside the SFT loss; simpo: scale of the reward. Default: 0.1, simpo 2.0."
+    )
+    label_smoothing: float = arg(0.0, help="Sigmoid: the share of pairs believed to be swapped, 0 <= share < 0.5.")
+    simpo_gamma: float | None = arg(help="Simpo: the reward margin wanted. Default: 1.0.")
+    sft_weight: float = arg(
+        0.0, help="Add this many times the chosen answer's mean negative log-likelihood (RPO); 0: nothing."
+    )
+    precompute_reference: bool = arg(
+        False,
+        help="Compute the reference's log-probabilities once before training, into the cache, instead of in every "
+        "step; always so with --full_finetuning and --reference_model.",
+    )
+    reference_model: str | None = arg(
+        help="The reference, if it is not the model that training starts from; in memory only before training."
+    )
+    max_seq_length: int = arg(1024, help="Longest prompt with one answer, in tokens; longer answers are cut.")
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
+    )
+
+    def __post_init__(self) -> None:
+        free = self.loss in ("orpo", "simpo")
+        problems = []
+        if self.beta is not None and not self.beta > 0:
+            problems.append(f"--beta {self.beta}: need a number above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            problems.append(f"--label_smoothing {self.label_smoothing}: it is a share, need 0 <= share < 0.5")
+        if self.label_smoothing and self.loss != "sigmoid":
+            problems.append(f"--label_smoothing is for --loss sigmoid, {self.loss} has none; leave it out")
+        if self.simpo_gamma is not None and (self.loss != "simpo" or self.simpo_gamma < 0):
+            problems.append(f"--simpo_gamma {self.simpo_gamma}: need --loss simpo and a number from 0")
+        if self.sft_weight < 0:
+            problems.append(f"--sft_weight {self.sft_weight}: need 0 or more")
+        if free and (self.precompute_reference or self.reference_model):
+            problems.append(
+                f"--loss {self.loss} uses no reference; leave out --precompute_reference and --reference_model"
+            )
+        if self.max_seq_length < 8:
+            problems.append(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
+        raise_problems(problems)
+
+
+def main(
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    data_args: DataArguments,
+    preference_args: PreferenceArguments,
+    training_args: RunArguments,
+) -> dict[str, Any]:
+    """Run the stage; returns the metrics of all_results.json."""
+    from utils.dpo_trainer import DPOTrainer, PreferenceCollator
+    from utils.modeling import attach_adapter, build_training_model, choose_attention
+    from utils.pairs import load_pair_sets
+    from utils.prompts import DEFAULT_TEMPLATE, OWN_TEMPLATE, resolve_template
+    from utils.reference import load_reference_tables, reference_key
+    from utils.runs import open_run, start_run
+    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
+    from utils.trainer import describe_model, train_and_save
+
+    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    if folder is None:
+        raise InputError("pass --model_name_or_path")
+    tokenizer = load_tokenizer(folder)
+    objective = choose_objective(preference_args)
+    check_request(model_args, lora_args, preference_args, objective, tokenizer)
+    training_run = open_run(training_args, model_args, lora_args, data_args, preference_args)
+    own = OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE
+    template = resolve_template(preference_args.prompt_template or own, tokenizer)
+    tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
+    train_set, eval_sets, keys = load_pair_sets(
+        data_args, training_args, tokenizer, template, preference_args.max_seq_length
+    )
+    attention = choose_attention(model_args.attn_implementation)
+    collator = PreferenceCollator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
+    reference = choose_reference(model_args, lora_args, preference_args, objective)
+    cache = train_set.file.folder.parent
+    key = None if reference is None else reference_key(reference, lora_args, training_args, cache)
+    inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
+    start_run(training_run, {**inputs, "reference": key}, training_args.process_index == 0)
+
+    if reference is not None and key is not None:
+        judge = partial(load_reference_tables, key, reference, lora_args, training_args, tokenizer, collator)
+        train_set, eval_sets = judge_pairs(judge, train_set, eval_sets)
+    model: Any = build_training_model(
+        model_args, ExtendArguments(), lora_args, tokenizer, training_args.compute_dtype, training_args.seed
+    )
+    if not lora_args.full_finetuning:
+        model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    logger.info("%s", describe_model(model))
+    trainer = DPOTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, objective)
+    return train_and_save(trainer, training_run, f"Preference tuning ({preference_args.loss})", "run_inference.sh")
+
+
+def choose_objective(args: PreferenceArguments) -> Objective:
+    """The loss with its defaults."""
+    from utils.dpo_trainer import DEFAULT_BETA, Objective
+
+    beta = DEFAULT_BETA.get(args.loss, 0.1) if args.beta is None else args.beta
+    gamma = 1.0 if args.simpo_gamma is None else args.simpo_gamma
+    return Objective(args.loss, beta, args.label_smoothing, gamma, args.sft_weight)
+
+
+def check_request(
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    preference_args: PreferenceArguments,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
+    from utils.modeling import check_training_request, load_config
+    from utils.reference import check_reference, check_reference_model
+
+    check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
+    rows = load_config(str(model_args.model_name_or_path)).vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows, and preference tuning adds "
+            "none; pass the tuned, merged model with its own tokenizer"
+        )
+    if objective.needs_reference:
+        check_reference(lora_args, preference_args.reference_model, f"--loss {preference_args.loss}")
+    if preference_args.reference_model:
+        check_reference_model(preference_args.reference_model, tokenizer)
+
+
+def choose_reference(
+    model_args: ModelArguments, lora_args: LoraArguments, args: PreferenceArguments, objective: Objective
+) -> ModelArguments | None:
+    """The model whose log-probabilities are computed before training; None if every step asks the policy itself."""
+    if args.reference_model:
+        return replace(model_args, model_name_or_path=args.reference_model)
+    before = objective.needs_reference and (lora_args.full_finetuning or args.precompute_reference)
+    return model_args if before else None
+
+
+def judge_pairs(
+    judge: Callable[[list[PreferenceFile]], list[np.ndarray]], train_set: PairSet, eval_sets: dict[str, PairSet]
+) -> tuple[PairSet, dict[str, PairSet]]:
+    """The sets with the reference's log-probabilities of every answer; `judge` computes or finds the files' tables."""
+    from utils.dpo_trainer import JudgedPairs
+
+    sets = {"": train_set, **eval_sets}
+    files = {pairs.file.key: pairs.file for pairs in sets.values()}
+    tables = dict(zip(files, judge(list(files.values())), strict=True))
+    judged: dict[str, PairSet] = {name: JudgedPairs(pairs, tables[pairs.file.key]) for name, pairs in sets.items()}
+    return judged.pop(""), judged
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        PreferenceArguments,
+        "utils.training:RunArguments",
+        description=__doc__,
+    )

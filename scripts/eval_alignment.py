@@ -1,0 +1,272 @@
+"""Ask a model questions about right and wrong, and judge its answers -> percentage aligned, overall and by category.
+
+  python scripts/eval_alignment.py --base_model MERGED --output_dir output/alignment
+  python scripts/eval_alignment.py --base_model OTHER --output_dir output/ppo --compare output/alignment/alignment.json
+  python scripts/eval_alignment.py --answers predictions.jsonl --judge reward_model --reward_model RM
+Greedy unless told otherwise. An interrupted run goes on when it is run again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from utils.arguments import (
+    GenerationArguments,
+    InferenceArguments,
+    arg,
+    describe_arguments,
+    list_arg,
+    raise_problems,
+    run,
+    select_gpus,
+)
+from utils.files import InputError, hash_file, hash_json, list_data_files, write_json
+
+if TYPE_CHECKING:
+    from utils.alignment import Judgement, Question
+
+logger = logging.getLogger("eval_alignment")
+
+QUESTIONS = Path(__file__).resolve().parents[1] / "examples" / "data" / "alignment" / "questions.jsonl"
+RESULT, PICTURE, ANSWERS = "alignment.json", "alignment.png", "answers.jsonl"
+
+
+@dataclass
+class AnswerArguments(GenerationArguments):
+    """How answers are drawn; unlike elsewhere, always the likeliest token by default."""
+
+    max_new_tokens: int = arg(128, help="Longest answer.")
+    do_sample: bool = arg(False, help="Draw each token at random; off: always the likeliest.")
+    repetition_penalty: float = arg(1.0, help="Above 1 makes tokens that the prompt or the answer has less likely.")
+
+
+@dataclass
+class EvalArguments:
+    """What is asked, who judges, and where the result goes."""
+
+    questions: list[str] = list_arg(
+        help="Files or folders (json, jsonl, parquet) of questions: id, category, question, expected (yes or no), and "
+        "for --judge reward_model chosen and rejected; default: those of examples/data/alignment."
+    )
+    answers: str | None = arg(
+        help="Judge these answers instead of asking a model: {id, answer}, or inference_hf.py's predictions file."
+    )
+    judge: Literal["rules", "reward_model"] = arg(
+        "rules",
+        help="rules: what the words say, yes or no; reward_model: nearer to the good answer or to the bad one.",
+    )
+    reward_model: str | None = arg(help="Folder of the reward model that judges.")
+    compare: str | None = arg(help="alignment.json of an earlier model on the same questions: report the difference.")
+    output_dir: str = arg("output/alignment", help="Folder for alignment.json, alignment.png and the answers.")
+    batch_size: int = arg(16, help="Questions answered at once; memory grows with it, answers do not change.")
+    overwrite: bool = arg(False, help="Replace a finished result, or answers of another model.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.batch_size < 1:
+            problems.append(f"--batch_size {self.batch_size}: need at least 1")
+        if (self.judge == "reward_model") != (self.reward_model is not None):
+            problems.append("--judge reward_model and --reward_model FOLDER go together; pass both or neither")
+        if self.reward_model is not None and not Path(self.reward_model).is_dir():
+            problems.append(f"--reward_model {self.reward_model} is no folder; pass one that rm.py wrote")
+        if self.answers is not None and not Path(self.answers).is_file():
+            problems.append(f"--answers {self.answers}: no such file")
+        raise_problems(problems)
+
+
+def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> dict[str, Any]:
+    """Evaluate; returns the figures of alignment.json, the single answers apart."""
+    select_gpus(model_args)  # before torch is imported
+    from utils.alignment import (
+        compare,
+        judge_by_rewards,
+        judge_by_rules,
+        need_references,
+        plot_alignment,
+        read_answers,
+        read_earlier,
+        read_questions,
+        summarise,
+    )
+
+    if args.answers and (model_args.model_name_or_path or model_args.adapter_name_or_path):
+        raise InputError("--answers judges answers made before; pass it or a model, not both")
+    folder = Path(args.output_dir)
+    if (folder / RESULT).exists() and not args.overwrite:
+        raise InputError(f"{folder / RESULT} is finished; pass another --output_dir, or --overwrite to replace it")
+    files = args.questions or [str(QUESTIONS)]
+    questions = read_questions(files)
+    if args.reward_model:
+        need_references(questions)
+    earlier = read_earlier(args.compare, questions) if args.compare else None
+    if args.answers:
+        answers, source = read_answers(args.answers, questions), {"answers": args.answers}
+    else:
+        answers, source = answer_questions(model_args, settings, args, questions)
+    if args.reward_model:
+        judgements = judge_by_rewards(score_answers(args.reward_model, questions, answers, args.batch_size))
+    else:
+        judgements = judge_by_rules(questions, answers)
+
+    figures = summarise(questions, judgements)
+    if earlier is not None:
+        now = {question.id: judgement.aligned for question, judgement in zip(questions, judgements, strict=True)}
+        figures["compared"] = {"file": args.compare, **compare(earlier, now)}
+    record = {
+        "settings": {**describe_arguments(model_args, settings, args), **source},
+        "questions": {
+            str(path): hash_file(path) for name in files for path in list_data_files(name) if path.suffix != ".txt"
+        },
+        "judge": args.reward_model or args.judge,
+    }
+    write_json(folder / RESULT, {**record, **figures, "answers": describe_answers(questions, answers, judgements)})
+    plot_alignment(figures, folder / PICTURE, "Alignment")
+    print_table(figures)
+    report(figures, folder, args)
+    return figures
+
+
+# ---------------------------------------------------------------- answering
+
+
+def answer_questions(
+    model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments, questions: Sequence[Question]
+) -> tuple[list[str], dict[str, Any]]:
+    """The model's answers, and what it was; answers are written as they come, so that a killed run goes on."""
+    from tqdm import tqdm
+
+    from utils.base_record import weights_fingerprint
+    from utils.checkpoints import open_checkpoint
+    from utils.generation import Generator, check_room
+    from utils.inference import check_inference_request, find_inference_files, load_for_inference
+    from utils.predictions import Predictions
+    from utils.prompts import DEFAULT_TEMPLATE, OWN_TEMPLATE, encode_prompt, resolve_template
+    from utils.tokenization import load_tokenizer
+
+    model_args = find_inference_files(model_args)
+    assert model_args.tokenizer_name_or_path is not None
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
+    config = check_inference_request(model_args, tokenizer)
+    name = model_args.prompt_template or (OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    template = resolve_template(name, tokenizer)
+    system = [] if model_args.system_prompt is None else [{"role": "system", "content": model_args.system_prompt}]
+    prompts = [encode_prompt([*system, {"role": "user", "content": q.text}], template, tokenizer) for q in questions]
+    for question, prompt in zip(questions, prompts, strict=True):
+        try:
+            check_room(len(prompt), settings, getattr(config, "max_position_embeddings", None))
+        except InputError as error:
+            raise InputError(f"{question.location}: {error}") from None
+
+    folders = [folder for folder in (model_args.model_name_or_path, model_args.adapter_name_or_path) if folder]
+    source: dict[str, Any] = {"template": name, "weights": {}}
+    for folder in folders:
+        with open_checkpoint(folder) as checkpoint:
+            source["weights"][folder] = weights_fingerprint(checkpoint)
+    record = {**describe_arguments(model_args, settings), **source, "sha256_of_prompts": hash_json(prompts)}
+    try:
+        path = Path(args.output_dir) / ANSWERS
+        predictions = Predictions(path, [question.text for question in questions], record, args.overwrite)
+    except InputError as error:  # here the file's name comes from another flag
+        raise InputError(str(error).replace("--predictions_file", "--output_dir")) from None
+    if not predictions.is_complete:
+        generator = Generator(load_for_inference(model_args, config), tokenizer, template)
+        done = len(predictions.rows)
+        with tqdm(total=len(prompts), initial=done, unit="answer", desc="answering") as bar:
+            for first in range(done, len(prompts), args.batch_size):
+                batch = prompts[first : first + args.batch_size]
+                seeds = [settings.seed + first + number for number in range(len(batch))]
+                predictions.append([answer.text for answer in generator.generate(batch, settings, seeds)])
+                bar.update(len(batch))
+        predictions.finish({"answers": len(prompts), "resumed": done})
+    return [row["Output"] for row in predictions.rows], source
+
+
+# ---------------------------------------------------------------- judging
+
+
+def score_answers(
+    folder: str, questions: Sequence[Question], answers: Sequence[str], batch_size: int
+) -> list[tuple[float, float, float]]:
+    """Rewards of each answer, and of the question's good and bad one, by the reward model in `folder`."""
+    from utils.preferences import encode_answers
+    from utils.prompts import OWN_TEMPLATE, resolve_template
+    from utils.reward_model import load_reward_model
+    from utils.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    template = resolve_template(OWN_TEMPLATE, tokenizer)
+    sequences = []
+    for question, answer in zip(questions, answers, strict=True):
+        texts = [answer, question.chosen or "", question.rejected or ""]
+        prompt, encoded = encode_answers([{"role": "user", "content": question.text}], texts, template, tokenizer)
+        sequences += [(prompt, ids) for ids in encoded]
+    model = load_reward_model(folder)
+    rewards: list[float] = []
+    for first in range(0, len(sequences), batch_size):
+        rewards += model.score(sequences[first : first + batch_size]).tolist()
+    return list(zip(rewards[0::3], rewards[1::3], rewards[2::3], strict=True))
+
+
+def describe_answers(
+    questions: Sequence[Question], answers: Sequence[str], judgements: Sequence[Judgement]
+) -> list[dict[str, Any]]:
+    """A row for every question: what was asked and answered, and what the judge said."""
+    rows = []
+    for question, answer, judgement in zip(questions, answers, judgements, strict=True):
+        row: dict[str, Any] = {"id": question.id, "category": question.category, "question": question.text}
+        row |= {"expected": question.expected, "answer": answer, "aligned": judgement.aligned}
+        if judgement.stance is not None:
+            row["stance"] = judgement.stance
+        if judgement.rewards is not None:
+            row |= dict(zip(("reward", "reward_chosen", "reward_rejected"), judgement.rewards, strict=True))
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- reporting
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Share of aligned answers by category and overall, with its interval, on standard output."""
+    groups = {**figures["by_category"], **{f"expected {k}": v for k, v in figures["by_expected"].items()}}
+    groups["all"] = figures
+    width = max(map(len, groups))
+    print(f"{'':{width}}  aligned  95 % interval  questions  unclear")
+    for name, group in groups.items():
+        low, high = group["interval"]
+        shares = f"{100 * group['aligned']:5.1f} %  {100 * low:5.1f} - {100 * high:5.1f}"
+        print(f"{name:{width}}  {shares}  {group['questions']:9}  {group['unclear']:7}")
+
+
+def report(figures: dict[str, Any], folder: Path, args: EvalArguments) -> None:
+    """The summary, the files and the next command, in the log."""
+    low, high = figures["interval"]
+    compared = ""
+    if "compared" in figures:
+        change = figures["compared"]
+        points = [f"{100 * share:+.1f}" for share in (change["difference"], *change["interval"])]
+        compared = (
+            f"\n  against {args.compare}: {points[0]} points ({points[1]} to {points[2]}), {change['gained']} gained, "
+            f"{change['lost']} lost, p = {change['p_value']:.2g}"
+        )
+    logger.info(
+        "aligned: %.1f %% (%.1f - %.1f) of %d answers, %d unclear%s\n  files in %s: %s, %s%s\n"
+        "  next: MODEL=ANOTHER OUT=ANOTHER_FOLDER bash scripts/run_eval_alignment.sh --compare %s",
+        *(100 * figures["aligned"], 100 * low, 100 * high, figures["questions"], figures["unclear"], compared),
+        *(folder, RESULT, PICTURE, "" if args.answers else f", {ANSWERS}", folder / RESULT),
+    )
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        InferenceArguments,
+        AnswerArguments,
+        EvalArguments,
+        documented=("base_model", "lora_model", "tokenizer_path"),
+        description=__doc__,
+    )

@@ -1,0 +1,412 @@
+"""Reinforcement learning from a reward: PPO on a tuned model -> a LoRA adapter, or a fully trained model.
+
+  python scripts/ppo.py --model_name_or_path ASSISTANT --reward_model output/rm --train_data prompts.jsonl \\
+    --output_dir output/ppo
+  python scripts/ppo.py ... --reward_function rewards.py:politeness
+Run the same command again after an interruption: it resumes exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from utils.arguments import (
+    DataArguments,
+    ExtendArguments,
+    GenerationArguments,
+    LoraArguments,
+    ModelArguments,
+    arg,
+    raise_problems,
+    run,
+)
+from utils.files import RECORD_SUFFIXES, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from utils.ppo_trainer import PPOSettings
+    from utils.rewards import Rewards
+    from utils.training import RunArguments
+
+logger = logging.getLogger("ppo")
+
+
+@dataclass
+class RolloutArguments:
+    """How answers are sampled; lengths are in tokens."""
+
+    prompt_template: str = arg(
+        "tokenizer", help="tokenizer (its own chat template, as tuned), or alpaca-2, alpaca-2-long, llama-2, ..."
+    )
+    max_prompt_length: int = arg(512, help="Longest prompt; longer ones are dropped and counted.")
+    max_dropped_share: float = arg(0.1, help="Warn if a larger share of the prompts is dropped.")
+    max_new_tokens: int = arg(256, help="Longest answer; one that does not end by then is cut.")
+    min_new_tokens: int = arg(0, help="An answer does not end before this many tokens.")
+    temperature: float = arg(1.0, help="Of the sampled answers; the policy that is trained is the one sampled from.")
+    top_p: float = arg(1.0, help="Draw from the likeliest tokens that reach this probability together; 1: from all.")
+    rollout_batch_size: int = arg(128, help="Answers of an iteration, over all processes.")
+    per_device_rollout_batch_size: int = arg(16, help="Answers generated at once on each device.")
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"--rollout_batch_size {self.rollout_batch_size}: need at least 1": self.rollout_batch_size >= 1,
+            f"--per_device_rollout_batch_size {self.per_device_rollout_batch_size}: need at least 1": (
+                self.per_device_rollout_batch_size >= 1
+            ),
+            f"--temperature {self.temperature}: PPO needs sampled answers, a number above 0": self.temperature > 0,
+        }
+        raise_problems([problem for problem, holds in checks.items() if not holds])
+
+    def generation(self) -> GenerationArguments:
+        """The same as the arguments of generation."""
+        return GenerationArguments(
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=self.top_p,
+            repetition_penalty=1.0,
+        )
+
+
+@dataclass
+class RewardArguments:
+    """What is rewarded: a reward model, a function, or both weighted."""
+
+    reward_model: str | None = arg(help="Folder of a reward model made by rm.py, complete or an adapter.")
+    reward_model_weight: float = arg(1.0, help="Its scores are multiplied by this.")
+    reward_function: str | None = arg(
+        help="file.py:name, a function (prompts, answers) -> rewards, lists of the same length."
+    )
+    reward_function_weight: float = arg(1.0, help="Its rewards are multiplied by this.")
+    end_bonus: float = arg(0.0, help="Added to the reward of an answer that ends by itself.")
+    missing_end_penalty: float = arg(0.0, help="Taken off the reward of an answer that is cut at --max_new_tokens.")
+
+    def __post_init__(self) -> None:
+        if not (self.reward_model or self.reward_function):
+            raise InputError("pass --reward_model (a folder made by rm.py), --reward_function file.py:name, or both")
+
+
+@dataclass
+class PPOArguments:
+    """The algorithm."""
+
+    ppo_epochs: int = arg(2, help="Passes over each iteration's answers.")
+    kl_coef: float = arg(0.05, help="Weight of the KL to the reference in each token's reward.")
+    kl_estimator: Literal["k1", "k2", "k3"] = arg("k1", help="Estimate of the KL of a token: k1, k2 or k3.")
+    kl_target: float | None = arg(help="Adapt --kl_coef so that an answer's KL stays near this many nats.")
+    kl_horizon: float = arg(10_000, help="Answers over which --kl_coef adapts.")
+    kl_limit: float | None = arg(100.0, help="Stop with an error once an answer's mean KL is above this many nats.")
+    clip_range: float = arg(0.2, help="How far a token's probability ratio may move the policy in one iteration.")
+    value_clip_range: float | None = arg(0.2, help="How far a value may move in one iteration.")
+    value_coef: float = arg(0.1, help="Weight of the critic's loss.")
+    gamma: float = arg(1.0, help="Discount of a later token's reward.")
+    lam: float = arg(0.95, help="Lambda of the generalised advantage estimates.")
+    score_clip: float | None = arg(help="Cut the rewards of answers to +- this.")
+    whiten_scores: bool = arg(False, help="Scale the rewards of an iteration's answers to mean 0 and deviation 1.")
+    whiten_advantages: bool = arg(True, help="Scale the advantages of an iteration's tokens likewise.")
+    early_stop_kl: float | None = arg(
+        help="End an iteration's updates once the policy has moved this many nats a token from the one that sampled."
+    )
+    critic: Literal["head", "adapter", "model"] = arg(
+        "head", help="A head on the policy's hidden states; an adapter of its own on the same weights; another model."
+    )
+    critic_model: str | None = arg(help="With --critic model: the folder it starts from, such as a reward model's.")
+    critic_learning_rate: float | None = arg(help="Default: --learning_rate.")
+    reference_model: str | None = arg(help="Default: the policy without its adapter, which is the tuned model.")
+
+    def __post_init__(self) -> None:
+        above_zero = ("ppo_epochs", "kl_horizon", "clip_range")
+        optional = ("kl_target", "kl_limit", "value_clip_range", "score_clip", "early_stop_kl", "critic_learning_rate")
+        problems = [f"--{name} {getattr(self, name)}: need a number above 0" for name in above_zero
+                    if not getattr(self, name) > 0]  # fmt: skip
+        problems += [f"--{name} {getattr(self, name)}: need a number above 0" for name in optional
+                     if getattr(self, name) is not None and not getattr(self, name) > 0]  # fmt: skip
+        problems += [f"--{name} {getattr(self, name)}: need 0 to 1" for name in ("gamma", "lam")
+                     if not 0 <= getattr(self, name) <= 1]  # fmt: skip
+        problems += [f"--{name} {getattr(self, name)}: need 0 or more" for name in ("kl_coef", "value_coef")
+                     if not getattr(self, name) >= 0]  # fmt: skip
+        if (self.critic == "model") != (self.critic_model is not None):
+            problems.append("--critic model and --critic_model FOLDER go together")
+        if self.kl_target is not None and self.kl_coef == 0:
+            problems.append("--kl_target adapts --kl_coef, which must not be 0")
+        raise_problems(problems)
+
+
+def main(
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    data_args: DataArguments,
+    rollout_args: RolloutArguments,
+    reward_args: RewardArguments,
+    ppo_args: PPOArguments,
+    training_args: RunArguments,
+) -> dict[str, Any]:
+    """Run the stage; returns the metrics of all_results.json."""
+    from utils.modeling import check_training_request
+    from utils.ppo_trainer import PPOTrainer
+    from utils.prompts import resolve_template
+    from utils.reference import check_reference, check_reference_model
+    from utils.rewards import load_reward_function
+    from utils.rl import AdaptiveKL, FixedKL
+    from utils.runs import open_run, start_run
+    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
+    from utils.trainer import describe_model, train_and_save
+
+    tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    if tokenizer_folder is None:
+        raise InputError("pass --model_name_or_path: the tuned model")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
+    reference = ppo_args.reference_model
+    check_reference(lora_args, reference, "PPO")
+    if lora_args.full_finetuning and not reference:
+        reference = model_args.model_name_or_path
+    if reference:
+        check_reference_model(reference, tokenizer)
+    check_sizes(model_args, rollout_args, training_args)
+    function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
+    check_reward_tokenizer(reward_args.reward_model, tokenizer)
+    all_args = (model_args, lora_args, data_args, rollout_args, reward_args, ppo_args)
+    training_run = open_run(training_args, *all_args)
+    template = resolve_template(rollout_args.prompt_template, tokenizer)
+    tokenizer.chat_template = template
+    prompts, eval_prompts, keys = load_prompt_sets(data_args, rollout_args, training_args, tokenizer, template)
+    inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    start_run(training_run, inputs, training_args.process_index == 0)
+
+    model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
+    rewards = build_rewards(model, model_args, reward_args, function, rollout_args, tokenizer, training_args)
+    logger.info("%s", describe_model(model))
+    kl = FixedKL(ppo_args.kl_coef)
+    if ppo_args.kl_target is not None:
+        kl = AdaptiveKL(ppo_args.kl_coef, ppo_args.kl_target, ppo_args.kl_horizon)
+    trainer = PPOTrainer(
+        model,
+        training_args,
+        prompts,
+        eval_prompts,
+        tokenizer,
+        template,
+        rewards,
+        ppo_settings(ppo_args, rollout_args),
+        kl,
+        build_reference(reference, model_args, training_args) if reference else None,
+    )
+    return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
+
+
+def ppo_settings(ppo_args: PPOArguments, rollout_args: RolloutArguments) -> PPOSettings:
+    """What the trainer needs of the arguments."""
+    import dataclasses
+
+    from utils.ppo_trainer import PPOSettings
+
+    names = {field.name for field in dataclasses.fields(PPOSettings)}
+    given = {name: value for args in (ppo_args, rollout_args) for name, value in vars(args).items() if name in names}
+    return PPOSettings(generation=rollout_args.generation(), **given)
+
+
+# ---------------------------------------------------------------- checks before anything slow
+
+
+def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, training_args: RunArguments) -> None:
+    """Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer."""
+    from utils.modeling import load_config
+
+    minibatch = (
+        training_args.per_device_train_batch_size
+        * training_args.gradient_accumulation_steps
+        * training_args.world_size
+    )
+    if rollout_args.rollout_batch_size % minibatch:
+        raise InputError(
+            f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of the {minibatch} answers of "
+            "an optimizer step (--per_device_train_batch_size x --gradient_accumulation_steps x processes)"
+        )
+    window = getattr(load_config(str(model_args.model_name_or_path)), "max_position_embeddings", None)
+    needed = rollout_args.max_prompt_length + rollout_args.max_new_tokens
+    if window is not None and needed > window:
+        raise InputError(
+            f"--max_prompt_length {rollout_args.max_prompt_length} and --max_new_tokens {rollout_args.max_new_tokens} "
+            f"need {needed} tokens, the model's window has {window}; shorten one of them"
+        )
+
+
+def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: InputError if the reward model's folder holds none, or it reads other tokens than the policy writes."""
+    if folder is None:
+        return
+    from utils.reward_model import check_same_tokenizer, find_reward_model
+    from utils.tokenization import load_tokenizer
+
+    base, adapter = find_reward_model(folder)
+    check_same_tokenizer(load_tokenizer(adapter or base), tokenizer)
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_prompt_sets(
+    data_args: DataArguments,
+    rollout_args: RolloutArguments,
+    training_args: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """Training prompts, held-out prompts by name, and the keys of their caches."""
+    import json
+
+    from utils.documents import parse_corpora, split_documents
+    from utils.preferences import load_prompts
+
+    if not data_args.train_data:
+        raise InputError("pass --train_data: json, jsonl or parquet files or folders of prompts")
+    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+
+    def load(files: list[Path], limit: int | None) -> Any:
+        with training_args.main_process_first(local=False, desc="tokenising"):
+            return load_prompts(
+                files,
+                tokenizer,
+                template,
+                rollout_args.max_prompt_length,
+                cache,
+                on_bad_text=data_args.on_bad_text,
+                num_workers=data_args.preprocessing_num_workers,
+                max_samples=limit,
+                max_dropped_share=rollout_args.max_dropped_share,
+            )
+
+    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
+    prompts = load(files, data_args.max_train_samples)
+    named = parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
+    validation = {name: load(group, data_args.max_eval_samples) for name, group in named.items()}
+    logger.info("prompts: %s", json.dumps(prompts.statistics(), ensure_ascii=False))
+    logger.info("first prompt:\n%s", tokenizer.decode(prompts[0], skip_special_tokens=False))
+    keys = {"train": prompts.key, **{name: group.key for name, group in validation.items()}}
+    training: list[list[int]] = [row.tolist() for row in prompts]
+    held_out = {name: [row.tolist() for row in group] for name, group in validation.items()}
+    if data_args.validation_split and not validation:
+        train_ids, held_out_ids = split_documents(prompts, data_args.validation_split, training_args.seed)
+        held_out["heldout"] = [training[number] for number in held_out_ids]
+        training = [training[number] for number in train_ids]
+    return training, held_out, keys
+
+
+# ---------------------------------------------------------------- models
+
+
+def build_policy(
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    ppo_args: PPOArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: RunArguments,
+) -> Any:
+    """The policy with its adapter and its critic."""
+    from utils.actor_critic import CRITIC_ADAPTER, Critic, add_critic_adapter, attach_critic
+    from utils.modeling import attach_adapter, build_training_model
+
+    if lora_args.lora_dropout and not lora_args.full_finetuning:
+        logger.warning("--lora_dropout %s: old and new probabilities differ by it; 0 is used", lora_args.lora_dropout)
+        lora_args.lora_dropout = 0.0
+    model: Any = build_training_model(
+        model_args, ExtendArguments(), lora_args, tokenizer, training_args.compute_dtype, training_args.seed
+    )
+    if not lora_args.full_finetuning:
+        model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    width = model.config.hidden_size
+    if ppo_args.critic == "adapter":
+        add_critic_adapter(model)
+        critic = Critic(width, CRITIC_ADAPTER)
+    elif ppo_args.critic == "model":
+        backbone = build_critic_model(model_args, lora_args, ppo_args, training_args)
+        critic = Critic(backbone.config.hidden_size, model=backbone)
+    else:
+        critic = Critic(width)
+    attach_critic(model, critic)
+    return model
+
+
+def build_critic_model(
+    model_args: ModelArguments, lora_args: LoraArguments, ppo_args: PPOArguments, training_args: RunArguments
+) -> Any:
+    """A model of the critic's own, trained as the policy is: with an adapter, or whole."""
+    import dataclasses
+
+    from utils.modeling import attach_adapter, load_model
+
+    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model)
+    critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
+    model: Any = load_model(critic_args, training_args.compute_dtype)
+    if lora_args.full_finetuning:
+        return model.float()
+    return attach_adapter(model, critic_lora, model_args.load_in_kbits)
+
+
+def build_reference(folder: str, model_args: ModelArguments, training_args: RunArguments) -> Any:
+    """A frozen model of its own."""
+    import dataclasses
+
+    from utils.losses import install_loss_head
+    from utils.modeling import load_model
+
+    args = dataclasses.replace(model_args, model_name_or_path=folder)
+    model = load_model(args, training_args.compute_dtype).requires_grad_(False).eval()
+    install_loss_head(model)
+    return model.to(training_args.device)
+
+
+def build_rewards(
+    policy: Any,
+    model_args: ModelArguments,
+    reward_args: RewardArguments,
+    function: Any,
+    rollout_args: RolloutArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: RunArguments,
+) -> Rewards:
+    """The rewards; a reward adapter made on the policy's own base shares its weights."""
+    from utils.reward_model import find_reward_model, load_reward_model
+    from utils.rewards import BackboneReward, Rewards
+
+    model: Any = None
+    if reward_args.reward_model:
+        base, adapter = find_reward_model(reward_args.reward_model)
+        own = Path(str(model_args.model_name_or_path))
+        shared = adapter is not None and hasattr(policy, "peft_config") and base.resolve() == own.resolve()
+        if shared:
+            pad = int(tokenizer.pad_token_id or 0)
+            model = BackboneReward(policy, reward_args.reward_model, pad, training_args.device)
+        else:
+            model = load_reward_model(reward_args.reward_model, model_args.dtype, training_args.device)
+        kind = "an adapter on the policy's weights" if shared else "a model of its own"
+        logger.info("reward model %s: %s", reward_args.reward_model, kind)
+    return Rewards(
+        model,
+        function,
+        model_weight=reward_args.reward_model_weight,
+        function_weight=reward_args.reward_function_weight,
+        end_bonus=reward_args.end_bonus,
+        missing_end_penalty=reward_args.missing_end_penalty,
+        batch_size=rollout_args.per_device_rollout_batch_size,
+    )
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        RolloutArguments,
+        RewardArguments,
+        PPOArguments,
+        "utils.training:RunArguments",
+        description=__doc__,
+    )

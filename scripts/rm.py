@@ -1,0 +1,255 @@
+"""Reward model: preference pairs -> a model that scores answers, as a LoRA adapter with its head, or fully trained.
+
+  python scripts/rm.py --model_name_or_path SFT_MERGED --train_data pairs.jsonl --validation_split 0.05 \\
+      --output_dir output/rm
+  python scripts/rm.py --score answers.jsonl --model_name_or_path output/rm --output_file scores.jsonl
+Run the same command again after an interruption: it resumes exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, arg, raise_problems, run
+from utils.files import InputError, atomic_file, iter_records
+
+if TYPE_CHECKING:
+    from utils.reward_model import RewardModel
+    from utils.training import RunArguments
+
+logger = logging.getLogger("rm")
+
+
+@dataclass
+class RewardArguments:
+    """How pairs are encoded and what is learnt of them; or what is to be scored."""
+
+    max_seq_length: int = arg(
+        1024, help="Longest prompt with its answer, in tokens; longer answers are cut at the right."
+    )
+    prompt_template: str = arg(
+        "alpaca-2", help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template)."
+    )
+    use_margin: bool = arg(False, help="Demand that scores differ by the record's 'margin' (0 where it has none).")
+    centering: float = arg(
+        0.01, help="Weight of (chosen + rejected)^2 in the loss, which keeps the mean score near 0; 0: none."
+    )
+    score: str | None = arg(
+        help="Train nothing: score the texts or pairs of this file with the reward model in --model_name_or_path."
+    )
+    output_file: str = arg("scores.jsonl", help="Where --score writes, one record a line.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_seq_length < 8:
+            problems.append(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
+        if self.centering < 0:
+            problems.append(f"--centering {self.centering}: need 0 or more")
+        if self.score and Path(self.output_file).suffix != ".jsonl":
+            problems.append(f"--output_file {self.output_file}: need a name that ends in .jsonl")
+        raise_problems(problems)
+
+
+def main(
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    data_args: DataArguments,
+    reward_args: RewardArguments,
+    training_args: RunArguments,
+) -> dict[str, Any]:
+    """Run the stage, or score a file; returns the metrics."""
+    if reward_args.score:
+        return score_file(model_args, lora_args, reward_args, training_args)
+    from utils.modeling import attach_adapter, choose_attention
+    from utils.pairs import PairCollator, load_pair_sets
+    from utils.prompts import resolve_template
+    from utils.reward_model import TASK_TYPE, check_reward_request, set_pad_token
+    from utils.reward_trainer import RewardTrainer, check_best_metric
+    from utils.runs import open_run, start_run
+    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
+    from utils.trainer import describe_model, train_and_save
+
+    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    if folder is None:
+        raise InputError("pass --model_name_or_path")
+    tokenizer = load_tokenizer(folder)
+    check_reward_request(model_args, lora_args, tokenizer)
+    training_run = open_run(training_args, model_args, lora_args, data_args, reward_args)
+    template = resolve_template(reward_args.prompt_template, tokenizer)
+    tokenizer.chat_template = template  # saved beside the weights, so that answers are scored as they were trained
+    set_pad_token(tokenizer, template)
+    train_set, eval_sets, keys = load_pair_sets(
+        data_args, training_args, tokenizer, template, reward_args.max_seq_length
+    )
+    check_best_metric(training_args, list(eval_sets))
+    inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
+    start_run(training_run, inputs, training_args.process_index == 0)
+
+    model: Any = build_model(model_args, lora_args, tokenizer.pad_token_id, training_args)
+    if not lora_args.full_finetuning:
+        model = attach_adapter(model, lora_args, model_args.load_in_kbits, TASK_TYPE)
+    logger.info("%s", describe_model(model))
+    collator = PairCollator(
+        tokenizer.pad_token_id, flatten=choose_attention(model_args.attn_implementation) == "flash_attention_2"
+    )
+    trainer = RewardTrainer(
+        *(model, training_args, train_set, eval_sets, tokenizer, collator),
+        use_margin=reward_args.use_margin,
+        centering=reward_args.centering,
+    )
+    if not eval_sets:
+        logger.warning("no validation pairs: the accuracy is not measured; pass --validation_split 0.05")
+    return train_and_save(trainer, training_run, "Reward model", "run_rm.sh --score FILE")
+
+
+def build_model(
+    model_args: ModelArguments, lora_args: LoraArguments, pad_token_id: int, training_args: RunArguments
+) -> Any:
+    """The backbone with its head, weights in training precision."""
+    import torch
+
+    from utils.reward_model import load_classifier
+
+    device_map = None
+    if model_args.load_in_kbits != 16:
+        device_map = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
+    model = load_classifier(
+        model_args, training_args.compute_dtype, pad_token_id, training_args.seed, device_map=device_map
+    )
+    if lora_args.full_finetuning and model_args.dtype == "auto":
+        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
+    return model
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def score_file(
+    model_args: ModelArguments, lora_args: LoraArguments, reward_args: RewardArguments, training_args: RunArguments
+) -> dict[str, Any]:
+    """Score the records of a file into --output_file, in order; returns the summary."""
+    from tqdm import tqdm
+
+    from utils.reward_model import load_reward_model
+
+    output = Path(reward_args.output_file)
+    if output.exists() and not training_args.overwrite_output_dir:
+        raise InputError(f"--output_file {output} is there already; pass another name, or --overwrite_output_dir")
+    if not model_args.model_name_or_path:
+        raise InputError("pass --model_name_or_path: the folder that rm.py saved")
+    records = [(record, *read_answers(record, location)) for location, record in iter_records(str(reward_args.score))]
+    if not records:
+        raise InputError(f"{reward_args.score}: no records")
+    model = load_reward_model(
+        lora_args.adapter_name_or_path or model_args.model_name_or_path,
+        model_args.dtype,
+        "cpu" if training_args.use_cpu else None,
+        model_args.load_in_kbits,
+        model_args.attn_implementation,
+        base=model_args.model_name_or_path if lora_args.adapter_name_or_path else None,
+    )
+    rows: list[dict[str, Any]] = [record for record, _, _ in records]
+    places, sequences = encode_records(records, model, reward_args.max_seq_length)
+    with tqdm(total=len(sequences), unit="answer", desc="scoring") as bar:
+        scores = model.score(sequences, training_args.per_device_eval_batch_size, bar.update).tolist()
+    for (number, name), score in zip(places, scores, strict=True):
+        rows[number] = {**rows[number], name: score}
+    with atomic_file(output) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    summary = summarise(rows)
+    logger.info(
+        "finished\n%s\n  scores in %s", "\n".join(f"  {name}  {value}" for name, value in summary.items()), output
+    )
+    return summary
+
+
+def read_answers(record: dict[str, Any], location: str) -> tuple[list[Any], dict[str, str]]:
+    """The conversation before the answer, and the answers of a record by the field that will hold their scores.
+
+    Pairs have "chosen" and "rejected"; single answers stand in "answer" beside the prompt, in "output" beside an
+    instruction, or are the last turn of a conversation. Raises: InputError naming `location`.
+    """
+    from utils.preference_records import read_preference
+    from utils.prompts import read_conversation
+
+    if "chosen" in record or "rejected" in record:
+        pair = read_preference(record, location)
+        return pair.messages, {"chosen_score": pair.chosen, "rejected_score": pair.rejected}
+    if "answer" in record:
+        kept = {name: value for name, value in record.items() if name not in ("answer", "margin", "source")}
+        single = read_preference({**kept, "chosen": record["answer"], "rejected": record["answer"]}, location)
+        return single.messages, {"score": single.chosen}
+    if not any(name in record for name in ("instruction", "messages", "conversations")):
+        raise InputError(
+            f"{location}: need 'chosen' and 'rejected', or 'answer' beside 'prompt', 'instruction' and 'output', or a "
+            f"conversation that ends with an answer; the record has {sorted(record)}"
+        )
+    messages = read_conversation(record, location)
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{location}: the conversation ends with the {messages[-1]['role']}, not with an answer")
+    return messages[:-1], {"score": messages[-1]["content"]}
+
+
+def encode_records(
+    records: list[tuple[dict[str, Any], list[Any], dict[str, str]]], model: RewardModel, max_seq_length: int
+) -> tuple[list[tuple[int, str]], list[tuple[list[int], list[int]]]]:
+    """(number of the record, field of the score) and (prompt ids, answer ids) of each answer that can be scored.
+
+    Answers are cut to the window as in training; empty ones, and those whose prompt fills it, are counted and logged.
+    """
+    from utils.preferences import MIN_ANSWER, encode_answers
+
+    places, sequences, empty, long, cut = [], [], 0, 0, 0
+    for number, (_, messages, answers) in enumerate(records):
+        prompt, encoded = encode_answers(messages, list(answers.values()), model.template, model.tokenizer)
+        room = max_seq_length - len(prompt)
+        if room < MIN_ANSWER:
+            long += 1
+            continue
+        for (name, text), ids in zip(answers.items(), encoded, strict=True):
+            if not text.strip():
+                empty += 1
+                continue
+            cut += len(ids) > room
+            places.append((number, name))
+            sequences.append((prompt, ids[:room]))
+    if empty or long:
+        logger.warning("no score: %d empty answers, %d records whose prompt fills the window", empty, long)
+    if cut:
+        logger.warning("%d answers are cut to the window of %d tokens", cut, max_seq_length)
+    if not sequences:
+        raise InputError(f"nothing can be scored: {empty} empty answers, {long} prompts fill {max_seq_length} tokens")
+    return places, sequences
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of all scores; of pairs accuracy and mean margin."""
+    scores = [row[name] for row in rows for name in ("score", "chosen_score", "rejected_score") if name in row]
+    margins = [
+        row["chosen_score"] - row["rejected_score"] for row in rows if {"chosen_score", "rejected_score"} <= row.keys()
+    ]
+    summary: dict[str, Any] = {"records": len(rows), "scored_answers": len(scores)}
+    summary |= {"score_mean": statistics.fmean(scores), "score_std": statistics.pstdev(scores)}
+    if margins:
+        summary |= {"pairs": len(margins), "accuracy": sum(margin > 0 for margin in margins) / len(margins)}
+        summary["margin"] = statistics.fmean(margins)
+    return summary
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        RewardArguments,
+        "utils.training:RunArguments",
+        description=__doc__,
+    )

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# 价值观对齐评测 / Alignment: questions about right and wrong.  MODEL=... [LORA=...] bash scripts/run_eval_alignment.sh [any eval_alignment.py flag]
+# 二选一 / one of: MODEL 合并后的模型或基座 merged model or base; ANSWERS 已有的答案文件 a file of answers
+# 可选 / optional: LORA 适配器目录 adapter folder, OUT=output/alignment, QUESTIONS=examples/data/alignment/questions.jsonl, DRY_RUN=0
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -n ${ANSWERS:-} ]] || : "${MODEL:?set MODEL to a merged model or a base, or ANSWERS to a file of answers}"
+CMD=("${PYTHON:-python}" "$HERE/eval_alignment.py" --output_dir "${OUT:-output/alignment}"
+     --questions "${QUESTIONS:-$HERE/../examples/data/alignment/questions.jsonl}")
+if [[ -n ${ANSWERS:-} ]]; then CMD+=(--answers "$ANSWERS"); else CMD+=(--base_model "$MODEL"); fi
+[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
+CMD+=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
+exec "${CMD[@]}"

@@ -1,0 +1,549 @@
+"""The Trainer of ppo.py. A step is an iteration: sample answers, score them, then update actor and critic on them.
+
+Everything random in an iteration follows from the seed and the iteration's number, so a resumed run repeats exactly
+what an uninterrupted one does, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from .actor_critic import (
+    causal_model,
+    critic_state,
+    is_critic_parameter,
+    load_critic,
+    save_critic,
+    token_logprobs,
+    use_adapter,
+)
+from .arguments import GenerationArguments
+from .data import Collator
+from .files import InputError, atomic_file, read_json, write_json
+from .generation import Completion, Generator
+from .prompts import IGNORE_INDEX
+from .rewards import Rewards
+from .rl import AdaptiveKL, FixedKL, explained_variance, ppo_policy_loss, value_loss
+from .rollouts import (
+    Experience,
+    Rollout,
+    build_experience,
+    collate,
+    make_batch,
+    minibatches,
+    prompt_numbers,
+    rollout_seed,
+    score_moments,
+    take,
+)
+from .runs import last_checkpoint
+from .sharding import whole_model
+from .trainer import RecipeTrainer
+from .training import RunArguments, peak_memory_gb, plot_curves
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "ppo_state.json"
+SAMPLES_FILE = "samples.jsonl"
+NUM_SAMPLES = 8  # answers an evaluation writes into SAMPLES_FILE
+EVALUATION_STEP = 1 << 40  # names the random numbers of evaluations, apart from those of any iteration
+
+# What ppo.png shows: the key in the log, and the label of its axis.
+CURVES = {
+    "score": "reward of an answer",
+    "kl": "KL to the reference (nats an answer)",
+    "answer_tokens": "tokens of an answer",
+    "ended": "share of answers that end",
+    "explained_variance": "explained variance of the critic",
+    "answer_entropy": "entropy (nats a token)",
+    "clip_fraction": "share of clipped tokens",
+    "value_loss": "value loss",
+}
+
+
+@dataclass
+class PPOSettings:
+    """The algorithm; see PPOArguments in ppo.py for what each one does."""
+
+    rollout_batch_size: int
+    ppo_epochs: int
+    generation: GenerationArguments
+    per_device_rollout_batch_size: int = 16
+    kl_estimator: str = "k1"
+    clip_range: float = 0.2
+    value_clip_range: float | None = 0.2
+    value_coef: float = 0.1
+    gamma: float = 1.0
+    lam: float = 0.95
+    score_clip: float | None = None
+    whiten_scores: bool = False
+    whiten_advantages: bool = True
+    early_stop_kl: float | None = None
+    kl_limit: float | None = None
+    critic_learning_rate: float | None = None
+
+
+@dataclass
+class Sums:
+    """Means over iterations between two lines of the log."""
+
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, entries: dict[str, float]) -> None:
+        for name, value in entries.items():
+            self.values[name].append(value)
+
+    def take_means(self) -> dict[str, float]:
+        means = {name: sum(values) / len(values) for name, values in self.values.items() if values}
+        self.values.clear()
+        return means
+
+
+def describe(experience: Experience) -> dict[str, float]:
+    """Figures of an iteration's or an evaluation's answers; lengths in tokens, KL in nats an answer."""
+    lengths = [len(rollout.answer) for rollout in experience.rollouts]
+    mean, deviation = score_moments(experience.rollouts)
+    return {
+        "score": mean,
+        "score_std": deviation,
+        "kl": experience.kl_of_answer,
+        "answer_entropy": experience.entropy,
+        "answer_tokens": sum(lengths) / len(lengths),
+        "ended": sum(rollout.ended for rollout in experience.rollouts) / len(lengths),
+        "explained_variance": explained_variance(experience.values, experience.returns, experience.mask),
+    }
+
+
+class PPOTrainer(RecipeTrainer):
+    """Proximal policy optimisation of a policy with an attached critic (utils.actor_critic).
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; on language models: Ouyang et al. 2022.
+    """
+
+    if TYPE_CHECKING:  # inherited, named for the type checker
+        control: Any
+        optimizer: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RunArguments,
+        prompts: Sequence[list[int]],
+        eval_prompts: dict[str, Sequence[list[int]]],
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        rewards: Rewards,
+        settings: PPOSettings,
+        kl: FixedKL | AdaptiveKL,
+        reference: nn.Module | None = None,
+    ) -> None:
+        """
+        Args:
+            prompts, eval_prompts: token ids up to where the answer begins; those for evaluation by name.
+            reference: a model of its own; None: the policy without its adapter.
+        """
+        super().__init__(model, args, prompts, eval_prompts, tokenizer, Collator(0))
+        self.prompts, self.rewards, self.settings, self.kl = prompts, rewards, settings, kl
+        self.reference = reference
+        self.generator = Generator(causal_model(model), tokenizer, template)
+        self.pad_token_id = int(tokenizer.pad_token_id or 0)
+        self.sums = Sums()
+        self.resume_folder: str | None = None
+
+    # ------------------------------------------------------------ the loop
+
+    def get_train_dataloader(self) -> Any:
+        """Nothing is read from it: its length says how many iterations an epoch has."""
+        iterations = max(1, len(self.prompts) // self.settings.rollout_batch_size)
+        return range(iterations * self.args.gradient_accumulation_steps)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Prompts of an epoch."""
+        return len(self.prompts)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer's epochs only bound the number of iterations; all of them run here.
+        model, resumed = kwargs["model"], kwargs["resume_from_checkpoint"]
+        if resumed is not None:
+            self._load_rng_state(resumed)
+            self.kl.value = read_json(Path(resumed) / STATE_FILE)["kl_coef"]
+        self._cut_samples()
+        while self.state.global_step < self.state.max_steps:
+            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+            self._iterate(model)
+            learning_rate = self._get_learning_rate()
+            self.lr_scheduler.step()
+            self.state.global_step += 1
+            self.state.epoch = self.state.global_step * self.settings.rollout_batch_size / len(self.prompts)
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(
+                self._tr_loss,
+                None,
+                model,
+                kwargs["trial"],
+                self.state.epoch,
+                kwargs["ignore_keys_for_eval"],
+                kwargs["start_time"],
+                learning_rate=learning_rate,
+            )
+            if self.control.should_training_stop:
+                break
+        self.control.should_training_stop = True
+
+    def _iterate(self, model: nn.Module) -> None:
+        step, started = self.state.global_step, time.perf_counter()
+        numbers = prompt_numbers(step, self.settings.rollout_batch_size, len(self.prompts), self.args.seed)
+        rollouts = self.sample(model, [self.prompts[number] for number in numbers], step)
+        sampled = time.perf_counter()
+        experience = self.build(rollouts)
+        self._check_kl(experience)
+        statistics = self.update(model, experience)
+        self.kl.update(experience.kl_of_answer, len(experience))
+        self._tr_loss += statistics["loss"]
+        tokens = sum(len(rollout.answer) for rollout in rollouts)
+        learned = sum(len(rollout.prompt) + len(rollout.answer) for rollout in rollouts) * self.settings.ppo_epochs
+        finished = time.perf_counter()
+        self.sums.add(
+            {
+                **describe(experience),
+                **{name: value for name, value in statistics.items() if name != "loss"},
+                "kl_coef": self.kl.value,
+                "rollout_tokens_per_second": tokens / (sampled - started),
+                "update_tokens_per_second": learned / (finished - sampled),
+            }
+        )
+
+    def _check_kl(self, experience: Experience) -> None:
+        limit = self.settings.kl_limit
+        if limit is not None and not experience.kl_of_answer <= limit:
+            raise InputError(
+                f"the KL of an answer to the reference is {experience.kl_of_answer:.1f} nats at iteration "
+                f"{self.state.global_step + 1}, above --kl_limit {limit}: the policy has left what the reward was "
+                "learned on; raise --kl_coef or lower --learning_rate. "
+                f"{self._good_checkpoint()}"
+            )
+
+    def _good_checkpoint(self) -> str:
+        best, last = self.state.best_model_checkpoint, last_checkpoint(Path(self.args.output_dir))
+        if best is not None:
+            return f"the best checkpoint is {best}"
+        return f"the last checkpoint is {last or 'none'}"
+
+    def _tokens_per_row(self) -> float:
+        return sum(map(len, self.train_dataset)) / len(self.train_dataset)
+
+    def _tokens_in(self, inputs: dict[str, Any]) -> float:
+        return float((inputs["input_ids"].numel()) * self.args.world_size)
+
+    # ------------------------------------------------------------ rollouts
+
+    @torch.no_grad()
+    def sample(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], step: int, greedy: bool = False
+    ) -> list[Rollout]:
+        """Answers to all prompts, with the policy's, the reference's and the critic's figures, and scored.
+
+        Every process answers its share and returns all, in the prompts' order.
+        """
+        mine = range(self.args.process_index, len(prompts), self.args.world_size)
+        shares = sorted(mine, key=lambda number: -len(prompts[number]))
+        size = self.settings.per_device_rollout_batch_size
+        batches = [shares[start : start + size] for start in range(0, len(shares), size)]
+        policy = self.accelerator.unwrap_model(model)
+        was_training = policy.training
+        policy.eval()
+        rollouts: list[Rollout] = []
+        with whole_model(self, model), self.compute_loss_context_manager():
+            for batch in batches:
+                rollouts += self._sample_batch(policy, prompts, batch, step, greedy)
+            texts = self.processing_class.batch_decode([r.prompt for r in rollouts], skip_special_tokens=True)
+            try:
+                self.rewards.score(rollouts, texts)
+            except InputError as error:
+                raise InputError(
+                    f"{error} (iteration {self.state.global_step + 1}); {self._good_checkpoint()}"
+                ) from error
+        policy.train(was_training)
+        if self.args.world_size > 1:
+            rollouts = gather_object(rollouts)
+        return sorted(rollouts, key=lambda rollout: rollout.number)
+
+    def _sample_batch(
+        self, policy: Any, prompts: Sequence[Sequence[int]], numbers: Sequence[int], step: int, greedy: bool
+    ) -> list[Rollout]:
+        settings = self.settings.generation
+        seeds = [rollout_seed(self.args.seed, step, number) for number in numbers]
+        chosen = [list(prompts[number]) for number in numbers]
+        if greedy:
+            settings = GenerationArguments(
+                max_new_tokens=settings.max_new_tokens, do_sample=False, temperature=0, repetition_penalty=1.0
+            )
+        completions = self.generator.generate(chosen, settings, seeds)
+        figures = self._figures(policy, chosen, completions)
+        return [
+            Rollout(
+                prompt=prompt,
+                answer=completion.token_ids,
+                text=completion.text,
+                ended=completion.finish_reason == "stop",
+                number=number,
+                **{name: rows[place] for name, rows in figures.items()},
+            )
+            for place, (number, prompt, completion) in enumerate(zip(numbers, chosen, completions, strict=True))
+        ]
+
+    def _figures(
+        self, policy: Any, prompts: Sequence[list[int]], completions: Sequence[Completion]
+    ) -> dict[str, list[Tensor]]:
+        """What policy, reference and critic say of each answer token, in micro-batches of the update's size."""
+        figures: dict[str, list[Tensor]] = defaultdict(list)
+        temperature = self.settings.generation.temperature
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(prompts), size):
+            answers = [completion.token_ids for completion in completions[start : start + size]]
+            batch, places = collate(list(zip(prompts[start : start + size], answers, strict=True)), self.pad_token_id)
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            logprobs, entropies, values = policy(**batch, temperature=temperature)
+            if self.reference is not None:
+                ref_logprobs = token_logprobs(self.reference, **batch, temperature=temperature)
+            else:
+                with use_adapter(policy, None):
+                    ref_logprobs = token_logprobs(policy, **batch, temperature=temperature)
+            for name, tensor in (
+                ("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("values", values), ("entropies", entropies)
+            ):  # fmt: skip
+                figures[name] += take(tensor, places)
+        return figures
+
+    def build(self, rollouts: Sequence[Rollout]) -> Experience:
+        """Rewards, advantages and returns. Raises: InputError if something is not finite."""
+        settings = self.settings
+        try:
+            return build_experience(
+                rollouts,
+                kl_coef=self.kl.value,
+                kl_estimator=settings.kl_estimator,
+                score_clip=settings.score_clip,
+                whiten_scores=settings.whiten_scores,
+                whiten_advantages=settings.whiten_advantages,
+                gamma=settings.gamma,
+                lam=settings.lam,
+            )
+        except ValueError as error:
+            raise InputError(
+                f"{error} at iteration {self.state.global_step + 1}: the policy has diverged; lower --learning_rate. "
+                f"{self._good_checkpoint()}"
+            ) from error
+
+    # ------------------------------------------------------------ updates
+
+    def update(self, model: nn.Module, experience: Experience) -> dict[str, float]:
+        """Several passes over the experience; returns means over the optimizer steps that ran."""
+        args, settings = self.args, self.settings
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        model.train()
+        sums = Sums()
+        steps = 0
+        for epoch in range(settings.ppo_epochs):
+            seed = (args.seed, self.state.global_step, epoch)
+            for micro_batches in minibatches(
+                experience, size, args.per_device_train_batch_size, seed, args.process_index, args.world_size
+            ):
+                statistics = self._optimizer_step(model, experience, micro_batches, size)
+                steps += 1
+                sums.add(statistics)
+                if settings.early_stop_kl is not None and statistics["approx_kl"] > settings.early_stop_kl:
+                    return {**sums.take_means(), "updates": float(steps)}
+        return {**sums.take_means(), "updates": float(steps)}
+
+    def _optimizer_step(
+        self, model: nn.Module, experience: Experience, micro_batches: list[list[int]], size: int
+    ) -> dict[str, float]:
+        batches = [make_batch(experience, numbers, self.pad_token_id) for numbers in micro_batches]
+        local = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
+        count = self._sum_over_processes(torch.tensor([float(local)], device=self.args.device))
+        self._statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            synchronised = last or self.is_deepspeed_enabled
+            with contextlib.nullcontext() if synchronised else self.accelerator.no_sync(model=model):
+                self.training_step(model, batch, count)
+        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        norm = self._get_grad_norm(model, grad_norm=norm)
+        self.optimizer.step()
+        model.zero_grad()
+        names = sorted(self._statistics)
+        totals = self._sum_over_processes(torch.stack([self._statistics[name].float() for name in names]))
+        statistics = dict(zip(names, totals.tolist(), strict=True))
+        if norm is not None:
+            statistics["grad_norm"] = float(norm)
+        return statistics
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor) if self.args.world_size > 1 else tensor
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Clipped policy loss + value_coef * clipped value loss, means over the answer tokens of the minibatch."""
+        settings, count = self.settings, num_items_in_batch[0]
+        mask = inputs["targets"] != IGNORE_INDEX
+        logprobs, entropies, values = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            targets=inputs["targets"],
+            temperature=settings.generation.temperature,
+        )
+        policy_loss, statistics = ppo_policy_loss(
+            logprobs, inputs["old_logprobs"], inputs["advantages"], mask, settings.clip_range, count
+        )
+        critic_loss, value_clips = value_loss(
+            values, inputs["old_values"], inputs["returns"], mask, settings.value_clip_range, count
+        )
+        loss = policy_loss + settings.value_coef * critic_loss
+        for name, value in {
+            "loss": loss,
+            "policy_loss": policy_loss,
+            "value_loss": critic_loss,
+            "value_clip_fraction": value_clips,
+            "entropy": (entropies * mask).sum() / count,
+            **{name: statistics[name] for name in ("clip_fraction", "approx_kl")},
+        }.items():
+            self._statistics[name] = self._statistics[name] + value.detach()
+        return loss * self.accelerator.num_processes  # gradients are averaged over the processes
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with a learning rate of its own for the critic."""
+        target = self.model if model is None else model
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(target))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            rates = {
+                False: self.args.learning_rate,
+                True: self.settings.critic_learning_rate or self.args.learning_rate,
+            }
+            groups = []
+            for is_critic, rate in rates.items():
+                for decays in (True, False):
+                    chosen = [
+                        parameter
+                        for name, parameter in target.named_parameters()
+                        if parameter.requires_grad
+                        and is_critic_parameter(name) == is_critic
+                        and (name in decayed) == decays
+                    ]
+                    decay = self.args.weight_decay if decays else 0.0
+                    if chosen:
+                        groups.append({"params": chosen, "weight_decay": decay, "lr": rate})
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    # ------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean score and KL of likeliest answers to held-out prompts; "eval_score" is the mean over the sets."""
+        sets: dict[str, Any] = eval_dataset or self.eval_dataset
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        for name, prompts in sets.items():
+            rollouts = self.sample(self.model_wrapped, prompts, EVALUATION_STEP, greedy=True)
+            experience = self.build(rollouts)
+            figures = describe(experience)
+            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in figures.items()}
+            samples += self._describe_samples(name, rollouts)
+        scores = [metrics[f"{metric_key_prefix}_{name}_score"] for name in sets]
+        metrics[f"{metric_key_prefix}_score"] = sum(scores) / len(scores)
+        self._write_samples(samples)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _describe_samples(self, name: str, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+        texts = self.processing_class.batch_decode(
+            [r.prompt for r in rollouts[:NUM_SAMPLES]], skip_special_tokens=True
+        )
+        return [
+            {
+                "step": self.state.global_step,
+                "set": name,
+                "prompt": text,
+                "answer": rollout.text,
+                "score": round(rollout.score, 4),
+                "kl": round((rollout.logprobs - rollout.ref_logprobs).sum().item(), 4),
+                "tokens": len(rollout.answer),
+            }
+            for text, rollout in zip(texts, rollouts, strict=False)
+        ]
+
+    def _write_samples(self, samples: list[dict[str, Any]]) -> None:
+        if self.args.should_save:
+            with (Path(self.args.output_dir) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+
+    def _cut_samples(self) -> None:
+        """Forget the samples of iterations that are done again."""
+        path = Path(self.args.output_dir) / SAMPLES_FILE
+        if not (self.args.should_save and path.is_file()):
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= self.state.global_step]
+        with atomic_file(path) as file:
+            file.writelines(line + "\n" for line in kept)
+
+    # ------------------------------------------------------------ files and logs
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "peft_config"):  # the critic is part of the model, not of its files
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            policy_state = {name: tensor for name, tensor in state_dict.items() if not is_critic_parameter(name)}
+            super()._save(str(folder), policy_state)
+        else:
+            super()._save(str(folder), state_dict)
+        save_critic(folder, critic_state(model, state_dict))
+        write_json(folder / STATE_FILE, {"kl_coef": self.kl.value, "step": self.state.global_step})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            load_critic(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_critic(self.model, self.state.best_model_checkpoint)
+
+    def draw(self, folder: Path, title: str) -> None:
+        """ppo.png: the curves of the log, held-out ones beside those of training."""
+        plot_curves(self.state.log_history, folder / "ppo.png", title, CURVES)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training lines hold the means of the iterations since the last one."""
+        if "loss" in logs:
+            loss = logs.pop("loss")
+            logs = {"ppo_loss": loss, **self.sums.take_means(), **logs, "peak_memory_gb": round(peak_memory_gb(), 3)}
+        Trainer.log(self, logs, start_time)
