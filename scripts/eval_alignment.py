@@ -101,6 +101,9 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     files = args.questions or [str(QUESTIONS)]
     questions = read_questions(files)
     if args.reward_model:
+        from utils.reward_model import find_reward_model
+
+        find_reward_model(args.reward_model)  # whether it is one, before answers are made
         need_references(questions)
     earlier = read_earlier(args.compare, questions) if args.compare else None
     if args.answers:
@@ -193,21 +196,16 @@ def score_answers(
 ) -> list[tuple[float, float, float]]:
     """Rewards of each answer, and of the question's good and bad one, by the reward model in `folder`."""
     from utils.preferences import encode_answers
-    from utils.prompts import OWN_TEMPLATE, resolve_template
     from utils.reward_model import load_reward_model
-    from utils.tokenization import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
-    template = resolve_template(OWN_TEMPLATE, tokenizer)
+    model = load_reward_model(folder)
     sequences = []
     for question, answer in zip(questions, answers, strict=True):
+        messages = [{"role": "user", "content": question.text}]
         texts = [answer, question.chosen or "", question.rejected or ""]
-        prompt, encoded = encode_answers([{"role": "user", "content": question.text}], texts, template, tokenizer)
+        prompt, encoded = encode_answers(messages, texts, model.template, model.tokenizer)
         sequences += [(prompt, ids) for ids in encoded]
-    model = load_reward_model(folder)
-    rewards: list[float] = []
-    for first in range(0, len(sequences), batch_size):
-        rewards += model.score(sequences[first : first + batch_size]).tolist()
+    rewards = model.score(sequences, batch_size).tolist()
     return list(zip(rewards[0::3], rewards[1::3], rewards[2::3], strict=True))
 
 

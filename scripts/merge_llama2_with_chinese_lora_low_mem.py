@@ -204,7 +204,8 @@ def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) ->
             for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
                 config[name] = args.dtype
         write_json(folder / "config.json", config)
-        sources = [item / "generation_config.json" for item in (*reversed(inputs.adapter_folders), inputs.base_folder)]
+        folders = [] if inputs.model.is_reward_model else [*reversed(inputs.adapter_folders), inputs.base_folder]
+        sources = [item / "generation_config.json" for item in folders]
         if source := next((item for item in sources if item.is_file()), None):
             shutil.copyfile(source, folder / source.name)
     if inputs.tokenizer is not None:
@@ -245,6 +246,7 @@ def build_report(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
         "changed_tensors": len(model.changed),
         "copied_tensors": len(writer.specs) - len(model.changed),
         "vocab_size": model.vocab_size,
+        "reward_model": model.is_reward_model,
         "notes": model.notes,
         # null where the base's weight is zero
         "relative_delta": {n: deltas[n] if math.isfinite(deltas[n]) else None for n in sorted(deltas)},
@@ -268,8 +270,9 @@ def write_model_card(folder: Path, report: dict[str, Any]) -> None:
     adapters = report["adapters"]
     title = f"{Path(adapters[-1]).name}, merged" if adapters else f"{Path(report['base_model']).name}, converted"
     made_of = f" Adapters, in order: {', '.join(adapters)}." if adapters else ""
+    task = "text-classification" if report["reward_model"] else "text-generation"
     lines = [
-        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llama, merged-lora]", "---"),
+        *("---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [llama, merged-lora]", "---"),
         *(f"# {title}", ""),
         f"Base model: `{report['base_model']}`.{made_of}",
         f"Every change is listed in {REPORT}, the settings in run_config.yaml. The base model's licence applies.",
@@ -283,6 +286,8 @@ def write_model_card(folder: Path, report: dict[str, Any]) -> None:
 def log_summary(report: dict[str, Any], args: MergeArguments) -> None:
     """The last lines of the log: figures, files, the next command."""
     command = f"inference_hf.py --base_model {args.output_dir} --with_prompt --interactive"
+    if report["reward_model"]:
+        command = f"rm.py --score FILE --model_name_or_path {args.output_dir}"
     if args.output_type == "pth":
         command = f"merge_llama2_with_chinese_lora_low_mem.py --verify_only {args.output_dir}"
     logger.info(

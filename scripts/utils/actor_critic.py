@@ -94,6 +94,7 @@ def attach_critic(policy: Any, critic: Critic) -> None:
         return -losses, entropies, self.critic(hidden)
 
     policy.forward = types.MethodType(forward, policy)
+    _checkpoint_all_parts(policy)
 
 
 # ---------------------------------------------------------------- adapters on one backbone
@@ -110,12 +111,16 @@ def use_adapter(policy: nn.Module, name: str | None) -> Iterator[None]:
     Unlike PEFT's set_adapter it leaves alone which parameters are trained.
     """
     modules = _adapted_modules(policy)
+    active = modules[0]._active_adapter if name is None and modules else [name]
+    with _switch(modules, active, name is None):
+        yield
+
+
+@contextlib.contextmanager
+def _switch(modules: list[Any], active: Any, disabled: bool) -> Iterator[None]:
     before = [(module._active_adapter, module._disable_adapters) for module in modules]
     for module in modules:
-        if name is None:
-            module._disable_adapters = True
-        else:
-            module._active_adapter, module._disable_adapters = [name], False
+        module._active_adapter, module._disable_adapters = active, disabled
     try:
         yield
     finally:
@@ -123,18 +128,32 @@ def use_adapter(policy: nn.Module, name: str | None) -> Iterator[None]:
             module._active_adapter, module._disable_adapters = active, disabled
 
 
-def remember_adapters(policy: nn.Module) -> Callable[[], tuple[Any, Any]]:
-    """A `context_fn` for torch's checkpoint: what is computed again in the backward pass uses the same adapter."""
+def _checkpoint_all_parts(policy: Any) -> None:
+    """Let the switch for activation checkpointing reach the critic's model, and the adapter in use every layer.
+
+    What the backward pass computes again must use the adapter of the forward pass, which is another one by then.
+    """
 
     def contexts() -> tuple[Any, Any]:
-        modules = _adapted_modules(policy)
-        if not modules:
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        name = None if modules[0]._disable_adapters else modules[0]._active_adapter
-        name = name[0] if isinstance(name, list) else name
-        return contextlib.nullcontext(), use_adapter(policy, name)
+        active, disabled = modules[0]._active_adapter, modules[0]._disable_adapters
+        return contextlib.nullcontext(), _switch(modules, active, disabled)
 
-    return contexts
+    modules = _adapted_modules(policy)
+    for kind in ("activation", "gradient"):  # transformers' new name, and the old one
+        name, options = f"{kind}_checkpointing_enable", f"{kind}_checkpointing_kwargs"
+        if (enable := getattr(policy, name, None)) is None:
+            continue
+
+        def enable_all(
+            *args: Any, _enable: Any = enable, _name: str = name, _options: str = options, **kwargs: Any
+        ) -> None:
+            if policy.critic.model is not None:
+                getattr(policy.critic.model, _name)(*args, **kwargs)
+            if policy.critic.adapter is not None:
+                kwargs[_options] = {**(kwargs.get(_options) or {}), "use_reentrant": False, "context_fn": contexts}
+            _enable(*args, **kwargs)
+
+        setattr(policy, name, enable_all)
 
 
 def add_critic_adapter(policy: Any) -> None:

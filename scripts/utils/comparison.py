@@ -273,6 +273,8 @@ class Skeleton:
 
         self._names = {name: weight.shape for name, weight in inputs.model.weights.items()}
         kind = str(inputs.config.get("model_type"))
+        if inputs.model.is_reward_model:
+            raise InputError("--verify compares the logits of language models; leave it out for a reward model")
         self._unsupported = (
             f"--verify knows models built as Llama is (Llama, Mistral, Mixtral, Qwen); {inputs.base_folder} is a "
             f"{kind} model: leave --verify out"

@@ -82,7 +82,7 @@ def open_merge(
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
         merged = _merged_config(model, config)
-        if SCORE in model.weights and SCORE not in checkpoint.tensors:
+        if model.is_reward_model and SCORE not in checkpoint.tensors:
             merged |= _classifier_config(config, found)
         yield MergeInputs(base_folder, adapter_folders, model, found, merged)
 

@@ -94,7 +94,7 @@ class MergedModel:
             self.weights.pop(HEAD, None)
         for number in range(len(adapters)):
             self._add_adapter(number)
-        if SCORE in self.weights:
+        if self.is_reward_model:
             self.weights.pop(HEAD, None)  # a reward model scores, it predicts no tokens
         elif self.tied and HEAD in base.tensors:
             self.weights[HEAD] = dataclasses.replace(self.weights[EMBEDDING])
@@ -113,6 +113,11 @@ class MergedModel:
             name: math.sqrt(changed / total) if total else math.inf if changed else 0.0
             for name, (changed, total) in self.squares.items()
         }
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether the merged model scores answers instead of writing them."""
+        return SCORE in self.weights
 
     @property
     def vocab_size(self) -> int | None:

@@ -266,12 +266,13 @@ class PPOTrainer(RecipeTrainer):
         was_training = policy.training
         policy.eval()
         rollouts: list[Rollout] = []
-        with whole_model(self, model), self.compute_loss_context_manager():
+        with whole_model(self, model):
             for batch in batches:
                 rollouts += self._sample_batch(policy, prompts, batch, step, greedy)
             texts = self.processing_class.batch_decode([r.prompt for r in rollouts], skip_special_tokens=True)
             try:
-                self.rewards.score(rollouts, texts)
+                with self.accelerator.autocast():
+                    self.rewards.score(rollouts, texts)
             except InputError as error:
                 raise InputError(
                     f"{error} (iteration {self.state.global_step + 1}); {self._good_checkpoint()}"
@@ -291,8 +292,10 @@ class PPOTrainer(RecipeTrainer):
             settings = GenerationArguments(
                 max_new_tokens=settings.max_new_tokens, do_sample=False, temperature=0, repetition_penalty=1.0
             )
+        # Without autocast, which would convert all weights again for every token.
         completions = self.generator.generate(chosen, settings, seeds)
-        figures = self._figures(policy, chosen, completions)
+        with self.accelerator.autocast():
+            figures = self._figures(policy, chosen, completions)
         return [
             Rollout(
                 prompt=prompt,
@@ -517,12 +520,9 @@ class PPOTrainer(RecipeTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        if not hasattr(model, "peft_config"):  # the critic is part of the model, not of its files
-            state_dict = model.state_dict() if state_dict is None else state_dict
-            policy_state = {name: tensor for name, tensor in state_dict.items() if not is_critic_parameter(name)}
-            super()._save(str(folder), policy_state)
-        else:
-            super()._save(str(folder), state_dict)
+        # The critic is a part of the model, not of its files.
+        whole = model.state_dict() if state_dict is None else state_dict
+        super()._save(str(folder), {name: tensor for name, tensor in whole.items() if not is_critic_parameter(name)})
         save_critic(folder, critic_state(model, state_dict))
         write_json(folder / STATE_FILE, {"kl_coef": self.kl.value, "step": self.state.global_step})
 
