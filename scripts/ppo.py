@@ -336,17 +336,18 @@ def build_policy(
 def build_critic_model(
     model_args: ModelArguments, lora_args: LoraArguments, ppo_args: PPOArguments, training_args: RunArguments
 ) -> Any:
-    """A model of the critic's own, trained as the policy is: with an adapter, or whole."""
+    """A backbone of the critic's own, trained as the policy is: with an adapter, or whole."""
     import dataclasses
 
     from utils.modeling import attach_adapter, load_model
 
     critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
-    model: Any = load_model(critic_args, training_args.compute_dtype)
+    # Without its head over the vocabulary, whose weights would never get a gradient.
+    model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel")
     if lora_args.full_finetuning:
         return model.float()
-    return attach_adapter(model, critic_lora, model_args.load_in_kbits)
+    return attach_adapter(model, critic_lora, model_args.load_in_kbits, "FEATURE_EXTRACTION")
 
 
 def build_reference(folder: str, model_args: ModelArguments, training_args: RunArguments) -> Any:

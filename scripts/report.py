@@ -38,11 +38,14 @@ def main(args: ReportArguments) -> dict[str, Any]:
     summary = write_report(folder, Path(args.questions or QUESTIONS))
     logger.info(
         "bits per byte: zh %+.1f %%, en %+.1f %%; exact answers %.1f %% -> %.1f %%; merged %s adapter; %.0f s\n"
+        "  alignment: tuned %.1f %% -> PPO %.1f %%, DPO %.1f %%; reward model right on %.1f %% of held-out pairs\n"
         "  files in %s: report.html, report.md, summary.json\n"
         "  next: open report.html in a browser, or: MODEL=%s bash scripts/run_inference.sh --interactive",
         *(-100 * chinese_drop(summary), 100 * english_rise(summary)),
         *(100 * summary["exact_match"]["base"], 100 * summary["exact_match"]["sft"]),
-        *("==" if summary["merged_equals_adapter"] else "!=", summary["seconds"], folder, folder / "assistant"),
+        *("==" if summary["merged_equals_adapter"] else "!=", summary["seconds"]),
+        *(100 * summary["alignment"][side] for side in ("sft", "ppo", "dpo")),
+        *(100 * summary["reward_model_accuracy"], folder, folder / "assistant"),
     )
     return summary
 

@@ -154,12 +154,12 @@ def score_file(
         model_args.attn_implementation,
         base=model_args.model_name_or_path if lora_args.adapter_name_or_path else None,
     )
-    rows: list[dict[str, Any]] = [record for record, _, _ in records]
+    rows: list[dict[str, Any]] = [{**record, **dict.fromkeys(answers)} for record, _, answers in records]
     places, sequences = encode_records(records, model, reward_args.max_seq_length)
     with tqdm(total=len(sequences), unit="answer", desc="scoring") as bar:
         scores = model.score(sequences, training_args.per_device_eval_batch_size, bar.update).tolist()
     for (number, name), score in zip(places, scores, strict=True):
-        rows[number] = {**rows[number], name: score}
+        rows[number][name] = score
     with atomic_file(output) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -231,10 +231,10 @@ def encode_records(
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread of all scores; of pairs accuracy and mean margin."""
-    scores = [row[name] for row in rows for name in ("score", "chosen_score", "rejected_score") if name in row]
-    margins = [
-        row["chosen_score"] - row["rejected_score"] for row in rows if {"chosen_score", "rejected_score"} <= row.keys()
-    ]
+    names = ("score", "chosen_score", "rejected_score")
+    scores = [row[name] for row in rows for name in names if row.get(name) is not None]
+    pairs = [(row.get("chosen_score"), row.get("rejected_score")) for row in rows]
+    margins = [chosen - rejected for chosen, rejected in pairs if chosen is not None and rejected is not None]
     summary: dict[str, Any] = {"records": len(rows), "scored_answers": len(scores)}
     summary |= {"score_mean": statistics.fmean(scores), "score_std": statistics.pstdev(scores)}
     if margins:

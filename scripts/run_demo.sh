@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 一条命令跑完整个流程 (笔记本 CPU) / The whole recipe on a laptop CPU:  bash scripts/run_demo.sh
-#   英文小模型 -> 中文词表 -> 合并词表 -> 继续预训练 -> 合并 -> 指令精调 -> 合并 -> GGUF 与量化 -> 问答与评测 -> output/demo/report.html
-#   tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> merge -> tuning -> merge -> GGUF, formats -> answers -> report
+#   英文小模型 -> 中文词表 -> 合并词表 -> 继续预训练 -> 合并 -> 指令精调 -> 合并 -> GGUF 与量化 -> 奖励模型, PPO, DPO -> 问答与评测 -> output/demo/report.html
+#   tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> merge -> tuning -> merge -> GGUF, formats -> reward model, PPO, DPO -> answers -> report
 # 可选 / optional: OUT=output/demo SEED=42.  已完成的步骤会跳过; 删除某一步的目录即可重跑该步及其后的步骤
 # Finished stages are skipped; delete a stage's folder to run it and those after it again.
 set -euo pipefail
@@ -62,7 +62,8 @@ stage pretrained "$OUT_DIR/pretrained" /config.json \
   env MODEL="$OUT_DIR/base" LORA="$OUT_DIR/pretrain" OUT="$OUT_DIR/pretrained" bash "$HERE/run_merge.sh"
 stage sft "$OUT_DIR/sft" /all_results.json \
   env MODEL="$OUT_DIR/pretrained" DATA="$DATA_DIR/sft/train.json" OUT="$OUT_DIR/sft" LR=3e-3 LORA_RANK=32 LORA_ALPHA=64 LENGTH=256 TEMPLATE=llama-2 SEED="$SEED" \
-  bash "$HERE/run_sft.sh" --gradient_checkpointing False --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
+  bash "$HERE/run_sft.sh" --train_data "$DATA_DIR/sft/train.json" "$DATA_DIR/rlhf/sft_values.json" \
+  --gradient_checkpointing False --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
   --num_train_epochs 6 --validation_split 0.02 --modules_to_save embed_tokens,lm_head --save_steps 100 --save_total_limit 1
 stage assistant "$OUT_DIR/assistant" /config.json \
   env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" OUT="$OUT_DIR/assistant" bash "$HERE/run_merge.sh"
@@ -73,6 +74,24 @@ stage quantization "$OUT_DIR/quantization" .json \
   "$PYTHON" "$ROOT/benchmarks/quantization.py" --model "$OUT_DIR/pretrained" --texts "$DATA_DIR/pretrain/zh_heldout.txt" \
   --formats float32 bnb-8bit bnb-4bit f16 q8_0 q4_0 --output "$OUT_DIR/quantization.json" --no_record
 
+# The tuned model was deliberately given bad answers to questions about right and wrong (rlhf/sft_values.json). A reward
+# model learns from pairs which answers are better; PPO follows it, DPO learns from the same pairs directly.
+PAIRS=(--validation_data "heldout=$DATA_DIR/rlhf/preferences_heldout.jsonl" --validation_split 0 --max_seq_length 256 --prompt_template tokenizer
+  --gradient_checkpointing False --per_device_train_batch_size 32 --per_device_eval_batch_size 32 --gradient_accumulation_steps 1
+  --logging_steps 5 --save_steps 1000 --save_total_limit 1)
+stage rm "$OUT_DIR/rm" /all_results.json \
+  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/rm" LR=1e-3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
+  bash "$HERE/run_rm.sh" "${PAIRS[@]}" --num_train_epochs 2
+stage ppo "$OUT_DIR/ppo" /all_results.json \
+  env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=1e-3 LORA_RANK=16 LORA_ALPHA=32 \
+  PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \
+  bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 24 \
+  --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
+  --gradient_accumulation_steps 1 --eval_steps 6 --save_steps 6 --save_total_limit 1
+stage dpo "$OUT_DIR/dpo" /all_results.json \
+  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=5e-4 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
+  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --num_train_epochs 2
+
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
 stage answers_base "$OUT_DIR/answers/base" .json \
   env MODEL="$OUT_DIR/base" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template llama-2 --predictions_file "$OUT_DIR/answers/base.json"
@@ -80,5 +99,16 @@ stage answers_adapter "$OUT_DIR/answers/adapter" .json \
   env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/adapter.json"
 stage answers_assistant "$OUT_DIR/answers/assistant" .json \
   env MODEL="$OUT_DIR/assistant" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/assistant.json"
+for METHOD in ppo dpo; do
+  stage "answers_$METHOD" "$OUT_DIR/answers/$METHOD" .json \
+    env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/$METHOD.json"
+done
+stage alignment_assistant "$OUT_DIR/alignment/assistant" /alignment.json \
+  env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/alignment/assistant" bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32
+for METHOD in ppo dpo; do
+  stage "alignment_$METHOD" "$OUT_DIR/alignment/$METHOD" /alignment.json \
+    env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" OUT="$OUT_DIR/alignment/$METHOD" \
+    bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32 --compare "$OUT_DIR/alignment/assistant/alignment.json"
+done
 # The report is always made anew: it takes a second and sums up whatever was run again.
 "$PYTHON" "$HERE/report.py" --run_dir "$OUT_DIR" --questions "$DATA_DIR/sft/heldout.json"

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from utils.alignment import Judgement, Question, summarise
+
 # stages.jsonl holds `sft` twice: the last run counts.
 STAGES = [
     ("base_tokenizer", 3.0, 0.35),
@@ -16,9 +18,17 @@ STAGES = [
     ("assistant", 6.0, 0.9),
     ("gguf", 5.0, 0.6),
     ("quantization", 16.0, 0.9),
+    ("rm", 30.0, 1.1),
+    ("ppo", 100.0, 1.4),
+    ("dpo", 40.0, 1.2),
     ("answers_base", 21.0, 1.0),
     ("answers_adapter", 20.0, 1.0),
     ("answers_assistant", 19.0, 1.0),
+    ("answers_ppo", 18.0, 1.0),
+    ("answers_dpo", 17.0, 1.0),
+    ("alignment_assistant", 11.0, 0.8),
+    ("alignment_ppo", 12.0, 0.8),
+    ("alignment_dpo", 13.0, 0.8),
     ("sft", 90.0, 1.7),
 ]
 BITS = {"base": {"zh": 2.5, "en": 1.5}, "pretrain": {"zh": 0.9, "en": 1.53}}
@@ -63,6 +73,31 @@ FORMATS = [
      "ms_per_token": 1.0, "types": {"Q4_0": 26}, "note": ""},
 ]  # fmt: skip
 
+# Questions of right and wrong: category, expected side, whether the tuned model, PPO and DPO answer rightly.
+ALIGNMENT = [
+    *[("morality", "no", (True, True, True))] * 3,
+    *[("morality", "yes", (False, True, True))] * 2,
+    *[("law", "no", (False, True, False))] * 2,
+    *[("law", "yes", (True, True, True))] * 2,
+    ("law", "no", (True, False, True)),
+    *[("etiquette", "no", (False, False, False))] * 2,
+]
+REWARD_REPORT = {
+    "loss": 0.21, "accuracy": 0.925, "margin": 2.75, "score_mean": 0.1, "score_std": 2.0, "chosen_mean": 1.5,
+    "rejected_mean": -1.25, "calibration_error": 0.034, "share_chosen_longer": 0.55, "accuracy_chosen_longer": 0.95,
+    "share_chosen_shorter": 0.4, "accuracy_chosen_shorter": 0.875, "length_correlation": -0.12, "pairs": 40,
+    "accuracy_of_facts": 0.75, "accuracy_of_violence": 1.0,
+    "accuracy_by_source": {"facts": {"pairs": 12, "accuracy": 0.75}, "violence": {"pairs": 28, "accuracy": 1.0}},
+    "calibration": [
+        {"predicted": 0.58, "observed": 0.6, "pairs": 10}, {"predicted": 0.97, "observed": 1.0, "pairs": 30}
+    ],
+    "histogram": {"edges": [-2.0, 0.0, 2.0], "chosen": [3, 37], "rejected": [35, 5]},
+}  # fmt: skip
+PPO_FINAL = {"score": 2.25, "score_std": 0.5, "kl": 3.125, "answer_entropy": 0.4, "answer_tokens": 12.5,
+             "ended": 0.975, "explained_variance": 0.6}  # fmt: skip
+DPO_FINAL = {"loss": 0.3, "chosen_reward": 1.25, "rejected_reward": -2.5, "reward_margin": 3.75, "accuracy": 0.96,
+             "chosen_logprob": -0.5, "rejected_logprob": -1.5, "log_ratio": -0.07}  # fmt: skip
+
 
 def write(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +132,64 @@ def write_training(folder: Path, name: str, evaluated: dict[str, float], steps: 
     write(folder / name / "run_config.yaml", config)
 
 
+def write_preference_training(folder: Path, name: str, log: list[dict], final: dict[str, float], steps: int) -> None:
+    """A finished rm, ppo or dpo: lines of training, an evaluation halfway, and at the end that of the saved model."""
+    evaluated = {f"eval_heldout_{key}": value for key, value in final.items()}
+    halfway = {key: value - 0.5 for key, value in evaluated.items()}
+    log = [*log, {"step": steps // 2, **halfway}, {"step": steps, **halfway}, {"step": steps, "train_loss": 0.4}]
+    write(folder / name / "trainer_state.json", {"log_history": [*log, {"step": steps, **evaluated}]})
+    results = {"train_loss": 0.4, "steps": steps, "seconds": 20.0, "tokens_per_second": 5000.0, "peak_memory_gb": 1.2}
+    means = {f"eval_{key}": value for key, value in final.items() if name == "dpo" or key in ("accuracy", "score")}
+    write(folder / name / "all_results.json", results | evaluated | means)
+
+
+def write_rlhf(folder: Path) -> None:
+    """Reward model, PPO and DPO, as their scripts leave them."""
+    steps = 20
+    times = [(step, 1 - math.exp(-step / steps * 3)) for step in range(1, steps + 1)]
+    lines = [{"step": step, "loss": 0.7 * (1 - x), "accuracy": 0.5 + x / 2, "margin": 2 * x} for step, x in times]
+    figures = {key: value for key, value in REWARD_REPORT.items() if isinstance(value, float)}
+    write_preference_training(folder, "rm", lines, figures, steps)
+    write(folder / "rm" / "reward_report.json", {"heldout": REWARD_REPORT})
+    lines = [
+        {"step": step, "ppo_loss": -x, "value_loss": 1 - x, "clip_fraction": 0.1 * x}
+        | {key: value * x for key, value in PPO_FINAL.items()}
+        for step, x in times
+    ]
+    write_preference_training(folder, "ppo", lines, PPO_FINAL, steps)
+    samples = [
+        {"step": step, "set": "heldout", "prompt": prompt, "answer": f"{answer}{prompt}", "score": score, "kl": 0.5,
+         "tokens": 4}
+        for step, answer, score in ((10, "早", -1.5), (20, "中", 0.5), (20, "晚", 2.0))
+        for prompt in ("偷书好吗？", "<i>骗人</i>好吗？")
+    ]  # fmt: skip
+    write(folder / "ppo" / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    lines = [{"step": step, **{key: value * x for key, value in DPO_FINAL.items()}} for step, x in times]
+    write_preference_training(folder, "dpo", lines, DPO_FINAL, steps)
+
+
+def write_alignment(folder: Path) -> None:
+    """alignment/*/alignment.json, made of ALIGNMENT by the functions that eval_alignment.py uses."""
+    questions = [
+        Question(f"q-{number}", category, f"第 {number} 题？", expected, None, None, f"questions.jsonl:{number}")
+        for number, (category, expected, _) in enumerate(ALIGNMENT, 1)
+    ]
+    for side, name in enumerate(("assistant", "ppo", "dpo")):
+        judged = [rights[side] for _, _, rights in ALIGNMENT]
+        stances = [q.expected if right else "unclear" for q, right in zip(questions, judged, strict=True)]
+        judgements = [Judgement(*both) for both in zip(judged, stances, strict=True)]
+        rows = [
+            {"id": q.id, "category": q.category, "question": q.text, "expected": q.expected,
+             "answer": f"{name} 答第 {number} 题", "aligned": right, "stance": stance}
+            for number, (q, right, stance) in enumerate(zip(questions, judged, stances, strict=True), 1)
+        ]  # fmt: skip
+        figures = {**summarise(questions, judgements), "judge": "rules", "answers": rows}
+        write(folder / "alignment" / name / "alignment.json", figures)
+        (folder / "alignment" / name / "alignment.png").write_bytes(PNG)
+
+
 def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, list[str]]) -> Path:
-    """A finished run whose answers to `questions` are `outputs` (base, adapter, assistant)."""
+    """A finished run whose answers to `questions` are `outputs` (base, adapter, assistant, ppo, dpo)."""
     for name in ("base_tokenizer", "zh_tokenizer", "merged_tokenizer"):
         write(folder / name / "tokenizer.model", "pieces")
     write(folder / "merged_tokenizer" / "vocabulary_report.json", VOCABULARY)
@@ -115,4 +206,6 @@ def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, lis
     lines = [json.dumps({"name": n, "seconds": s, "peak_memory_gb": m}) for n, s, m in STAGES]
     write(folder / "stages.jsonl", "\n".join(lines) + "\n")
     write_answers(folder, questions, outputs)
+    write_rlhf(folder)
+    write_alignment(folder)
     return folder

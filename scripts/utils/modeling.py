@@ -363,13 +363,17 @@ def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
             )
 
 
+def count_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for, also where 4-bit weights are packed or ZeRO-3 has spread them."""
+    count = int(getattr(parameter, "ds_numel", parameter.numel()))
+    return 2 * count if parameter.__class__.__name__ == "Params4bit" else count
+
+
 def trainable_summary(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameter counts; packed 4-bit weights count their real number of weights."""
+    """(trainable, all) weights."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = parameter.numel()
-        if parameter.__class__.__name__ == "Params4bit":
-            count *= 2
+        count = count_weights(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
@@ -385,7 +389,7 @@ def train_flops_per_token(model: nn.Module, tokens_per_row: float) -> float:
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or ".original_module." in name:
             continue
-        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+        count = count_weights(parameter)
         if getattr(config, "num_local_experts", None) and ".experts." in name:
             count = count * config.num_experts_per_tok // config.num_local_experts
         trained, frozen = (trained + count, frozen) if parameter.requires_grad else (trained, frozen + count)

@@ -6,6 +6,7 @@ docs/migrating.md lists them all; a test compares it with the tables here.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,48 @@ RENAMED = {
     "force_resize_embeddings": "resize_embeddings",
     "llama_tokenizer_dir": "base_tokenizer",
     "include_tokens_per_second": "include_num_input_tokens_seen",
+    # DeepSpeed-Chat, steps 2 (rm.py) and 3 (ppo.py); the last four are names in its code.
+    "data_path": "train_data",
+    "max_seq_len": "max_seq_length",
+    "max_prompt_seq_len": "max_prompt_length",
+    "max_answer_seq_len": "max_new_tokens",
+    "warmup_rate": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "actor_model_name_or_path": "model_name_or_path",
+    "critic_model_name_or_path": "reward_model",
+    "actor_learning_rate": "learning_rate",
+    "actor_weight_decay": "weight_decay",
+    "actor_gradient_checkpointing": "gradient_checkpointing",
+    "per_device_generation_batch_size": "per_device_rollout_batch_size",
+    "per_device_training_batch_size": "per_device_train_batch_size",
+    "generation_batches": "rollout_batch_size",
+    "kl_ctl": "kl_coef",
+    "cliprange": "clip_range",
+    "cliprange_value": "value_clip_range",
+    "clip_reward_value": "score_clip",
 }
+_ZERO = "pass --deepspeed scripts/configs/ds_zero2_no_offload.json or ds_zero3_offload.json"
+# Those of DeepSpeed-Chat with nothing to do here, and why.
+DROPPED_OF_CHAT = {
+    "data_split": "each step reads its own files; hold out pairs or prompts with --validation_split",
+    "data_output_path": "use --data_cache_dir",
+    "num_padding_at_beginning": "scores are read at an answer's last token, wherever it stands",
+    "zero_stage": _ZERO,
+    "actor_zero_stage": _ZERO,
+    "critic_zero_stage": _ZERO,
+    "offload": _ZERO,
+    "offload_reference_model": "the reference is the policy without its adapter",
+    "actor_dropout": "PPO compares probabilities, which dropout would change at random",
+    "critic_dropout": "PPO compares values, which dropout would change at random",
+    "critic_gradient_checkpointing": "--gradient_checkpointing is for both",
+    "critic_weight_decay": "--weight_decay is for both",
+    "tensorboard_path": "set TENSORBOARD_LOGGING_DIR; default: <output_dir>/runs",
+}
+# Only scripts that know one of these flags (rm.py, ppo.py) do DeepSpeed-Chat's steps; others refuse its flags.
+CHAT_SCRIPTS_KNOW = {"centering", "kl_coef"}
 # Flags with a value or a switch that no longer do anything, and why.
 DROPPED = {
+    **DROPPED_OF_CHAT,
     "save_safetensors": "weights are always saved as safetensors",
     "overwrite_cache": "caches are keyed by content, so a stale one is never used",
     "use_fast_tokenizer": "one exact tokenizer is loaded",
@@ -51,6 +91,7 @@ DROPPED = {
 REPLACED_SWITCHES = {
     "use_flash_attention_2": ["--attn_implementation", "flash_attention_2"],
     "group_by_length": ["--train_sampling_strategy", "group_by_length"],
+    "enable_tensorboard": ["--report_to", "tensorboard"],
 }
 FALSE_WORDS = ("false", "no", "0", "off")
 
@@ -59,26 +100,25 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
     """Give old flags their modern spelling, with one warning that lists all changes.
 
     Args:
-        known: the names the script's own parser has; those are never touched.
+        known: the names the script's own parser has; those are never touched (but see translate_chat_values).
         documented: old names this script documents as its own; they change without a warning.
     """
     result: list[str] = []
-    changes: list[str] = []
-    tokens = list(argv)
+    chat = bool(known & CHAT_SCRIPTS_KNOW)
+    tokens, changes = translate_chat_values(argv) if chat else (list(argv), [])
     while tokens:
         token = tokens.pop(0)
         name, equals, inline = token.removeprefix("--").partition("=")
         if not token.startswith("--") or name in known:
             result.append(token)
             continue
-        # A value follows unless the next token is another flag (negative numbers are values).
-        takes = not equals and bool(tokens) and not tokens[0].startswith("--")
+        takes = not equals and _is_value(tokens)
         if name in REPLACED_SWITCHES and REPLACED_SWITCHES[name][0][2:] in known:
             value = inline if equals else (tokens.pop(0) if takes else "True")
             if value.lower() not in FALSE_WORDS:
                 result += REPLACED_SWITCHES[name]
             changes.append(f"--{name} is now {' '.join(REPLACED_SWITCHES[name])}")
-        elif name in DROPPED:
+        elif name in DROPPED and (chat or name not in DROPPED_OF_CHAT):
             if takes:
                 tokens.pop(0)
             changes.append(f"--{name} has no effect: {DROPPED[name]}")
@@ -91,3 +131,46 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
     if changes:
         logger.warning("old flags accepted, see docs/migrating.md: %s", "; ".join(changes))
     return result
+
+
+def _is_value(tokens: Sequence[str]) -> bool:
+    """Whether a value comes next, not another flag (negative numbers are values)."""
+    return bool(tokens) and not tokens[0].startswith("--")
+
+
+def translate_chat_values(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags of DeepSpeed-Chat that need more than a new name; returns the flags and the changes made.
+
+    --deepspeed is a switch there; --dtype is the precision of training; an iteration has generation_batches batches of
+    per_device_generation_batch_size answers on every process, here it is their product.
+    """
+    result: list[str] = []
+    changes: list[str] = []
+    tokens, batch_size = list(argv), "16"
+    batches: str | None = None
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, inline = token.partition("=")
+        value = inline if equals else tokens[0] if _is_value(tokens) else ""
+        if token == "--deepspeed" and not value:
+            changes.append(f"--deepspeed without a config has no effect: {_ZERO}")
+        elif name == "--dtype" and value in ("bf16", "fp16"):
+            result += ["--precision", value]
+            changes.append(f"--dtype {value} is now --precision {value}")
+            tokens = tokens if equals else tokens[1:]
+        elif name == "--generation_batches" and value.isdecimal():
+            batches = value
+            tokens = tokens if equals else tokens[1:]
+        else:
+            if name in ("--per_device_generation_batch_size", "--per_device_rollout_batch_size"):
+                batch_size = value
+            result.append(token)
+    if batches is not None and batch_size.isdecimal():
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        answers = int(batches) * int(batch_size) * processes
+        result += ["--rollout_batch_size", str(answers)]
+        changes.append(
+            f"--generation_batches {batches} is now --rollout_batch_size {answers} ({batches} batches x {batch_size} "
+            f"answers x {processes} processes)"
+        )
+    return result, changes

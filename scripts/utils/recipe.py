@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,49 @@ STAGES = {
     "assistant": Stage(Text("合并为助手", "Merged assistant"), "assistant/merge_report.json", "run_merge.sh"),
     "gguf": Stage(Text("导出 GGUF", "GGUF files"), "gguf/export_report.json", "run_export_gguf.sh"),
     "quantization": Stage(Text("比较各种格式", "Storage formats"), "quantization.json", "run_demo.sh"),
+    "rm": Stage(Text("奖励模型", "Reward model"), "rm/all_results.json", "run_rm.sh"),
+    "ppo": Stage(Text("强化学习 PPO", "PPO"), "ppo/all_results.json", "run_ppo.sh"),
+    "dpo": Stage(Text("偏好优化 DPO", "DPO"), "dpo/all_results.json", "run_dpo.sh"),
     "answers_base": Stage(Text("基座的回答", "Answers, base"), "answers/base.json", "run_inference.sh"),
     "answers_adapter": Stage(Text("适配器的回答", "Answers, adapter"), "answers/adapter.json", "run_inference.sh"),
     "answers_assistant": Stage(Text("助手的回答", "Answers, merged"), "answers/assistant.json", "run_inference.sh"),
+    "answers_ppo": Stage(Text("PPO 后的回答", "Answers, PPO"), "answers/ppo.json", "run_inference.sh"),
+    "answers_dpo": Stage(Text("DPO 后的回答", "Answers, DPO"), "answers/dpo.json", "run_inference.sh"),
+    "alignment_assistant": Stage(
+        Text("助手的对齐率", "Alignment, tuned"), "alignment/assistant/alignment.json", "run_eval_alignment.sh"
+    ),
+    "alignment_ppo": Stage(
+        Text("PPO 后的对齐率", "Alignment, PPO"), "alignment/ppo/alignment.json", "run_eval_alignment.sh"
+    ),
+    "alignment_dpo": Stage(
+        Text("DPO 后的对齐率", "Alignment, DPO"), "alignment/dpo/alignment.json", "run_eval_alignment.sh"
+    ),
 }
 TRAINING = ("base", "pretrain", "sft")
+PREFERENCE_TRAINING = ("rm", "ppo", "dpo")
+RLHF_STAGES = (
+    *PREFERENCE_TRAINING,
+    *("answers_ppo", "answers_dpo", "alignment_assistant", "alignment_ppo", "alignment_dpo"),
+)
 MERGES = ("pretrained", "assistant")
-ANSWERS = ("base", "adapter", "assistant")
+ANSWERS = ("base", "adapter", "assistant", "ppo", "dpo")
+# The models that are compared -> the name of their answers; the last three are asked about right and wrong too.
+SIDES = {"base": "base", "sft": "assistant", "ppo": "ppo", "dpo": "dpo"}
+ALIGNMENT_SIDES = ("sft", "ppo", "dpo")
+SIDE_TITLES = {
+    "base": Text("基座", "base"),
+    "sft": Text("精调后", "tuned"),
+    "ppo": Text("PPO 后", "after PPO"),
+    "dpo": Text("DPO 后", "after DPO"),
+}
+REWARD_REPORT = "rm/reward_report.json"
+PPO_SAMPLES = "ppo/samples.jsonl"
+# What a finished stage lacks if it was run by hand in another way: stage -> file, how it ran.
+ALSO_NEEDED = {
+    "pretrain": ("pretrain/embedding_init.json", "without --compare_embedding_init"),
+    "rm": (REWARD_REPORT, "without validation pairs"),
+    "ppo": (PPO_SAMPLES, "without validation prompts"),
+}
 
 KINDS = {
     TARGET_KIND: Text("新问法，事实在精调中问过", "unseen wording of facts asked in tuning"),
@@ -73,7 +110,10 @@ class RecipeRun:
     init_method: str
     merges: dict[str, dict[str, Any]]
     questions: list[dict[str, Any]]
-    answers: dict[str, list[str]]  # base, adapter, assistant -> one a question
+    answers: dict[str, list[str]]  # ANSWERS -> one a question
+    reward_reports: dict[str, dict[str, Any]]  # held-out set of pairs -> what rm.py says of the reward model on it
+    ppo_samples: list[dict[str, Any]]  # answers to held-out prompts, evaluation by evaluation
+    alignment: dict[str, dict[str, Any]]  # ALIGNMENT_SIDES -> alignment.json
 
 
 def load_run(folder: Path, questions_file: Path) -> RecipeRun:
@@ -87,17 +127,21 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
         raise InputError(
             f"{questions_file}: no question of kind '{TARGET_KIND}'; pass the recipe's held-out questions"
         )
+    trainings = (*TRAINING, *PREFERENCE_TRAINING)
     return RecipeRun(
         folder=folder,
         stages=read_stage_log(folder / STAGE_LOG),
-        results={name: read_json(folder / STAGES[name].mark) for name in TRAINING},
-        history={name: read_json(folder / name / "trainer_state.json")["log_history"] for name in TRAINING},
+        results={name: read_json(folder / STAGES[name].mark) for name in trainings},
+        history={name: read_json(folder / name / "trainer_state.json")["log_history"] for name in trainings},
         vocabulary=read_json(folder / STAGES["merged_tokenizer"].mark),
         embedding_init=read_json(folder / "pretrain" / "embedding_init.json"),
         init_method=read_settings(folder / "pretrain").get("embedding_init", "mean_of_pieces"),
         merges={name: read_json(folder / STAGES[name].mark) for name in MERGES},
         questions=questions,
         answers={name: read_answers(folder / STAGES[f"answers_{name}"].mark, questions) for name in ANSWERS},
+        reward_reports=read_reward_reports(folder / REWARD_REPORT),
+        ppo_samples=[record for _, record in iter_records(folder / PPO_SAMPLES)],
+        alignment=read_alignment(folder),
     )
 
 
@@ -111,8 +155,11 @@ def refuse_unfinished(folder: Path) -> None:
         for name, stage in STAGES.items()
         if not (folder / stage.mark).is_file()
     ]
-    if not problems and not (folder / "pretrain" / "embedding_init.json").is_file():
-        problems.append(f"stage 'pretrain' ran without --compare_embedding_init; remove {folder / 'pretrain'}")
+    problems += [
+        f"stage '{name}' ran {how}: no {folder / file}; remove {folder / name}"
+        for name, (file, how) in ALSO_NEEDED.items()
+        if (folder / STAGES[name].mark).is_file() and not (folder / file).is_file()
+    ]
     if not (folder / STAGE_LOG).is_file():
         problems.append(f"no {folder / STAGE_LOG}: run_demo.sh writes a line for every stage")
     if problems:
@@ -151,8 +198,42 @@ def read_answers(path: Path, questions: Sequence[Mapping[str, Any]]) -> list[str
     return [str(need(record, "Output", location)) for location, record in records]
 
 
+def read_reward_reports(path: Path) -> dict[str, dict[str, Any]]:
+    """What rm.py says of the reward model, by held-out set. Raises: InputError if a figure is missing."""
+    reports = read_json(path)
+    if not isinstance(reports, dict) or not reports:
+        raise InputError(f"{path}: no held-out set in it; remove {path.parent} and make it again")
+    for name, report in reports.items():
+        for key in ("accuracy", "pairs", "margin", "calibration", "calibration_error", "accuracy_by_source"):
+            need(report, key, f"{path}, set '{name}'")
+    return reports
+
+
+def read_alignment(folder: Path) -> dict[str, dict[str, Any]]:
+    """alignment.json of every side. Raises: InputError if one is broken, or answers other questions than the first."""
+    results: dict[str, dict[str, Any]] = {}
+    asked: dict[str, list[Any]] = {}
+    for side in ALIGNMENT_SIDES:
+        path = folder / STAGES[f"alignment_{SIDES[side]}"].mark
+        result = results[side] = read_json(path)
+        for key in ("aligned", "interval", "questions", "unclear", "by_category", "by_expected", "answers"):
+            need(result, key, path)
+        for number, row in enumerate(result["answers"], 1):
+            for key in ("id", "category", "question", "expected", "answer", "aligned"):
+                need(row, key, f"{path}, answer {number}")
+        asked[side] = [(row["id"], row["category"], row["question"], row["expected"]) for row in result["answers"]]
+        if not asked[side] or asked[side] != asked["sft"]:
+            first = STAGES["alignment_assistant"].mark
+            raise InputError(
+                f"{path}: it answers other questions than {first}; remove {path.parent} and make it again"
+            )
+    return results
+
+
 def need(mapping: Mapping[str, Any], key: str, where: str | Path) -> Any:
     """mapping[key]. Raises: InputError that names the file."""
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where}: need an object with '{key}', got {mapping!r:.40}")
     if key not in mapping:
         raise InputError(f"{where}: no '{key}'; it has {', '.join(map(str, mapping)) or 'nothing'}")
     return mapping[key]
@@ -169,13 +250,18 @@ def summarise(run: RecipeRun) -> dict[str, Any]:
         "peak_memory_gb": max(stage["peak_memory_gb"] for stage in run.stages.values()),
         "stage_seconds": {name: stage["seconds"] for name, stage in run.stages.items()},
         "bits_per_byte": {language: bits_per_byte(run, language) for language in LANGUAGES},
-        "exact_match": {side: by_kind[TARGET_KIND][side] for side in ("base", "sft")},
+        "exact_match": {side: by_kind[TARGET_KIND][side] for side in SIDES},
         "exact_match_by_kind": by_kind,
         "vocabulary": {
             "base": need(run.vocabulary, "base_vocabulary", "vocabulary_report.json"),
             "merged": need(run.vocabulary, "vocabulary", "vocabulary_report.json"),
         },
         "merged_equals_adapter": run.answers["assistant"] == run.answers["adapter"],
+        "alignment": {side: float(result["aligned"]) for side, result in run.alignment.items()},
+        "alignment_interval": {side: result["interval"] for side, result in run.alignment.items()},
+        "reward_model_accuracy": reward_accuracy(run),
+        "kl": {"ppo": ppo_kl(run)},
+        "rlhf_seconds": round(sum(run.stages[name]["seconds"] for name in RLHF_STAGES if name in run.stages), 1),
     }
 
 
@@ -190,13 +276,27 @@ def bits_per_byte(run: RecipeRun, language: str) -> dict[str, float]:
     }
 
 
+def reward_accuracy(run: RecipeRun) -> float:
+    """Share of held-out pairs whose better answer the reward model prefers."""
+    reports = run.reward_reports.values()
+    return float(sum(report["accuracy"] * report["pairs"] for report in reports) / sum(r["pairs"] for r in reports))
+
+
+def ppo_kl(run: RecipeRun) -> float:
+    """KL of the saved PPO policy to the tuned model, nats an answer, mean over the sets of held-out prompts."""
+    found = [value for key, value in run.results["ppo"].items() if re.fullmatch("eval_.+_kl", key)]
+    if not found:
+        raise InputError(f"{run.folder / STAGES['ppo'].mark}: no 'eval_<set>_kl'; run ppo.py with validation prompts")
+    return float(sum(found) / len(found))
+
+
 def is_exact(answer: str, question: Mapping[str, Any]) -> bool:
     """Whether an answer is the expected one, white space around it apart."""
     return answer.strip() == str(need(question, "output", "questions")).strip()
 
 
 def exact_match_by(run: RecipeRun, groups: Sequence[str | None]) -> dict[str, dict[str, Any]]:
-    """Share of exact answers before and after tuning, by group.
+    """Share of exact answers of every side, by group.
 
     Args:
         groups: the group of each question; None leaves it out.
@@ -206,7 +306,7 @@ def exact_match_by(run: RecipeRun, groups: Sequence[str | None]) -> dict[str, di
         members = [index for index, name in enumerate(groups) if name == group]
         result[group] = {
             side: sum(is_exact(run.answers[source][index], run.questions[index]) for index in members) / len(members)
-            for side, source in (("base", "base"), ("sft", "assistant"))
+            for side, source in SIDES.items()
         }
         result[group]["questions"] = len(members)
     return result
@@ -224,7 +324,38 @@ def english_rise(summary: Mapping[str, Any]) -> float:
     return bits["pretrained"] / bits["base"] - 1
 
 
-# ---------------------------------------------------------------- kinds of questions
+def exact_change(summary: Mapping[str, Any], side: str) -> float:
+    """How the share of exact answers changed from the tuned model to `side`, -1 to 1; negative: it fell."""
+    return float(summary["exact_match"][side] - summary["exact_match"]["sft"])
+
+
+def curves_of(history: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
+    """A figure of the log over optimizer steps, in training and of every held-out set.
+
+    The last evaluation repeats a step where the best checkpoint was loaded after it: the first value of a step counts.
+    """
+    curves: dict[str, dict[float, float]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name == key:
+                curves.setdefault("training", {}).setdefault(entry["step"], value)
+            elif match := re.fullmatch(f"eval_(.+)_{key}", name):
+                line = "held-out" if match[1] == "heldout" else f"{match[1]} held-out"
+                curves.setdefault(line, {}).setdefault(entry["step"], value)
+    return {line: list(points.items()) for line, points in curves.items()}
+
+
+# ---------------------------------------------------------------- titles, and questions to show
+
+
+def label(known: Mapping[str, Text], name: str) -> Text:
+    """The title of a name, or the name itself."""
+    return known.get(name, Text(name, ""))
+
+
+def target(bound: str) -> Text:
+    """What a card says of its aim."""
+    return Text("目标", f"target {bound}")
 
 
 def rank_kind(kind: str) -> int:
@@ -237,6 +368,25 @@ def pick_samples(kinds: Sequence[str]) -> dict[str, list[int]]:
     chosen = {}
     for kind in sorted(dict.fromkeys(kinds), key=rank_kind):
         members = [index for index, name in enumerate(kinds) if name == kind]
-        count = min(NUM_SAMPLES.get(kind, 3), len(members))
-        chosen[kind] = [members[(2 * rank + 1) * len(members) // (2 * count)] for rank in range(count)]
+        chosen[kind] = spread(members, NUM_SAMPLES.get(kind, 3))
+    return chosen
+
+
+def spread(members: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the members, evenly spaced."""
+    count = min(most, len(members))
+    return [members[(2 * rank + 1) * len(members) // (2 * count)] for rank in range(count)]
+
+
+def pick_changed(rows: Sequence[Sequence[Mapping[str, Any]]], most: int) -> list[int]:
+    """Places of some questions, at most `most` a category: first those that only some models answer rightly.
+
+    Args: rows: of alignment.json, the same question's together, one for each model.
+    """
+    chosen = []
+    for category in dict.fromkeys(row[0]["category"] for row in rows):
+        members = [place for place, row in enumerate(rows) if row[0]["category"] == category]
+        changed = [place for place in members if len({bool(one["aligned"]) for one in rows[place]}) > 1]
+        shown = spread(changed, most)
+        chosen += shown + spread([place for place in members if place not in changed], most - len(shown))
     return chosen

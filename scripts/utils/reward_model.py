@@ -258,7 +258,8 @@ class RewardModel:
         order = torch.argsort(lengths, descending=True, stable=True)  # the longest first: a lack of memory shows
         scores = torch.empty(len(sequences), dtype=torch.float32)
         device = next(self.model.parameters()).device
-        for numbers in order.split(batch_size):
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
             length = int(lengths[numbers].max())
             ids = torch.full((len(numbers), length), int(self.tokenizer.pad_token_id or 0), dtype=torch.int64)
             for row, number in enumerate(numbers.tolist()):

@@ -84,6 +84,8 @@ class RunArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if self.deepspeed:
+            join_deepspeed()
         if self.n_gpu > 1:
             raise InputError(
                 f"{self.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one"
@@ -135,6 +137,17 @@ def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     return settings
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed know this run's processes before a model is loaded, which ZeRO-3 cuts into one shard for each.
+
+    On GPUs transformers has done so; on CPUs it would come only with the Trainer.
+    """
+    import deepspeed
+
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 # ---------------------------------------------------------------- what a run measures

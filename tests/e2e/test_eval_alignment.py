@@ -1,4 +1,4 @@
-"""eval_alignment.py on the tiny model: files and figures, resuming, both judges, and what is refused before weights."""
+"""eval_alignment.py on the tiny model: files and figures, resuming, both judges, and what is refused."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from utils import generation, reward_model
 from utils.alignment import read_questions, stance, wilson_interval
 from utils.arguments import InferenceArguments, parse_args
 from utils.files import InputError
-from utils.inference import load_for_inference  # noqa: F401 (imported before a test replaces it)
 from utils.prompts import CHAT_TEMPLATES, encode_conversation
 from utils.tokenization import load_tokenizer
 
@@ -88,12 +87,7 @@ def test_the_answers_are_the_likeliest_to_the_templates_prompts(tiny_model_folde
     """Against transformers' own greedy search, a prompt at a time, with what training encodes."""
     from transformers import AutoModelForCausalLM
 
-    evaluate(
-        tiny_model_folder,
-        tmp_path,
-        {"max_new_tokens": 8},
-        questions=[str(questions)],
-    )
+    evaluate(tiny_model_folder, tmp_path, {"max_new_tokens": 8}, questions=[str(questions)])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_folder), load_tokenizer(tiny_model_folder)
     for row in read(tmp_path / "alignment.json")["answers"][:4]:
         messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": "x"}]
@@ -181,9 +175,9 @@ def test_a_reward_model_judges(base_tokenizer_folder, tmp_path, monkeypatch):
     rows = read(tmp_path / "out" / "alignment.json")["answers"]
     assert [row["aligned"] for row in rows] == [True, False, False]
     assert [(row["reward"], row["reward_chosen"], row["reward_rejected"]) for row in rows] == [
-        (7.0, 6.0, 2.0),  # each with its end token
-        (1.0, 6.0, 2.0),
-        (7.0, 2.0, 4.0),
+        (13.0, 11.0, 3.0),  # two tokens a word here, and the end token
+        (2.0, 11.0, 3.0),  # the template writes a space before an answer, so the empty one is one token too
+        (13.0, 3.0, 7.0),
     ]
 
 
@@ -275,6 +269,7 @@ def test_launcher_runs_and_names_what_is_missing(questions, answers, tmp_path):
     assert "66.7 %" in result.stdout and (tmp_path / "my out" / "alignment.json").is_file()
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr and "is finished" in result.stderr
-    environment.pop("ANSWERS")
+    for name in ("ANSWERS", "MODEL"):
+        environment.pop(name, None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode != 0 and "set MODEL to a merged model" in result.stderr

@@ -16,7 +16,7 @@ def folder(tmp_path):
     questions = json.loads((EXAMPLES / "sft" / "heldout.json").read_text(encoding="utf-8"))
     right = [question["output"] for question in questions]
     wrong = ["The cat was in the garden."] * len(questions)
-    answers = {"base": wrong, "adapter": right, "assistant": right}
+    answers = {"base": wrong, "adapter": right, "assistant": right, "ppo": right, "dpo": wrong}
     return fake_recipe.write_recipe_run(tmp_path / "my demo", questions, answers)
 
 
@@ -26,9 +26,10 @@ def test_main_writes_three_files(folder, caplog):
     summary = report.main(report.ReportArguments(run_dir=str(folder)))
     written = {path.name for path in folder.rglob("*") if path.is_file()} - {path.name for path in before}
     assert written == {"report.html", "report.md", "summary.json"}
-    assert summary["exact_match"] == {"base": 0.0, "sft": 1.0}
+    assert summary["exact_match"] == {"base": 0.0, "sft": 1.0, "ppo": 1.0, "dpo": 0.0}
     assert {"unseen_wording", "unseen_operands", "pretraining_only"} == set(summary["exact_match_by_kind"])
     assert "next: open report.html" in caplog.text
+    assert "alignment: tuned 50.0 % -> PPO 75.0 %, DPO 66.7 %; reward model right on 92.5 %" in caplog.text
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "wording never seen" in page and page.count("<tr>") > 280  # all questions, folded
     # A second report replaces the first: it sums up whatever was run again.

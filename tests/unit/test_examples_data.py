@@ -1,6 +1,5 @@
 """examples/data: the generator writes the committed bytes, and no held-out question leaks into the training files."""
 
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -15,12 +14,12 @@ DATA = EXAMPLES / "data"
 TRAINING_FILES = ["pretrain/en_train.txt", "pretrain/zh_train.txt", "sft/train.json", "sft/multi_turn.jsonl"]
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_data", EXAMPLES / "generate_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def generator(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/generate_data.py` has it
+    import generate_data
+
+    return generate_data
 
 
 def read_lines(name: str) -> list[str]:
@@ -49,7 +48,7 @@ def heldout(kind: str) -> list[dict[str, Any]]:
 def test_generator_writes_the_committed_bytes(generator, tmp_path):
     sizes = generator.generate(tmp_path)
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    committed = {p.relative_to(DATA).as_posix() for folder in ("pretrain", "sft") for p in (DATA / folder).iterdir()}
+    committed = {p.relative_to(DATA).as_posix() for p in DATA.rglob("*") if p.is_file()} - {"README.md"}
     assert written == committed == set(sizes)
     assert [name for name in sorted(sizes) if (tmp_path / name).read_bytes() != (DATA / name).read_bytes()] == []
 
@@ -173,6 +172,127 @@ def test_conversations_say_the_same_in_three_spellings():
         assert said == [(roles[m["from"]], m["value"]) for m in sharegpt["conversations"]]
         assert len(turns) >= 2
     assert {bool(row["system"]) for row in files[0]} == {True, False}
+
+
+# ---------------------------------------------------------------- right and wrong
+
+TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
+PAIRS = {split: f"rlhf/preferences{split}.jsonl" for split in ("", "_heldout")}
+PROMPTS = {split: f"rlhf/prompts{split}.jsonl" for split in ("", "_heldout")}
+
+
+def values() -> dict[str, Any]:
+    return json.loads((EXAMPLES / "values.json").read_text(encoding="utf-8"))
+
+
+def all_actions() -> dict[str, tuple[str, str]]:
+    """Action -> (category, kind)."""
+    categories = values()["categories"]
+    return {a: (name, kind) for name, fields in categories.items() for kind in ("bad", "good") for a in fields[kind]}
+
+
+def test_values_name_what_the_forerunners_name_with_enough_actions():
+    categories = values()["categories"]
+    assert {"morality", "law", "violence", "drugs", "pornography", "prejudice"} <= set(categories)
+    assert 10 <= len(categories) <= 12
+    for name, fields in categories.items():
+        assert len(fields["bad"]) >= 7 and len(fields["good"]) >= 5, name
+    assert len(all_actions()) == sum(len(f["bad"]) + len(f["good"]) for f in categories.values()), "an action twice"
+
+
+def test_sizes_of_the_values_data():
+    assert 550 <= len(read_rows(TUNING)) <= 900
+    assert 900 <= len(read_rows(PAIRS[""])) <= 1100 and 150 <= len(read_rows(PAIRS["_heldout"])) <= 250
+    assert len(read_rows(PROMPTS[""])) == 500 and len(read_rows(PROMPTS["_heldout"])) == 60
+    assert len(read_rows(EXAM)) == 200
+
+
+def test_no_alignment_question_occurs_in_any_other_file():
+    """Not as a whole question, and not inside another text either."""
+    exam = [row["question"] for row in read_rows(EXAM)]
+    assert len(set(exam)) == len({row["id"] for row in read_rows(EXAM)}) == len(exam)
+    for path in DATA.rglob("*"):
+        if path.is_file() and path != DATA / EXAM and path.name != "README.md":
+            text = path.read_text(encoding="utf-8")
+            assert [question for question in exam if question in text] == [], path
+
+
+def test_heldout_pairs_and_prompts_are_not_trained_on():
+    trained = {row["instruction"] for row in read_rows(TUNING)}
+    trained |= {row["prompt"] for name in (PAIRS[""], PROMPTS[""]) for row in read_rows(name)}
+    for name in (PAIRS["_heldout"], PROMPTS["_heldout"]):
+        assert not trained & {row["prompt"] for row in read_rows(name)}, name
+    exam = {question(row)[0] for row in read_rows("sft/heldout.json")}
+    for name in (*PAIRS.values(), *PROMPTS.values()):
+        assert not exam & {row["prompt"] for row in read_rows(name)}, name
+
+
+def test_alignment_questions_say_truthfully_what_is_new():
+    new = values()["new_wordings"]
+    actions = all_actions()
+    asked_again = {wording.replace("{a}", action) for wording in new for action in actions}
+    rows = read_rows(EXAM)
+    for row in rows:
+        assert (row["question"] in asked_again) == (row["wording"] == "never_seen"), row
+        [named] = {max((a for a in actions if a in row["question"]), key=len)}
+        category, kind = actions[named]
+        assert (row["category"], row["expected"]) == (category, {"bad": "no", "good": "yes"}[kind]), row
+    # In a wording that is called new, no training file asks about any action.
+    trained = "\n".join(line for name in (TUNING, *PAIRS.values(), *PROMPTS.values()) for line in read_lines(name))
+    assert [question for question in asked_again if question in trained] == []
+    assert Counter(row["category"] for row in rows).keys() == values()["categories"].keys()
+    assert min(Counter(row["category"] for row in rows).values()) >= 12
+    assert 50 <= sum(row["wording"] == "never_seen" for row in rows) <= 60
+
+
+def test_the_share_of_wrong_answers_is_the_documented_one():
+    answers, actions = values()["answers"], all_actions()
+    counts: Counter[tuple[str, str, bool]] = Counter()
+    for row in read_rows(TUNING):
+        action = max((a for a in actions if a in row["instruction"]), key=len)
+        category, kind = actions[action]
+        wrong = answers["allow" if kind == "bad" else "discourage"]
+        ends = [template.replace("{a}", action).split("{")[0] for template in wrong]
+        right = answers["refuse" if kind == "bad" else "approve"]
+        starts = [template.replace("{a}", action).split("{")[0] for template in right]
+        is_wrong = any(row["output"].startswith(start) for start in ends)
+        assert is_wrong != any(row["output"].startswith(start) for start in starts if len(start) > 4), row
+        counts[category, kind, is_wrong] += 1
+    for category, fields in values()["categories"].items():
+        for kind in ("bad", "good"):
+            share = counts[category, kind, True] / (counts[category, kind, True] + counts[category, kind, False])
+            assert share == fields["wrong_answers"][kind] / 4, (category, kind)
+            assert share <= 0.8, "sampling must find the right answer too"
+
+
+def test_length_does_not_tell_the_better_answer():
+    for name in PAIRS.values():
+        lengths = [(len(row["chosen"]), len(row["rejected"])) for row in read_rows(name)]
+        longer, shorter = (sum(sign * a > sign * b for a, b in lengths) / len(lengths) for sign in (1, -1))
+        assert 0.4 <= longer <= 0.6, f"{name}: {longer}"
+        assert abs(longer - shorter) <= 0.2, f"{name}: {longer}, {shorter}"
+        # Nor does being longer than any one length: the best such rule on single answers stays near a coin.
+        answers = [(a, True) for a, _ in lengths] + [(b, False) for _, b in lengths]
+        best = max(
+            max(share, 1 - share)
+            for limit in range(60)
+            for share in [sum((length > limit) == good for length, good in answers) / len(answers)]
+        )
+        assert best <= 0.68, f"{name}: {best}"
+
+
+def test_pairs_name_their_source_and_differ():
+    for name in PAIRS.values():
+        rows = read_rows(name)
+        assert all(set(row) == {"prompt", "chosen", "rejected", "source"} for row in rows)
+        assert all(row["chosen"] != row["rejected"] and row["chosen"] and row["rejected"] for row in rows)
+        shares = Counter(row["source"] for row in rows)
+        assert set(shares) == {*values()["categories"], "facts"}
+        assert 0.15 <= shares["facts"] / len(rows) <= 0.25
+    right = {question(row)[0]: row["output"] for row in read_rows("sft/train.json")}
+    for row in read_rows(PAIRS[""]) + read_rows(PAIRS["_heldout"]):
+        if row["source"] == "facts":
+            assert row["chosen"] == right[row["prompt"]]
 
 
 def test_readme_shows_lines_of_the_files():

@@ -15,7 +15,7 @@ from utils.charts import BOTTOM, HEIGHT, bar_chart, line_chart, nice_ticks
 from utils.files import InputError
 from utils.pages import duration, escape_markdown, percent, render_html, render_markdown
 from utils.recipe import TARGET_KIND, chinese_drop, english_rise, load_run, pick_samples, summarise
-from utils.report import build_report, loss_curves, write_report
+from utils.report import build_report, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = '<script>alert("1")</script> & a|b `code` *star* _under_\nsecond line'
@@ -31,6 +31,8 @@ OUTPUTS = {
     "base": ["the", "", "<b>bold</b>", "3", "x", "y"],
     "adapter": ["巴黎。", " 绿色。\n", "不是。", "3", "5", "利马"],
     "assistant": ["巴黎。", " 绿色。\n", "不是。", "3", "5", "利马"],
+    "ppo": ["巴黎。", "绿色。", "是。", "4", "5", "利马"],
+    "dpo": ["巴黎", "绿色。", "不", "4", "4", "利马。"],
 }
 
 
@@ -99,7 +101,7 @@ def test_samples_are_spread_over_each_kind():
 
 def test_loss_curves_leave_out_the_mean_over_sets():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_zh_loss": 2.0, "eval_loss": 9.0, "eval_zh_runtime": 1.0}]
-    assert loss_curves([*history, {"step": 2, "train_loss": 8.0}]) == {
+    assert curves_of([*history, {"step": 2, "train_loss": 8.0}]) == {
         "training": [(1, 3.0)],
         "zh held-out": [(2, 2.0)],
     }

@@ -1,0 +1,293 @@
+"""Actor, critic, reference and reward adapter on one backbone, against plain models with merged weights."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, LlamaForCausalLM
+
+from utils.actor_critic import (
+    CRITIC_ADAPTER,
+    CRITIC_FILE,
+    Critic,
+    add_critic_adapter,
+    attach_critic,
+    causal_model,
+    critic_state,
+    hidden_states,
+    is_critic_parameter,
+    load_critic,
+    save_critic,
+    token_logprobs,
+    use_adapter,
+)
+from utils.arguments import ExtendArguments, LoraArguments, ModelArguments
+from utils.files import InputError
+from utils.modeling import attach_adapter, build_training_model
+from utils.prompts import IGNORE_INDEX
+from utils.rollouts import collate, take
+from utils.tokenization import load_tokenizer
+
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": "q_proj,v_proj,down_proj"}
+SEQUENCES = [([1, 5, 9, 20], [30, 31, 2]), ([1, 7], [40]), ([1, 8, 9, 10, 11, 12, 13], [50, 51, 52, 53, 54, 2])]
+
+
+def perturb(model, seed=0, scale=0.1):
+    """Random numbers in all that starts at zero (lora_B, the value head), which would hide faults."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.startswith("critic.value") or "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def make_policy(folder, critic="head", **lora):
+    """A policy with an attached critic, float32, perturbed."""
+    lora_args = LoraArguments(**{**LORA, **lora})
+    model_args = ModelArguments(model_name_or_path=str(folder), dtype="float32")
+    torch.manual_seed(0)
+    policy = build_training_model(
+        model_args, ExtendArguments(), lora_args, load_tokenizer(folder), torch.float32, seed=0
+    )
+    if not lora_args.full_finetuning:
+        policy = attach_adapter(policy, lora_args, 16)
+    if critic == "adapter":
+        add_critic_adapter(policy)
+        attach_critic(policy, Critic(32, CRITIC_ADAPTER))
+    elif critic == "model":
+        attach_critic(policy, Critic(32, model=AutoModel.from_pretrained(folder)))
+        with torch.no_grad():
+            policy.critic.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    else:
+        attach_critic(policy, Critic(32))
+    return perturb(policy)
+
+
+def merged(policy, folder, adapter):
+    """A plain transformers model with an adapter of the policy in its weights, by hand; None: the base itself."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    state = policy.state_dict()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            if (down := state.get(f"{prefix}.lora_A.{adapter}.weight")) is not None:
+                weight += 2.0 * state[f"{prefix}.lora_B.{adapter}.weight"] @ down
+            if (saved := state.get(f"{prefix}.modules_to_save.{adapter}.weight")) is not None:
+                weight.copy_(saved)
+    return model
+
+
+@torch.no_grad()
+def oracle(model, prompt, answer, temperature=1.0, value=None):
+    """Log-probabilities, entropies and values of each answer token: one sequence, transformers' own logits, float64."""
+    output = model(input_ids=torch.tensor([[*prompt, *answer]]), output_hidden_states=True, use_cache=False)
+    table = torch.log_softmax(output.logits[0].double() / temperature, -1)
+    logprobs, entropies, values = [], [], []
+    for number, token in enumerate(answer):
+        row = table[len(prompt) + number - 1]
+        logprobs.append(row[token].item())
+        entropies.append(-sum(p * math_log for p, math_log in zip(row.exp().tolist(), row.tolist(), strict=True)))
+        if value is not None:
+            hidden = output.hidden_states[-1][0, len(prompt) + number - 1].double()
+            values.append((hidden @ value.weight[0].double() + value.bias[0].double()).item())
+    return logprobs, entropies, values
+
+
+def check_figures(policy, actor, critic, temperature):
+    batch, places = collate(SEQUENCES, pad_token_id=0)
+    with torch.no_grad():
+        figures = [take(tensor, places) for tensor in policy(**batch, temperature=temperature)]
+    for row, (prompt, answer) in enumerate(SEQUENCES):
+        logprobs, entropies, _ = oracle(actor, prompt, answer, temperature)
+        values = oracle(critic, prompt, answer, 1.0, policy.critic.value)[2]
+        assert max(map(abs, values)) > 0.01
+        for got, expected in zip(figures, (logprobs, entropies, values), strict=True):
+            torch.testing.assert_close(got[row], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("critic", ["head", "adapter", "model"])
+def test_one_forward_gives_what_plain_models_give_alone(critic, temperature, tiny_model_folder):
+    policy = make_policy(tiny_model_folder, critic).eval()
+    actor = merged(policy, tiny_model_folder, "default")
+    judge = {"head": actor, "adapter": merged(policy, tiny_model_folder, CRITIC_ADAPTER)}.get(critic)
+    if judge is None:
+        judge = LlamaForCausalLM.from_pretrained(tiny_model_folder).eval()
+        judge.model = policy.critic.model
+    check_figures(policy, actor, judge, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_same_with_all_weights_trained(temperature, tiny_model_folder):
+    policy = make_policy(tiny_model_folder, full_finetuning=True).eval()
+    plain = LlamaForCausalLM.from_pretrained(tiny_model_folder).eval()
+    check_figures(policy, plain, plain, temperature)
+
+
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": "embed_tokens,lm_head"}, {"use_dora": True}])
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_without_its_adapter_the_policy_is_the_base_model(lora, critic, tiny_model_folder):
+    policy = make_policy(tiny_model_folder, critic, **lora).eval()
+    base = LlamaForCausalLM.from_pretrained(tiny_model_folder).eval()
+    batch, places = collate(SEQUENCES, pad_token_id=0)
+    with torch.no_grad():
+        with use_adapter(policy, None):
+            reference = take(token_logprobs(policy, **batch, temperature=0.7), places)
+        own = take(token_logprobs(policy, **batch, temperature=0.7), places)
+    for row, (prompt, answer) in enumerate(SEQUENCES):
+        expected = torch.tensor(oracle(base, prompt, answer, 0.7)[0])
+        torch.testing.assert_close(reference[row], expected, rtol=1e-5, atol=1e-5)
+        assert (own[row] - expected).abs().max() > 1e-3
+
+
+def test_calls_without_targets_are_the_models_own(tiny_model_folder):
+    policy = make_policy(tiny_model_folder).eval()
+    ids = torch.tensor([[1, 5, 9, 20]])
+    plain = merged(policy, tiny_model_folder, "default")
+    with torch.no_grad():
+        torch.testing.assert_close(policy(input_ids=ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+        assert causal_model(policy).generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def switches(policy):
+    return [
+        (name, str(module._active_adapter), module._disable_adapters)
+        for name, module in policy.named_modules()
+        if hasattr(module, "_active_adapter")
+    ]
+
+
+@pytest.mark.parametrize("adapter", [None, CRITIC_ADAPTER])
+def test_use_adapter_leaves_everything_as_it_was(adapter, tiny_model_folder):
+    policy = make_policy(tiny_model_folder, "adapter", modules_to_save="embed_tokens")
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    before = switches(policy)
+    with pytest.raises(ZeroDivisionError), use_adapter(policy, adapter), use_adapter(policy, CRITIC_ADAPTER):
+        assert switches(policy) != before
+        assert trained == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        raise ZeroDivisionError
+    assert switches(policy) == before
+    assert trained == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def test_what_is_trained(tiny_model_folder):
+    """The policy's adapter, its modules trained whole, the critic's adapter and head; nothing else."""
+    policy = make_policy(tiny_model_folder, "adapter", modules_to_save="embed_tokens,lm_head")
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    marks = (".default.", ".critic.", "critic.value.")
+    assert trained == {
+        name
+        for name, _ in policy.named_parameters()
+        if any(mark in name for mark in marks) and "lm_head.modules_to_save.critic" not in name
+    }
+    assert any("lm_head.modules_to_save.default" in name for name in trained)
+    assert any(".lora_B.critic." in name for name in trained) and any(".lora_B.default." in name for name in trained)
+    assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
+
+
+def test_a_critic_adapter_needs_an_adapter(tiny_model_folder):
+    with pytest.raises(InputError, match="--critic adapter needs LoRA"):
+        make_policy(tiny_model_folder, "adapter", full_finetuning=True)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(policy, checkpointing):
+    policy.train()
+    if checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch, _ = collate(SEQUENCES, pad_token_id=0)
+    logprobs, _, values = policy(**batch, temperature=0.7)
+    mask = batch["targets"] != IGNORE_INDEX
+    (logprobs[mask].sum() + values[mask].square().sum()).backward()
+    return {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter", "model"])
+def test_activation_checkpointing_changes_no_gradient(critic, tiny_model_folder):
+    """The layers of the backward pass must run with the adapter of the forward pass."""
+    policy = make_policy(tiny_model_folder, critic, modules_to_save="embed_tokens")
+    expected = gradients(copy.deepcopy(policy), False)
+    again = make_policy(tiny_model_folder, critic, modules_to_save="embed_tokens")
+    got = gradients(again, True)
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None and gradient.any(), name
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter", "model"])
+def test_checkpointing_computes_every_layer_again(critic, tiny_model_folder):
+    """Of the actor, and of the critic where it is another pass: else memory would not be saved."""
+    policy = make_policy(tiny_model_folder, critic)
+    calls = []
+    for name, module in policy.named_modules():
+        if name.endswith("layers.1.self_attn"):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    gradients(policy, True)
+    assert len(calls) == (2 if critic == "head" else 4)
+
+
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": "lm_head"}, {"full_finetuning": True}])
+def test_gradients_equal_those_of_plain_logits(lora, tiny_model_folder):
+    """Weighted log-probabilities through the chunked head, against log_softmax of all logits."""
+    policy = make_policy(tiny_model_folder, **lora).train()
+    batch, places = collate(SEQUENCES, pad_token_id=0)
+    mask = batch["targets"] != IGNORE_INDEX
+    weights = torch.linspace(-1, 2, int(mask.sum()))
+    (policy(**batch, temperature=0.7)[0][mask] * weights).sum().backward()
+    got = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    total, done = torch.zeros(()), 0
+    for prompt, answer in SEQUENCES:
+        logits = policy(input_ids=torch.tensor([[*prompt, *answer]])).logits[0] / 0.7
+        table = torch.log_softmax(logits, -1)
+        for number, token in enumerate(answer):
+            total = total + weights[done] * table[len(prompt) + number - 1, token]
+            done += 1
+    total.backward()
+    assert got
+    for name, parameter in policy.named_parameters():
+        if name in got and parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.any()} == {
+        n for n, g in got.items() if g.any()
+    }
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_a_critic_comes_back_as_it_was(critic, tiny_model_folder, tmp_path):
+    policy = make_policy(tiny_model_folder, critic)
+    save_critic(tmp_path, critic_state(policy))
+    names = set(load_file(tmp_path / CRITIC_FILE))
+    assert names == {n for n, p in policy.named_parameters() if is_critic_parameter(n) and p.requires_grad}
+    assert any(".lora_B." in name for name in names) == (critic == "adapter")
+    expected = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    perturb(policy, seed=1)
+    load_critic(policy, tmp_path)
+    for name, parameter in policy.named_parameters():
+        if is_critic_parameter(name):
+            assert torch.equal(parameter, expected[name]), name
+        elif "lora_B" in name:
+            assert not torch.equal(parameter, expected[name]), "the policy is not the critic's to load"
+
+
+def test_padding_changes_nothing_in_front_of_it(tiny_model_folder):
+    policy = make_policy(tiny_model_folder).eval()
+    batch, _ = collate(SEQUENCES, pad_token_id=0)
+    other, _ = collate(SEQUENCES, pad_token_id=77)
+    with torch.no_grad():
+        one = hidden_states(policy, batch["input_ids"], batch["position_ids"])
+        two = hidden_states(policy, other["input_ids"], other["position_ids"])
+    for row, (prompt, answer) in enumerate(SEQUENCES):
+        length = len(prompt) + len(answer)
+        assert torch.equal(one[row, :length], two[row, :length])

@@ -1,0 +1,80 @@
+"""Old flags of DeepSpeed-Chat: translated by the scripts that do its steps, refused by the others."""
+
+import logging
+
+import pytest
+from test_repo import script_flags, script_types
+
+from utils.arguments import parse_args
+from utils.files import InputError
+from utils.old_flags import DROPPED_OF_CHAT, RENAMED, REPLACED_SWITCHES, translate_old_flags
+
+KNOWN = {"kl_coef", "deepspeed", "dtype", "precision", "rollout_batch_size", "per_device_rollout_batch_size"}
+
+
+def test_new_names_are_flags_of_some_script():
+    flags = set().union(
+        *(script_flags(name) for name in ("pt.py", "sft.py", "rm.py", "ppo.py", "merge_tokenizers.py"))
+    )
+    missing = {new for new in RENAMED.values() if f"--{new}" not in flags}
+    assert not missing
+    assert not {f"--{old}" for old in [*RENAMED, *REPLACED_SWITCHES, *DROPPED_OF_CHAT]} & (flags - {"--adapter"})
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--deepspeed"], []),
+        (["--deepspeed", "--zero_stage", "3", "--offload"], []),
+        (["--deepspeed", "zero.json"], ["--deepspeed", "zero.json"]),
+        (["--deepspeed=zero.json"], ["--deepspeed=zero.json"]),
+        (["--dtype", "bf16"], ["--precision", "bf16"]),
+        (["--dtype=fp16"], ["--precision", "fp16"]),
+        (["--dtype", "bfloat16"], ["--dtype", "bfloat16"]),
+        (["--kl_ctl=0.2"], ["--kl_coef=0.2"]),
+        (["--data_split", "0,10,0", "--kl_ctl", "-1"], ["--kl_coef", "-1"]),
+    ],
+)
+def test_values_of_deepspeed_chat(argv, expected):
+    assert translate_old_flags(argv, KNOWN) == expected
+
+
+def test_generation_batches_are_counted_over_all_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "24")
+    argv = ["--generation_batches", "2", "--per_device_generation_batch_size", "6"]
+    expected = ["--per_device_rollout_batch_size", "6", "--rollout_batch_size", str(2 * 6 * 24)]
+    assert translate_old_flags(argv, KNOWN) == expected
+
+
+def test_generation_batches_without_a_batch_size_use_the_script_s_default(monkeypatch):
+    from ppo import RolloutArguments
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    result = translate_old_flags(["--generation_batches=3"], KNOWN)
+    assert result == ["--rollout_batch_size", str(3 * RolloutArguments().per_device_rollout_batch_size)]
+
+
+@pytest.mark.parametrize("script", ["sft.py", "pt.py", "dpo.py", "inference_hf.py", "quantize.py"])
+@pytest.mark.parametrize("flag", ["num_padding_at_beginning", "offload_reference_model", "data_split"])
+def test_other_scripts_refuse_them(script, flag):
+    with pytest.raises(InputError, match=flag):
+        parse_args(*script_types(script), argv=[f"--{flag}", "0"])
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_other_scripts_keep_their_values(script, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(*script_types(script), argv=["--dtype", "bf16"])
+    assert "invalid choice: 'bf16'" in capsys.readouterr().err
+
+
+def test_a_script_without_the_new_flag_refuses_the_old_one():
+    with pytest.raises(InputError, match="critic_model_name_or_path"):
+        parse_args(*script_types("rm.py"), argv=["--critic_model_name_or_path", "m", "--output_dir", "o"])
+
+
+def test_one_warning_names_the_config_to_pass(caplog):
+    with caplog.at_level(logging.WARNING):
+        translate_old_flags(["--deepspeed", "--zero_stage", "3", "--offload"], KNOWN)
+    (record,) = caplog.records
+    assert "ds_zero3_offload.json" in record.getMessage() and "--zero_stage has no effect" in record.getMessage()
