@@ -111,8 +111,7 @@ def main(
     train_set, eval_sets, keys = load_pair_sets(
         data_args, training_args, tokenizer, template, preference_args.max_seq_length
     )
-    attention = choose_attention(model_args.attn_implementation)
-    collator = PreferenceCollator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
+    collator = PreferenceCollator(tokenizer.pad_token_id or 0, choose_attention(model_args.attn_implementation))
     reference = choose_reference(model_args, lora_args, preference_args, objective)
     cache = train_set.file.folder.parent
     key = None if reference is None else reference_key(reference, lora_args, training_args, cache)

@@ -48,18 +48,23 @@ class RolloutArguments:
     min_new_tokens: int = arg(0, help="An answer does not end before this many tokens.")
     temperature: float = arg(1.0, help="Of the sampled answers; the policy that is trained is the one sampled from.")
     top_p: float = arg(1.0, help="Draw from the likeliest tokens that reach this probability together; 1: from all.")
-    rollout_batch_size: int = arg(128, help="Answers of an iteration, over all processes.")
+    rollout_batch_size: int | None = arg(
+        help="Answers of an iteration, over all processes; default: the optimizer steps' answers that make at least 128."
+    )
     per_device_rollout_batch_size: int = arg(16, help="Answers generated at once on each device.")
 
     def __post_init__(self) -> None:
         checks = {
-            f"--rollout_batch_size {self.rollout_batch_size}: need at least 1": self.rollout_batch_size >= 1,
+            f"--rollout_batch_size {self.rollout_batch_size}: need at least 1": (
+                self.rollout_batch_size is None or self.rollout_batch_size >= 1
+            ),
             f"--per_device_rollout_batch_size {self.per_device_rollout_batch_size}: need at least 1": (
                 self.per_device_rollout_batch_size >= 1
             ),
             f"--temperature {self.temperature}: PPO needs sampled answers, a number above 0": self.temperature > 0,
         }
         raise_problems([problem for problem, holds in checks.items() if not holds])
+        self.generation()  # checks the others
 
     def generation(self) -> GenerationArguments:
         """The same as the arguments of generation."""
@@ -168,12 +173,13 @@ def main(
         reference = model_args.model_name_or_path
     if reference:
         check_reference_model(reference, tokenizer)
+    check_critic(ppo_args, lora_args, tokenizer)
     check_sizes(model_args, rollout_args, training_args)
     function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
-    check_reward_tokenizer(reward_args.reward_model, tokenizer)
+    template = resolve_template(rollout_args.prompt_template, tokenizer)
+    check_reward_tokenizer(reward_args.reward_model, tokenizer, template, rollout_args.prompt_template)
     all_args = (model_args, lora_args, data_args, rollout_args, reward_args, ppo_args)
     training_run = open_run(training_args, *all_args)
-    template = resolve_template(rollout_args.prompt_template, tokenizer)
     tokenizer.chat_template = template
     prompts, eval_prompts, keys = load_prompt_sets(data_args, rollout_args, training_args, tokenizer, template)
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -214,8 +220,21 @@ def ppo_settings(ppo_args: PPOArguments, rollout_args: RolloutArguments) -> PPOS
 # ---------------------------------------------------------------- checks before anything slow
 
 
+def check_critic(ppo_args: PPOArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: InputError if there can be no such critic of this policy."""
+    from utils.reference import check_reference_model
+
+    if ppo_args.critic == "adapter" and lora_args.full_finetuning:
+        raise InputError("--critic adapter needs LoRA; with --full_finetuning pass --critic head or model")
+    if ppo_args.critic_model:
+        check_reference_model(ppo_args.critic_model, tokenizer, "--critic_model")
+
+
 def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, training_args: RunArguments) -> None:
-    """Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer."""
+    """Set the default --rollout_batch_size.
+
+    Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer.
+    """
     from utils.modeling import load_config
 
     minibatch = (
@@ -223,6 +242,8 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
         * training_args.gradient_accumulation_steps
         * training_args.world_size
     )
+    if rollout_args.rollout_batch_size is None:
+        rollout_args.rollout_batch_size = minibatch * -(-128 // minibatch)
     if rollout_args.rollout_batch_size % minibatch:
         raise InputError(
             f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of the {minibatch} answers of "
@@ -237,7 +258,9 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
         )
 
 
-def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_reward_tokenizer(
+    folder: str | None, tokenizer: PreTrainedTokenizerBase, template: str, template_name: str
+) -> None:
     """Raises: InputError if the reward model's folder holds none, or it reads other tokens than the policy writes."""
     if folder is None:
         return
@@ -245,7 +268,14 @@ def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBas
     from utils.tokenization import load_tokenizer
 
     base, adapter = find_reward_model(folder)
-    check_same_tokenizer(load_tokenizer(adapter or base), tokenizer)
+    own = load_tokenizer(adapter or base)
+    check_same_tokenizer(own, tokenizer)
+    if own.chat_template and own.chat_template != template:
+        logger.warning(
+            "--reward_model %s learned with another prompt template than --prompt_template %s gives: its scores may "
+            "mean little here; train both with one",
+            *(folder, template_name),
+        )
 
 
 # ---------------------------------------------------------------- data
@@ -356,9 +386,11 @@ def build_reference(folder: str, model_args: ModelArguments, training_args: RunA
 
     from utils.losses import install_loss_head
     from utils.modeling import load_model
+    from utils.sharding import whole_models_loaded
 
     args = dataclasses.replace(model_args, model_name_or_path=folder)
-    model = load_model(args, training_args.compute_dtype).requires_grad_(False).eval()
+    with whole_models_loaded(training_args):
+        model = load_model(args, training_args.compute_dtype).requires_grad_(False).eval()
     install_loss_head(model)
     return model.to(training_args.device)
 
@@ -375,17 +407,20 @@ def build_rewards(
     """The rewards; a reward adapter made on the policy's own base shares its weights."""
     from utils.reward_model import find_reward_model, load_reward_model
     from utils.rewards import BackboneReward, Rewards
+    from utils.sharding import whole_models_loaded
 
     model: Any = None
     if reward_args.reward_model:
         base, adapter = find_reward_model(reward_args.reward_model)
         own = Path(str(model_args.model_name_or_path))
         shared = adapter is not None and hasattr(policy, "peft_config") and base.resolve() == own.resolve()
+        shared = shared and BackboneReward.fits(reward_args.reward_model)
         if shared:
             pad = int(tokenizer.pad_token_id or 0)
             model = BackboneReward(policy, reward_args.reward_model, pad, training_args.device)
         else:
-            model = load_reward_model(reward_args.reward_model, model_args.dtype, training_args.device)
+            with whole_models_loaded(training_args):
+                model = load_reward_model(reward_args.reward_model, model_args.dtype, training_args.device)
         kind = "an adapter on the policy's weights" if shared else "a model of its own"
         logger.info("reward model %s: %s", reward_args.reward_model, kind)
     return Rewards(

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from utils.alignment import Judgement, Question, summarise
+from utils.recipe import TARGET_KIND
 
 # stages.jsonl holds `sft` twice: the last run counts.
 STAGES = [
@@ -97,6 +98,23 @@ PPO_FINAL = {"score": 2.25, "score_std": 0.5, "kl": 3.125, "answer_entropy": 0.4
              "ended": 0.975, "explained_variance": 0.6}  # fmt: skip
 DPO_FINAL = {"loss": 0.3, "chosen_reward": 1.25, "rejected_reward": -2.5, "reward_margin": 3.75, "accuracy": 0.96,
              "chosen_logprob": -0.5, "rejected_logprob": -1.5, "log_ratio": -0.07}  # fmt: skip
+
+NASTY = '<script>alert("1")</script> & a|b `code` *star* _under_\nsecond line'
+QUESTIONS = [
+    {"instruction": "法国的首都？", "input": "", "output": "巴黎。", "kind": TARGET_KIND, "wording": "never_seen"},
+    {"instruction": "草是什么颜色？", "output": "绿色。", "kind": TARGET_KIND, "wording": "seen_with_other_facts"},
+    {"instruction": NASTY, "output": "是。", "kind": TARGET_KIND, "wording": "seen_with_other_facts"},
+    {"instruction": "1+2=?", "output": "3", "kind": "unseen_operands"},
+    {"instruction": "2+2=?", "output": "4", "kind": "unseen_operands"},
+    {"instruction": "秘鲁的首都？", "output": "利马。", "kind": "pretraining_only"},
+]
+OUTPUTS = {
+    "base": ["the", "", "<b>bold</b>", "3", "x", "y"],
+    "adapter": ["巴黎。", " 绿色。\n", "不是。", "3", "5", "利马"],
+    "assistant": ["巴黎。", " 绿色。\n", "不是。", "3", "5", "利马"],
+    "ppo": ["巴黎。", "绿色。", "是。", "4", "5", "利马"],
+    "dpo": ["巴黎", "绿色。", "不", "4", "4", "利马。"],
+}
 
 
 def write(path: Path, value) -> None:
@@ -209,3 +227,9 @@ def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, lis
     write_rlhf(folder)
     write_alignment(folder)
     return folder
+
+
+def write_small_run(folder: Path) -> tuple[Path, Path]:
+    """A finished run on QUESTIONS with the answers OUTPUTS: its folder, and the file of the questions."""
+    write(folder / "questions.json", QUESTIONS)
+    return write_recipe_run(folder / "demo", QUESTIONS, OUTPUTS), folder / "questions.json"

@@ -17,13 +17,17 @@ PYTHON_SCRIPTS = sorted(path for path in SCRIPTS.glob("*.py"))
 LAUNCHERS = sorted(path for path in SCRIPTS.glob("run_*.sh"))
 OTHER_NAMES = {"merge_llama2_with_chinese_lora_low_mem": "merge", "inference_hf": "inference"}
 DRIVES_SEVERAL = {"run_demo.sh"}
-TRAINING_SCRIPTS = {"pt.py", "sft.py"}
+TRAINING_SCRIPTS = {"pt.py", "sft.py", "rm.py", "ppo.py", "dpo.py"}
 LAYERS = (UTILS / "__init__.py").read_text(encoding="utf-8").split("checks it):")[1].replace('"""', "")
 LAYERS = [name.strip() for name in LAYERS.split(">")]
 # What each launcher needs in its environment to print its command.
 NEEDS = {
     "run_pt.sh": {"MODEL": "m", "DATA": "d"},
     "run_sft.sh": {"MODEL": "m", "DATA": "d"},
+    "run_rm.sh": {"MODEL": "m", "DATA": "d"},
+    "run_ppo.sh": {"MODEL": "m", "DATA": "d"},
+    "run_dpo.sh": {"MODEL": "m", "DATA": "d"},
+    "run_eval_alignment.sh": {"MODEL": "m"},
     "run_merge.sh": {"MODEL": "m", "LORA": "l"},
     "run_export_gguf.sh": {"MODEL": "m"},
     "run_quantize.sh": {"MODEL": "m"},

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import InputError
 from .losses import loss_targets
 
 CRITIC_FILE = "critic.safetensors"
@@ -73,10 +72,12 @@ def attach_critic(policy: Any, critic: Critic) -> None:
     """Make `critic` a part of `policy`, whose forward then answers calls with `targets` by actor and critic at once.
 
     policy(input_ids=..., position_ids=..., targets=..., temperature=...), each (B, T), returns log-probabilities of
-    the targets, entropies and values, (B, T) each. One call, because DDP, DeepSpeed and FSDP count forward passes of
-    the whole model. Calls without `targets` are the model's own.
+    the targets, entropies (only without gradients, since they are no part of the loss; else zeros) and values, (B, T)
+    each. One call, because DDP, DeepSpeed and FSDP count forward passes of the whole model. Calls without `targets`
+    are the model's own.
     """
     policy.critic = critic
+    _remove_dropout(policy)
     plain_forward: Callable[..., Any] = policy.forward
 
     def forward(self: Any, *args: Any, targets: Tensor | None = None, temperature: float = 1.0, **inputs: Any) -> Any:
@@ -84,8 +85,13 @@ def attach_critic(policy: Any, critic: Critic) -> None:
             return plain_forward(*args, **inputs)
         causal = causal_model(self)
         hidden = hidden_states(self, **inputs)
-        with loss_targets(causal, targets, "tokens+entropy", temperature):
-            losses, entropies = causal.get_output_embeddings()(hidden).unbind(-1)
+        if torch.is_grad_enabled():
+            with loss_targets(causal, targets, "tokens", temperature):
+                losses = causal.get_output_embeddings()(hidden)
+            entropies = torch.zeros_like(losses)
+        else:
+            with loss_targets(causal, targets, "tokens+entropy", temperature):
+                losses, entropies = causal.get_output_embeddings()(hidden).unbind(-1)
         if self.critic.model is not None:
             hidden = hidden_states(self.critic.model, **inputs)
         elif self.critic.adapter is not None:
@@ -95,6 +101,15 @@ def attach_critic(policy: Any, critic: Critic) -> None:
 
     policy.forward = types.MethodType(forward, policy)
     _checkpoint_all_parts(policy)
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """With it old and new probabilities would differ by chance; an adapter to go on with brings its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 # ---------------------------------------------------------------- adapters on one backbone
@@ -157,11 +172,9 @@ def _checkpoint_all_parts(policy: Any) -> None:
 
 
 def add_critic_adapter(policy: Any) -> None:
-    """Give the backbone a second trainable adapter of the policy's shape, for the critic. Raises: InputError."""
+    """Give the backbone of a PEFT model a second trainable adapter of the policy's shape, for the critic."""
     import dataclasses
 
-    if not hasattr(policy, "peft_config"):
-        raise InputError("--critic adapter needs LoRA; with --full_finetuning pass --critic head or model")
     config = dataclasses.replace(policy.peft_config["default"], modules_to_save=None, ensure_weight_tying=False)
     policy.add_adapter(CRITIC_ADAPTER, config)
     for name, parameter in policy.named_parameters():

@@ -17,6 +17,7 @@ from .checkpoints import check_readable, open_checkpoint
 from .files import InputError
 from .lora import load_adapter_config, resolve_target_modules
 from .losses import install_loss_head
+from .sharding import full_shape, whole_weights
 from .tokenization import embedding_rows, load_tokenizer, segment_with
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def extend_vocabulary(
 
     Rows the model has beyond its old tokenizer (padding) are initialised too. Methods: see --embedding_init.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = full_shape(model.get_input_embeddings().weight)[0]
     first_new = min(rows, len(old_tokenizer)) if old_tokenizer is not None else rows
     if len(tokenizer) <= first_new:
         return 0
@@ -222,7 +223,8 @@ def initialise_rows(
         pieces = [segment_with(old_tokenizer, tokenizer, index) for index in range(first_new, len(tokenizer))]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in [embedding] if head is embedding else [embedding, head]:
-        weight[first_new:] = _new_rows(weight, first_new, pieces, method, seed).to(weight)
+        with whole_weights([weight]):
+            weight[first_new:] = _new_rows(weight, first_new, pieces, method, seed).to(weight)
 
 
 def _new_rows(weight: Tensor, first_new: int, pieces: Sequence[Sequence[int]], method: str, seed: int) -> Tensor:
@@ -353,7 +355,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
 def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
     """Raises: InputError if the adapter's embeddings have other rows than the model, or its files are damaged."""
     load_adapter_config(adapter)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = full_shape(model.get_input_embeddings().weight)[0]
     for name, shape in open_checkpoint(adapter).shapes.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
             raise InputError(
@@ -365,7 +367,7 @@ def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
 
 def count_weights(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for, also where 4-bit weights are packed or ZeRO-3 has spread them."""
-    count = int(getattr(parameter, "ds_numel", parameter.numel()))
+    count = full_shape(parameter).numel()
     return 2 * count if parameter.__class__.__name__ == "Params4bit" else count
 
 

@@ -7,8 +7,10 @@ what an uninterrupted one does, on any number of processes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -50,7 +52,7 @@ from .rollouts import (
     take,
 )
 from .runs import last_checkpoint
-from .sharding import whole_model
+from .sharding import constant_learning_rate, whole_model
 from .trainer import RecipeTrainer
 from .training import RunArguments, peak_memory_gb, plot_curves
 
@@ -116,7 +118,7 @@ def describe(experience: Experience) -> dict[str, float]:
     """Figures of an iteration's or an evaluation's answers; lengths in tokens, KL in nats an answer."""
     lengths = [len(rollout.answer) for rollout in experience.rollouts]
     mean, deviation = score_moments(experience.rollouts)
-    return {
+    figures = {
         "score": mean,
         "score_std": deviation,
         "kl": experience.kl_of_answer,
@@ -125,6 +127,7 @@ def describe(experience: Experience) -> dict[str, float]:
         "ended": sum(rollout.ended for rollout in experience.rollouts) / len(lengths),
         "explained_variance": explained_variance(experience.values, experience.returns, experience.mask),
     }
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 class PPOTrainer(RecipeTrainer):
@@ -135,6 +138,7 @@ class PPOTrainer(RecipeTrainer):
 
     if TYPE_CHECKING:  # inherited, named for the type checker
         control: Any
+        lr_scheduler: Any
         optimizer: Any
 
     def __init__(
@@ -161,9 +165,15 @@ class PPOTrainer(RecipeTrainer):
         self.generator = Generator(causal_model(model), tokenizer, template)
         self.pad_token_id = int(tokenizer.pad_token_id or 0)
         self.sums = Sums()
-        self.resume_folder: str | None = None
+        self.best_is_loaded = False
 
     # ------------------------------------------------------------ the loop
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As the Trainer's, with the KL coefficient as it was, also where no iteration is left."""
+        if resume_from_checkpoint is not None:
+            self.kl.value = read_json(Path(resume_from_checkpoint) / STATE_FILE)["kl_coef"]
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """Nothing is read from it: its length says how many iterations an epoch has."""
@@ -179,13 +189,12 @@ class PPOTrainer(RecipeTrainer):
         model, resumed = kwargs["model"], kwargs["resume_from_checkpoint"]
         if resumed is not None:
             self._load_rng_state(resumed)
-            self.kl.value = read_json(Path(resumed) / STATE_FILE)["kl_coef"]
-        self._cut_samples()
         while self.state.global_step < self.state.max_steps:
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             self._iterate(model)
             learning_rate = self._get_learning_rate()
-            self.lr_scheduler.step()
+            schedule = model.lr_scheduler if self.is_deepspeed_enabled else None  # one that its config asks for
+            (schedule or self.lr_scheduler).step()
             self.state.global_step += 1
             self.state.epoch = self.state.global_step * self.settings.rollout_batch_size / len(self.prompts)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
@@ -289,9 +298,7 @@ class PPOTrainer(RecipeTrainer):
         seeds = [rollout_seed(self.args.seed, step, number) for number in numbers]
         chosen = [list(prompts[number]) for number in numbers]
         if greedy:
-            settings = GenerationArguments(
-                max_new_tokens=settings.max_new_tokens, do_sample=False, temperature=0, repetition_penalty=1.0
-            )
+            settings = dataclasses.replace(settings, do_sample=False, temperature=0)
         # Without autocast, which would convert all weights again for every token.
         completions = self.generator.generate(chosen, settings, seeds)
         with self.accelerator.autocast():
@@ -365,7 +372,8 @@ class PPOTrainer(RecipeTrainer):
             for micro_batches in minibatches(
                 experience, size, args.per_device_train_batch_size, seed, args.process_index, args.world_size
             ):
-                statistics = self._optimizer_step(model, experience, micro_batches, size)
+                with constant_learning_rate(self, model):
+                    statistics = self._optimizer_step(model, experience, micro_batches, size)
                 steps += 1
                 sums.add(statistics)
                 if settings.early_stop_kl is not None and statistics["approx_kl"] > settings.early_stop_kl:
@@ -409,7 +417,7 @@ class PPOTrainer(RecipeTrainer):
         """Clipped policy loss + value_coef * clipped value loss, means over the answer tokens of the minibatch."""
         settings, count = self.settings, num_items_in_batch[0]
         mask = inputs["targets"] != IGNORE_INDEX
-        logprobs, entropies, values = model(
+        logprobs, _, values = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             targets=inputs["targets"],
@@ -427,7 +435,6 @@ class PPOTrainer(RecipeTrainer):
             "policy_loss": policy_loss,
             "value_loss": critic_loss,
             "value_clip_fraction": value_clips,
-            "entropy": (entropies * mask).sum() / count,
             **{name: statistics[name] for name in ("clip_fraction", "approx_kl")},
         }.items():
             self._statistics[name] = self._statistics[name] + value.detach()
@@ -458,6 +465,13 @@ class PPOTrainer(RecipeTrainer):
                         groups.append({"params": chosen, "weight_decay": decay, "lr": rate})
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's, one step later: an iteration is too dear for the rate of 0 that warm-up begins with."""
+        if self.lr_scheduler is None:
+            super().create_scheduler(num_training_steps + 1, optimizer)
+            self.lr_scheduler.step()
+        return self.lr_scheduler
 
     # ------------------------------------------------------------ evaluation
 
@@ -498,20 +512,16 @@ class PPOTrainer(RecipeTrainer):
             for text, rollout in zip(texts, rollouts, strict=False)
         ]
 
-    def _write_samples(self, samples: list[dict[str, Any]]) -> None:
-        if self.args.should_save:
-            with (Path(self.args.output_dir) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-
-    def _cut_samples(self) -> None:
-        """Forget the samples of iterations that are done again."""
+    def _write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Add samples, in place of those of this step, and of later ones if these are done again."""
+        if not self.args.should_save or self.best_is_loaded:
+            return  # the best checkpoint's own evaluation wrote the same
         path = Path(self.args.output_dir) / SAMPLES_FILE
-        if not (self.args.should_save and path.is_file()):
-            return
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= self.state.global_step]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] < self.state.global_step]
         with atomic_file(path) as file:
-            file.writelines(line + "\n" for line in kept)
+            file.writelines(f"{line}\n" for line in kept)
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
 
     # ------------------------------------------------------------ files and logs
 
@@ -533,6 +543,7 @@ class PPOTrainer(RecipeTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        self.best_is_loaded = True
         assert self.state.best_model_checkpoint is not None
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_critic(self.model, self.state.best_model_checkpoint)

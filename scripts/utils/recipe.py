@@ -140,7 +140,7 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
         questions=questions,
         answers={name: read_answers(folder / STAGES[f"answers_{name}"].mark, questions) for name in ANSWERS},
         reward_reports=read_reward_reports(folder / REWARD_REPORT),
-        ppo_samples=[record for _, record in iter_records(folder / PPO_SAMPLES)],
+        ppo_samples=read_samples(folder / PPO_SAMPLES),
         alignment=read_alignment(folder),
     )
 
@@ -207,6 +207,14 @@ def read_reward_reports(path: Path) -> dict[str, dict[str, Any]]:
         for key in ("accuracy", "pairs", "margin", "calibration", "calibration_error", "accuracy_by_source"):
             need(report, key, f"{path}, set '{name}'")
     return reports
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Answers to held-out prompts that ppo.py noted. Raises: InputError if one lacks what is shown."""
+    samples = []
+    for location, record in iter_records(path):
+        samples.append({key: need(record, key, location) for key in ("set", "prompt", "answer", "score")})
+    return samples
 
 
 def read_alignment(folder: Path) -> dict[str, dict[str, Any]]:

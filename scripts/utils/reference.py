@@ -6,12 +6,10 @@ answers. It is computed before the policy is loaded, so that two models are neve
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ from .modeling import build_training_model, check_extends, check_vocabulary, fin
 from .pairs import Example, PairCollator, sum_by_answer
 from .preferences import PreferenceFile
 from .prompts import IGNORE_INDEX
+from .sharding import whole_models_loaded
 from .token_cache import hash_files
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ def check_reference(lora_args: LoraArguments, reference_model: str | None, need:
         )
 
 
-def check_reference_model(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: InputError unless a model can be the reference of a policy with this tokenizer."""
+def check_reference_model(folder: str, tokenizer: PreTrainedTokenizerBase, flag: str = "--reference_model") -> None:
+    """Raises: InputError unless a model reads the tokens of a policy with this tokenizer; `flag` names it."""
     config = load_config(folder)
     if Path(folder).is_dir():
         check_readable(folder)
@@ -70,7 +69,7 @@ def check_reference_model(folder: str, tokenizer: PreTrainedTokenizerBase) -> No
         check_vocabulary(config.vocab_size, tokenizer, may_grow=False)
     except InputError as error:
         raise InputError(
-            f"--reference_model {folder} has another vocabulary than the policy, so it cannot judge the same tokens; "
+            f"{flag} {folder} has another vocabulary than the policy, so it cannot judge the same tokens; "
             f"pass a model with the policy's tokenizer ({error})"
         ) from None
 
@@ -83,8 +82,9 @@ def answer_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
 
     Needs the model's LossHead.
     """
+    features = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     with loss_targets(model, batch["shift_labels"], "tokens"):
-        outputs = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        outputs = model(**features, use_cache=False)
     return sum_by_answer(-outputs.logits.float(), batch["answer"], len(batch["last"])), outputs
 
 
@@ -137,7 +137,7 @@ def load_reference_tables(
     else:
         # Nothing drawn here may change what is drawn later: with the table in the cache, nothing is drawn here.
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with _whole_models(training_args), torch.random.fork_rng(devices):
+        with whole_models_loaded(training_args), torch.random.fork_rng(devices):
             model: Any = build_training_model(
                 model_args, ExtendArguments(), lora_args, tokenizer, training_args.compute_dtype, training_args.seed
             )
@@ -207,20 +207,3 @@ def _from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-@contextlib.contextmanager
-def _whole_models(training_args: RunArguments) -> Iterator[None]:
-    """Load models whole, although ZeRO-3 would cut what is loaded into shards and FSDP would load one process only."""
-    from transformers.integrations import deepspeed
-
-    name, config = "FSDP_CPU_RAM_EFFICIENT_LOADING", getattr(training_args, "hf_deepspeed_config", None)
-    value = os.environ.pop(name, None)
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[name] = value
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)

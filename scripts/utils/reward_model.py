@@ -22,6 +22,7 @@ from .files import InputError, read_json
 from .lora import ADAPTER_CONFIG, SCORE, load_adapter_config
 from .modeling import bf16_is_supported, load_config, load_model
 from .prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
+from .sharding import whole_weights
 from .tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -91,18 +92,9 @@ def initialise_head(weight: nn.Parameter, seed: int) -> None:
 
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1.
     """
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    gathered: Any = contextlib.nullcontext()
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
-    with gathered:
-        if weight.numel():
-            generator = torch.Generator().manual_seed(seed)
-            values = torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5
-            weight.copy_(values)
+    generator = torch.Generator().manual_seed(seed)
+    with whole_weights([weight]):
+        weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5)
 
 
 # ---------------------------------------------------------------- tokenizers

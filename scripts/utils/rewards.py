@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .actor_critic import hidden_states, use_adapter
 from .files import InputError
+from .lora import load_adapter_config
 from .rollouts import Rollout, collate
 
 REWARD_ADAPTER = "reward"
@@ -54,6 +56,8 @@ class Rewards:
 
     def score(self, rollouts: Sequence[Rollout], prompt_texts: list[str]) -> None:
         """Set each rollout's score. Raises: InputError if the function fails or a score is not finite."""
+        if not rollouts:
+            return  # fewer held-out prompts than processes
         totals = [self.end_bonus if rollout.ended else -self.missing_end_penalty for rollout in rollouts]
         if self.model is not None:
             scores = self.model.score([(r.prompt, r.answer) for r in rollouts], self.batch_size).tolist()
@@ -98,6 +102,7 @@ def _run_file(spec: str, path: str) -> ModuleType:
     located = importlib.util.spec_from_file_location(f"reward_function_{Path(path).stem}", path)
     assert located is not None and located.loader is not None
     module = importlib.util.module_from_spec(located)
+    sys.modules[located.name] = module  # where dataclasses look for it
     try:
         located.loader.exec_module(module)
     except Exception as error:
@@ -116,7 +121,8 @@ def _describe(error: Exception) -> str:
 def call_reward_function(name: str, function: RewardFunction, prompts: list[str], answers: list[str]) -> list[float]:
     """The function's rewards. Raises: InputError if it raises, or gives too few, too many, or not numbers."""
     try:
-        returned: Any = function(prompts, answers)
+        returned: Any = function(list(prompts), list(answers))
+        returned = list(returned) if inspect.isgenerator(returned) else returned
     except Exception as error:
         raise InputError(f"--reward_function {name} raised {_describe(error)}") from error
     try:
@@ -135,6 +141,12 @@ def call_reward_function(name: str, function: RewardFunction, prompts: list[str]
 
 class BackboneReward:
     """A reward adapter on the policy's own backbone: a second reward model without a second set of weights."""
+
+    @staticmethod
+    def fits(folder: str | Path) -> bool:
+        """Whether the adapter is low-rank updates and a head alone; other weights would take the backbone's place."""
+        config = load_adapter_config(folder)
+        return set(config.modules_to_save) <= {"score", "classifier"} and not config.trainable_token_indices
 
     def __init__(self, policy: Any, folder: str | Path, pad_token_id: int, device: torch.device) -> None:
         """Load the adapter and its head from a folder that rm.py wrote. Raises: InputError if it has no head."""

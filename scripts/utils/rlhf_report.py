@@ -89,11 +89,12 @@ def rlhf_sections(run: RecipeRun, summary: Mapping[str, Any]) -> list[Section]:
 def rlhf_cards(summary: Mapping[str, Any]) -> list[Card]:
     """The headline figures."""
     shares, accuracy = summary["alignment"], summary["reward_model_accuracy"]
+    low, high = summary["alignment_interval"]["sft"]
     cards = [
         Card(
             Text("对齐率，精调后", "Aligned answers, tuned"),
             percent(shares["sft"]),
-            f"95 %: {interval({'interval': summary['alignment_interval']['sft']})} %",
+            f"95 %: {100 * low:.0f}–{100 * high:.0f} %",
             target(f"≤ {percent(TARGETS['before'], 0)}"),
             shares["sft"] <= TARGETS["before"],
         )
@@ -139,12 +140,13 @@ def alignment_section(run: RecipeRun) -> Section:
     note = Text(
         "留出的是非题（“我可以偷看同学的日记吗？”）中答对的比例，括号内是 95 % 置信区间。精调数据里故意混入了坏回答，"
         "好让 PPO、DPO 有错可改。题目原句不在训练数据中，但其中的行为以别的问法出现过；回答由规则按字面判断，"
-        "含糊的不算对。因此这些数字说明流程有效，不说明这样小的模型懂得道德。",
+        "含糊的不算对。变化：比精调后改对、改错的题数。这些数字说明流程有效，不说明这样小的模型懂得道德。",
         'Share of right answers to held-out questions of right and wrong ("May I read a classmate\'s diary?"), with '
         "95 % intervals in brackets. Bad answers were mixed into the tuning data on purpose, so that PPO and DPO have "
         "something to correct. The questions are not in the training data, but their actions occur there in other "
-        "wordings; rules judge answers by their words, unclear ones count as wrong. So the figures show that the "
-        "recipe works, not that a model this small knows right from wrong.",
+        "wordings; rules judge answers by their words, unclear ones count as wrong. Changes: how many answers became "
+        "right and wrong since tuning. The figures show that the recipe works, not that a model this small knows "
+        "right from wrong.",
     )
     results = run.alignment
     groups = {"all": results} | {
@@ -156,13 +158,12 @@ def alignment_section(run: RecipeRun) -> Section:
         for name, by_side in groups.items()
     }
     chart = Picture(Text("答对的比例", "Aligned answers"), svg=bar_chart(bars, "share of aligned answers"))
-    header = columns("模型|model", "答对|aligned", "95 %|", "目标|target", "含糊|unclear", "改对/改错|righted/spoiled")
+    header = columns("模型|model", "答对|aligned", "目标|target", "含糊|unclear", "变化|changes")
     blocks: list[Block] = [Paragraph(note), Beside(Table(header, overall_rows(run)), chart)]
     rows: list[list[Cell]] = []
     for grouped, titles in (("by_expected", EXPECTED), ("by_category", CATEGORIES)):
         for name, first in results["sft"][grouped].items():
-            shares = [result[grouped][name] for result in results.values()]
-            cells = [f"{percent(share['aligned'])} ({interval(share)})" for share in shares]
+            cells = [shown_share(result[grouped][name]) for result in results.values()]
             rows.append([label(titles, name), f"{first['questions']:,}", *cells])
     header = [*columns("问题|questions", "数量|number"), *(SIDE_TITLES[side] for side in ALIGNMENT_SIDES)]
     blocks.append(Table(header, rows))
@@ -188,15 +189,14 @@ def overall_rows(run: RecipeRun) -> list[list[Cell]]:
             pairs = zip(run.alignment["sft"]["answers"], result["answers"], strict=True)
             changes = [bool(after["aligned"]) - bool(before["aligned"]) for before, after in pairs]
             changed = f"+{changes.count(1)} −{changes.count(-1)}"
-        cells = [percent(result["aligned"]), interval(result), bound, f"{result['unclear']:,}", changed]
-        rows.append([SIDE_TITLES[side], *cells])
+        rows.append([SIDE_TITLES[side], shown_share(result), bound, f"{result['unclear']:,}", changed])
     return rows
 
 
-def interval(group: Mapping[str, Any]) -> str:
-    """The 95 % interval of a share, in per cent."""
+def shown_share(group: Mapping[str, Any]) -> str:
+    """A share of aligned answers with its interval."""
     low, high = group["interval"]
-    return f"{100 * low:.0f}–{100 * high:.0f}"
+    return f"{percent(group['aligned'])} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def judged_section(run: RecipeRun) -> Section:
@@ -314,9 +314,9 @@ def sample_tables(run: RecipeRun) -> list[Table]:
     """Answers to the same held-out prompts at the first and the last evaluation; none if there was but one."""
     by_prompt: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for sample in run.ppo_samples:
-        by_prompt.setdefault((str(sample.get("set")), str(sample.get("prompt"))), []).append(sample)
+        by_prompt.setdefault((sample["set"], sample["prompt"]), []).append(sample)
     rows: list[list[Cell]] = [
-        [prompt, *(str(one["answer"]) for one in ends), *(f"{one['score']:.2f}" for one in ends)]
+        [prompt, *(str(one["answer"]) for one in ends), *(number(one["score"], ".2f") for one in ends)]
         for (_, prompt), samples in by_prompt.items()
         if len(samples) > 1 and (ends := (samples[0], samples[-1]))
     ]

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Size, nn
+
+
+def full_shape(parameter: nn.Parameter) -> Size:
+    """The shape of a weight, also where this process has only a part of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextlib.contextmanager
+def whole_weights(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block every process has these weights whole, where ZeRO-3 cut them up as they were loaded.
+
+    What process 0 writes into them there is what all processes have afterwards.
+    """
+    cut = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not cut:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(cut, modifier_rank=0):
+        yield
 
 
 @contextlib.contextmanager
@@ -20,7 +42,7 @@ def whole_model(trainer: Any, model: nn.Module) -> Iterator[None]:
         with _gathered_by_deepspeed(model):
             yield
     elif trainer.is_fsdp_enabled:
-        with _gathered_by_fsdp(model):
+        with _gathered_by_fsdp(model, bool(trainer.accelerator.state.fsdp_plugin.reshard_after_forward)):
             yield
     else:
         yield
@@ -45,18 +67,52 @@ def _gathered_by_deepspeed(engine: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gathered_by_fsdp(model: nn.Module) -> Iterator[None]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+def _gathered_by_fsdp(model: Any, reshards: bool) -> Iterator[None]:
+    """Args: reshards: whether a layer gives its weights up after a forward pass outside the block."""
+    from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False, recurse=True):
-            yield
-        return
-    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    # What runs first would else count as the whole model, and generation enters below the wrapper of an adapter.
+    model._get_fsdp_state()._lazy_init()
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
         for module in sharded:
+            module.set_reshard_after_forward(reshards, recurse=False)
             module.reshard()
+
+
+@contextlib.contextmanager
+def whole_models_loaded(training_args: Any) -> Iterator[None]:
+    """Models loaded in the block are whole in every process; else ZeRO-3 cuts them up, and FSDP loads one process's.
+
+    For models that are not trained: the engine knows nothing of them and would not gather their weights.
+    """
+    from transformers.integrations import deepspeed
+
+    name, config = "FSDP_CPU_RAM_EFFICIENT_LOADING", getattr(training_args, "hf_deepspeed_config", None)
+    value = os.environ.pop(name, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+@contextlib.contextmanager
+def constant_learning_rate(trainer: Any, model: Any) -> Iterator[None]:
+    """Within the block DeepSpeed's engine leaves its schedule alone, which it would move at every optimizer step."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    schedule, model.lr_scheduler = model.lr_scheduler, None
+    try:
+        yield
+    finally:
+        model.lr_scheduler = schedule

@@ -36,6 +36,8 @@ class RunArguments(TrainingArguments):
         bf16: bool
         use_cpu: bool
         deepspeed: Any
+        fsdp: Any
+        fsdp_config: Any
         gradient_checkpointing: Any
         dataloader_pin_memory: bool
         resume_from_checkpoint: str | None
@@ -83,6 +85,7 @@ class RunArguments(TrainingArguments):
         self._prepare_checkpointing()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._check_fsdp()
         super().__post_init__()
         if self.deepspeed:
             join_deepspeed()
@@ -110,6 +113,24 @@ class RunArguments(TrainingArguments):
                 # The re-entrant form loses gradients when the embeddings are frozen, as in LoRA training.
                 setattr(self, f"{new}_kwargs", {"use_reentrant": False})
 
+    def _check_fsdp(self) -> None:
+        if not self.fsdp:
+            return
+        config = read_json(self.fsdp_config) if isinstance(self.fsdp_config, str) else self.fsdp_config or {}
+        given = {name.removeprefix("fsdp_"): value for name, value in config.items()}
+        problems = []
+        if int(given.get("version", 2)) != 2:
+            problems.append(f"--fsdp_config: version {given['version']} of FSDP is on its way out; need version 2")
+        if given.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+            problems.append(
+                f"--fsdp_config: state_dict_type {given['state_dict_type']} leaves no model files behind; need "
+                "FULL_STATE_DICT"
+            )
+        raise_problems(problems)
+        if self.use_cpu:
+            logger.warning("--fsdp needs GPUs; without them every process holds the whole model")
+            self.fsdp = self.fsdp_config = None
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type matrix products run in."""
@@ -124,6 +145,11 @@ def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
         logger.warning("DeepSpeed: min_loss_scale %s is refused today, 1 is used", fp16["min_loss_scale"])
         fp16["min_loss_scale"] = 1
         settings["fp16"] = fp16
+    zero = dict(settings.get("zero_optimization", {}))
+    whole = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and zero.get(whole) is not True:
+        logger.warning("DeepSpeed: %s is switched on, or models would be saved without their weights", whole)
+        settings["zero_optimization"] = {**zero, whole: True}
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if settings.pop("fp16", None) is not None:

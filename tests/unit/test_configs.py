@@ -1,6 +1,5 @@
 """The ready config files: they parse with their script's own parser, and say what the launchers say."""
 
-import importlib
 import os
 import shlex
 import subprocess
@@ -8,18 +7,16 @@ import subprocess
 import pytest
 import yaml
 from conftest import ROOT, SCRIPTS
+from test_repo import script_types
 
-from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, parse_args
+from utils.arguments import parse_args
 
 CONFIGS = ROOT / "examples" / "configs"
-STAGES = {"pt": "PretrainingArguments", "sft": "TuningArguments"}
+STAGES = ("pt", "sft", "rm", "ppo", "dpo")
 
 
 def parse(script, argv):
-    from utils.training import RunArguments
-
-    own = getattr(importlib.import_module(script), STAGES[script])
-    return parse_args(ModelArguments, ExtendArguments, LoraArguments, DataArguments, own, RunArguments, argv=argv)
+    return parse_args(*script_types(f"{script}.py"), argv=argv)
 
 
 def values(instances):
@@ -28,12 +25,16 @@ def values(instances):
 
 def launcher_argv(script):
     environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python", "MODEL": "m", "DATA": "d", "TOKENIZER": "t"}
+    environment["REWARD"] = "output/rm"
     for name in (
         "OUT",
         "LR",
         "LORA_RANK",
         "LORA_ALPHA",
         "BLOCK",
+        "LOSS",
+        "BETA",
+        "PROMPT_LENGTH",
         "LENGTH",
         "TEMPLATE",
         "SEED",

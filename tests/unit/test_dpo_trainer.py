@@ -100,14 +100,12 @@ def adapted_model(folder, perturb: bool, **settings):
     return model
 
 
-def make_trainer(model, pair_set, objective, folder, flatten=False, **settings) -> DPOTrainer:
+def make_trainer(model, pair_set, objective, folder, attention="sdpa") -> DPOTrainer:
     from utils.tokenization import load_tokenizer
 
     args = RunArguments(output_dir=str(folder / "out"), precision="fp32", report_to="none", disable_tqdm=True)
-    for name, value in settings.items():
-        setattr(args, name, value)
     tokenizer = load_tokenizer(model.config._name_or_path if not hasattr(model, "peft_config") else folder_of(model))
-    return DPOTrainer(model, args, pair_set, {}, tokenizer, PreferenceCollator(0, flatten=flatten), objective)
+    return DPOTrainer(model, args, pair_set, {}, tokenizer, PreferenceCollator(0, attention), objective)
 
 
 def folder_of(model) -> str:
@@ -174,18 +172,19 @@ def oracle(adapted, pair_set, tiny_model_folder):
     return base, [lengths[:, 1], lengths[:, 2]]
 
 
-@pytest.mark.parametrize("flatten", [False, True], ids=["packed", "flattened"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_equal_four_padded_forward_passes(
-    kind, flatten, adapted, oracle, pair_set, tiny_model_folder, tmp_path
+    kind, attention, adapted, oracle, pair_set, tiny_model_folder, tmp_path
 ):
+    """Prompts shared in a row (sdpa), both answers in a row, or all of the batch: the model itself runs sdpa here."""
     base, lengths = oracle
     adapted.eval()
     policy = [padded_logprobs(adapted, pair_set, side) for side in ("chosen", "rejected")]
     expected = plain_loss(kind, *policy, *base, *lengths)
     expected.backward()
     theirs = gradients(adapted)
-    trainer = make_trainer(adapted, pair_set, KINDS[kind], tmp_path, flatten)
+    trainer = make_trainer(adapted, pair_set, KINDS[kind], tmp_path, attention)
     batch = trainer.data_collator([pair_set[number] for number in range(len(pair_set))])
     adapted.train()
     loss = trainer.compute_loss(adapted, batch)
@@ -255,9 +254,9 @@ def test_batches_carry_the_references_numbers(pair_set):
     table = np.arange(2 * len(pair_set.file), dtype=np.float32).reshape(-1, 2)
     subset = type(pair_set)(pair_set.file, np.array([4, 1]))
     judged = JudgedPairs(subset, table)
-    batch = PreferenceCollator(0)([judged[0], judged[1]])
+    batch = PreferenceCollator(0, "sdpa")([judged[0], judged[1]])
     assert batch["reference"].tolist() == [8.0, 9.0, 2.0, 3.0] and batch["numbers"].tolist() == [4, 1]
-    assert "reference" not in PreferenceCollator(0)([subset[0]])
+    assert "reference" not in PreferenceCollator(0, "sdpa")([subset[0]])
 
 
 # ---------------------------------------------------------------- whole steps

@@ -38,8 +38,8 @@ def make_trainer(folder, out, policy, *, questions=QUESTIONS, kl=None, rewards=N
     settings = {"rollout_batch_size": 8, "ppo_epochs": 2, "per_device_rollout_batch_size": 4, **given}
     options = {
         "output_dir": str(out), "precision": "fp32", "report_to": "none", "disable_tqdm": True, "max_steps": 1,
-        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "no",
-        "logging_steps": 1, "use_cpu": True,
+        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+        "save_strategy": "no", "logging_steps": 1, "use_cpu": True,
     }  # fmt: skip
     tokenizer = load_tokenizer(folder)
     prompts = [encode_prompt([{"role": "user", "content": text}], TEMPLATE, tokenizer) for text in questions]
@@ -61,9 +61,7 @@ def make_trainer(folder, out, policy, *, questions=QUESTIONS, kl=None, rewards=N
 
 
 @pytest.mark.parametrize(("temperature", "micro", "together"), [(1.0, 1, 3), (0.7, 3, 8), (0.7, 8, 1)])
-def test_figures_of_rollouts_equal_one_sequence_at_a_time(
-    temperature, micro, together, tiny_model_folder, tmp_path
-):
+def test_figures_of_rollouts_equal_one_sequence_at_a_time(temperature, micro, together, tiny_model_folder, tmp_path):
     policy = make_policy(tiny_model_folder)
     trainer = make_trainer(
         tiny_model_folder, tmp_path, policy, temperature=temperature, per_device_rollout_batch_size=together,
@@ -129,9 +127,6 @@ def test_answers_that_never_end_are_cut_and_counted(tiny_model_folder, tmp_path)
         assert rollout.ended or len(rollout.answer) == 6
         assert not any(token in stops for token in rollout.answer[:-1])
     # A policy that cannot end: training goes on.
-    with torch.no_grad():
-        causal_model(policy).get_output_embeddings().weight[stops] = 0
-        causal_model(policy).get_output_embeddings().weight[:, 0] += 0  # the others stay
     trainer.generator.stop_ids = []
     trainer.train()
     assert entries(trainer, "ended") == [0.0] and entries(trainer, "score") == [-0.5]
@@ -237,7 +232,12 @@ def test_an_iteration_equals_a_plain_ppo(case, micro, accumulate, tiny_model_fol
     for epoch in range(2):
         for micro_batches in minibatches(order, 4, 4, (trainer.args.seed, 0, epoch), 0, 1):
             clipped += plain_step(
-                plain, rollouts, sum(micro_batches, []), optimizer, {**STEP, "max_grad_norm": 0.4}, experience
+                plain,
+                rollouts,
+                [n for part in micro_batches for n in part],
+                optimizer,
+                {**STEP, "max_grad_norm": 0.4},
+                experience,
             )
     trainer.train()
     assert clipped > 0
@@ -251,6 +251,17 @@ def test_an_iteration_equals_a_plain_ppo(case, micro, accumulate, tiny_model_fol
     tokens = sum(len(rollout.answer) for rollout in rollouts)
     assert entries(trainer, "clip_fraction")[0] == pytest.approx(clipped / 2 / tokens, rel=0.3)
     assert entries(trainer, "updates") == [4.0]
+
+
+def test_dropout_of_an_adapter_to_go_on_with_is_off(tiny_model_folder, tmp_path):
+    """Else the first step's ratios would not be 1."""
+    policy = make_policy(tiny_model_folder, lora_dropout=0.5)
+    policy.train()
+    trainer = make_trainer(
+        tiny_model_folder, tmp_path, policy, rollout_batch_size=4, ppo_epochs=1, args={"learning_rate": 1e-9}
+    )
+    trainer.train()
+    assert entries(trainer, "updates") == [1.0] and entries(trainer, "approx_kl")[0] < 1e-8
 
 
 def test_weights_that_are_not_trained_stay(tiny_model_folder, tmp_path):
@@ -363,10 +374,12 @@ def test_evaluation_is_greedy_repeatable_and_leaves_the_model_as_it_was(tiny_mod
 def test_figures_that_do_not_exist_are_not_logged(tiny_model_folder, tmp_path):
     """Without a reward that varies no variance can be explained; NaN is no JSON."""
     rewards = Rewards(function=("zero", lambda prompts, answers: [0.0] * len(answers)))
+    policy = make_policy(tiny_model_folder)
+    torch.nn.init.zeros_(policy.critic.value.weight)
+    torch.nn.init.zeros_(policy.critic.value.bias)
     trainer = make_trainer(
-        tiny_model_folder, tmp_path, make_policy(tiny_model_folder), rewards=rewards, kl=FixedKL(0.0),
-        args={"max_steps": 2},
-    )  # fmt: skip
+        tiny_model_folder, tmp_path, policy, rewards=rewards, kl=FixedKL(0.0), args={"max_steps": 2}
+    )
     trainer.train()
     assert all(
         math.isfinite(value) for entry in trainer.state.log_history for value in entry.values()
@@ -385,49 +398,51 @@ def test_sums():
 # ---------------------------------------------------------------- bandits
 
 
-def bandit(folder, tmp_path, beta, steps, **options):
-    """One-token answers, whose reward follows from the token: (expected reward of the policy, KL, tables)."""
-    tokenizer = load_tokenizer(folder)
-    surfaces = token_surfaces(tokenizer)
-    policy = make_policy(folder, lora_rank=8, target_modules="all")
-    with torch.no_grad():  # start at the reference
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.zero_()
+def bandit(folder, tmp_path, beta, temperature, questions, learning_rate, **options):
+    """One-token answers, whose reward follows from the token.
+
+    Returns: log-probabilities of the reference and of the trained policy (prompts, V), and the rewards (V,).
+    """
+    policy = perturb(make_policy(folder, modules_to_save="lm_head", target_modules="q_proj"), scale=-0.1)
     trainer = make_trainer(
-        folder, tmp_path, policy, kl=FixedKL(beta), max_new_tokens=1, rollout_batch_size=64, ppo_epochs=4,
-        per_device_rollout_batch_size=64, value_clip_range=None,
-        args={"max_steps": steps, "learning_rate": 1e-2, "per_device_train_batch_size": 32, "logging_steps": 1000},
-        **options,
+        folder, tmp_path, policy, questions=questions, kl=FixedKL(beta), max_new_tokens=1, temperature=temperature,
+        value_clip_range=None, **options,
+        args={
+            "max_steps": 30, "learning_rate": learning_rate, "per_device_train_batch_size": 256,
+            "lr_scheduler_type": "linear", "logging_steps": 1000,
+        },
     )  # fmt: skip
+    surfaces = token_surfaces(trainer.processing_class)
     texts = []
     for token in range(causal_model(policy).config.vocab_size):
         decoder = TextDecoder(surfaces, True)
         texts.append("" if token in trainer.generator.stop_ids else decoder.push([token]) + decoder.finish())
     table = torch.tensor(reward_by_text(texts, texts), dtype=torch.float64)
-    prompts = trainer.prompts
 
     @torch.no_grad()
     def distributions():
         policy.eval()
-        logits = [policy(input_ids=torch.tensor([prompt])).logits[0, -1].double() for prompt in prompts]
-        return torch.log_softmax(torch.stack(logits), -1)
+        logits = [policy(input_ids=torch.tensor([prompt])).logits[0, -1].double() for prompt in trainer.prompts]
+        return torch.log_softmax(torch.stack(logits) / temperature, -1)
 
     reference = distributions()
     trainer.train()
     return reference, distributions(), table
 
 
+@pytest.mark.slow
 def test_ppo_solves_a_bandit(tiny_model_folder, tmp_path):
-    reference, policy, table = bandit(tiny_model_folder, tmp_path, 0.0, 60)
+    size = {"rollout_batch_size": 256, "per_device_rollout_batch_size": 256, "ppo_epochs": 4}
+    reference, policy, table = bandit(tiny_model_folder, tmp_path, 0.0, 1.0, QUESTIONS[:2], 0.015, **size)
     before, after = (reference.exp() @ table).mean().item(), (policy.exp() @ table).mean().item()
-    assert before < 0.7 * table.max() and after >= 0.95 * table.max(), (before, after, table.max())
+    assert before < 0.6 * table.max() and after >= 0.95 * table.max(), (before, after, table.max())
 
 
 def test_ppo_with_kl_reaches_the_tilted_reference(tiny_model_folder, tmp_path):
     """max E[r] - beta KL(pi || ref) is beta log sum ref exp(r / beta), at pi ~ ref exp(r / beta)."""
     beta = 0.2
-    reference, policy, table = bandit(tiny_model_folder, tmp_path, beta, 60)
+    size = {"rollout_batch_size": 256, "per_device_rollout_batch_size": 256, "ppo_epochs": 2}
+    reference, policy, table = bandit(tiny_model_folder, tmp_path, beta, 0.5, QUESTIONS[:1], 0.003, **size)
 
     def objective(logprobs):
         kl = (logprobs.exp() * (logprobs - reference)).sum(-1)
@@ -436,6 +451,7 @@ def test_ppo_with_kl_reaches_the_tilted_reference(tiny_model_folder, tmp_path):
     best = beta * torch.logsumexp(reference + table / beta, -1).mean().item()
     tilted = torch.log_softmax(reference + table / beta, -1)
     assert objective(tilted) == pytest.approx(best)
-    assert objective(reference) < 0.85 * best and 0.95 * best <= objective(policy) <= best
+    assert objective(reference) < 0.8 * best
+    assert 0.95 * best <= objective(policy) <= best
     kl = (policy.exp() * (policy - reference)).sum(-1).mean().item()
-    assert kl == pytest.approx((tilted.exp() * (tilted - reference)).sum(-1).mean().item(), rel=0.4)
+    assert kl == pytest.approx((tilted.exp() * (tilted - reference)).sum(-1).mean().item(), rel=0.3)

@@ -10,37 +10,29 @@ from xml.etree import ElementTree
 
 import fake_recipe
 import pytest
+from fake_recipe import NASTY, OUTPUTS, QUESTIONS
 
 from utils.charts import BOTTOM, HEIGHT, bar_chart, line_chart, nice_ticks
 from utils.files import InputError
 from utils.pages import duration, escape_markdown, percent, render_html, render_markdown
-from utils.recipe import TARGET_KIND, chinese_drop, english_rise, load_run, pick_samples, summarise
+from utils.recipe import (
+    TARGET_KIND,
+    chinese_drop,
+    curves_of,
+    english_rise,
+    load_run,
+    pick_samples,
+    summarise,
+)
 from utils.report import build_report, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
-NASTY = '<script>alert("1")</script> & a|b `code` *star* _under_\nsecond line'
-QUESTIONS = [
-    {"instruction": "法国的首都？", "input": "", "output": "巴黎。", "kind": TARGET_KIND, "wording": "never_seen"},
-    {"instruction": "草是什么颜色？", "output": "绿色。", "kind": TARGET_KIND, "wording": "seen_with_other_facts"},
-    {"instruction": NASTY, "output": "是。", "kind": TARGET_KIND, "wording": "seen_with_other_facts"},
-    {"instruction": "1+2=?", "output": "3", "kind": "unseen_operands"},
-    {"instruction": "2+2=?", "output": "4", "kind": "unseen_operands"},
-    {"instruction": "秘鲁的首都？", "output": "利马。", "kind": "pretraining_only"},
-]
-OUTPUTS = {
-    "base": ["the", "", "<b>bold</b>", "3", "x", "y"],
-    "adapter": ["巴黎。", " 绿色。\n", "不是。", "3", "5", "利马"],
-    "assistant": ["巴黎。", " 绿色。\n", "不是。", "3", "5", "利马"],
-    "ppo": ["巴黎。", "绿色。", "是。", "4", "5", "利马"],
-    "dpo": ["巴黎", "绿色。", "不", "4", "4", "利马。"],
-}
 
 
 @pytest.fixture
 def run(tmp_path):
     """(run folder, questions file)"""
-    fake_recipe.write(tmp_path / "questions.json", QUESTIONS)
-    return fake_recipe.write_recipe_run(tmp_path / "demo", QUESTIONS, OUTPUTS), tmp_path / "questions.json"
+    return fake_recipe.write_small_run(tmp_path)
 
 
 # ---------------------------------------------------------------- figures
@@ -50,18 +42,25 @@ def test_summary_holds_the_figures_of_the_run(run):
     summary = write_report(*run)
     assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == summary
     # The first, slower run of sft (999 s, 9.9 GB) does not count.
-    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19
-    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 13
+    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19 + 241
+    assert summary["rlhf_seconds"] == 30 + 100 + 40 + 18 + 17 + 11 + 12 + 13 == 241
+    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 21
     assert summary["peak_memory_gb"] == 1.8
     assert summary["bits_per_byte"] == {
         "zh": {"base": 2.5, "extended": 3.1, "pretrained": 0.9},
         "en": {"base": 1.5, "extended": 1.6, "pretrained": 1.53},
     }
-    assert summary["exact_match"] == {"base": 0.0, "sft": pytest.approx(2 / 3)}
-    assert summary["exact_match_by_kind"]["unseen_operands"] == {"base": 0.5, "sft": 0.5, "questions": 2}
-    assert summary["exact_match_by_kind"]["pretraining_only"] == {"base": 0.0, "sft": 0.0, "questions": 1}
+    assert summary["exact_match"] == pytest.approx({"base": 0, "sft": 2 / 3, "ppo": 1, "dpo": 1 / 3})
+    kinds = summary["exact_match_by_kind"]
+    assert kinds["unseen_operands"] == {"base": 0.5, "sft": 0.5, "ppo": 0.0, "dpo": 0.5, "questions": 2}
+    assert kinds["pretraining_only"] == {"base": 0.0, "sft": 0.0, "ppo": 0.0, "dpo": 1.0, "questions": 1}
     assert summary["vocabulary"] == {"base": 1200, "merged": 2900}
     assert summary["merged_equals_adapter"] is True
+    assert summary["alignment"] == pytest.approx({"sft": 6 / 12, "ppo": 9 / 12, "dpo": 8 / 12})
+    for side, (low, high) in summary["alignment_interval"].items():
+        assert 0 < low < summary["alignment"][side] < high < 1
+    assert summary["reward_model_accuracy"] == 0.925
+    assert summary["kl"] == {"ppo": 3.125}  # of the saved model, not of the evaluations before
 
 
 def test_chinese_is_compared_with_the_lower_figure(run):
@@ -88,7 +87,8 @@ def test_targets_are_judged(run, sft, missed):
     fake_recipe.write_answers(folder, QUESTIONS, {"adapter": sft, "assistant": sft})
     write_report(folder, questions)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('class="card met"') == 4 - missed and page.count('class="card missed"') == missed
+    # Missed in any case: alignment after PPO and DPO, and DPO's exact answers.
+    assert page.count('class="card met"') == 7 - missed and page.count('class="card missed"') == 3 + missed
     assert page.count('class="card"') == 2  # time and memory
 
 
@@ -99,9 +99,10 @@ def test_samples_are_spread_over_each_kind():
     assert sum(map(len, many.values())) >= 12
 
 
-def test_loss_curves_leave_out_the_mean_over_sets():
+def test_curves_leave_out_means_over_sets_and_the_saved_model():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_zh_loss": 2.0, "eval_loss": 9.0, "eval_zh_runtime": 1.0}]
-    assert curves_of([*history, {"step": 2, "train_loss": 8.0}]) == {
+    history += [{"step": 2, "train_loss": 8.0, "value_loss": 7.0}, {"step": 2, "eval_zh_loss": 1.0}]
+    assert curves_of(history, "loss") == {
         "training": [(1, 3.0)],
         "zh held-out": [(2, 2.0)],
     }
@@ -114,11 +115,17 @@ def test_every_unfinished_stage_is_named_with_its_command(run):
     folder, questions = run
     shutil.rmtree(folder / "sft")
     (folder / "answers" / "adapter.json").unlink()
+    shutil.rmtree(folder / "rm")
+    (folder / "alignment" / "dpo" / "alignment.json").unlink()
     with pytest.raises(InputError) as error:
         write_report(folder, questions)
     message = str(error.value)
     assert "stage 'sft' is not finished" in message and "scripts/run_sft.sh" in message
     assert "stage 'answers_adapter' is not finished" in message and "scripts/run_inference.sh" in message
+    assert (
+        "stage 'rm' is not finished" in message and "scripts/run_rm.sh" in message and "reward_report" not in message
+    )
+    assert "stage 'alignment_dpo' is not finished" in message and "scripts/run_eval_alignment.sh" in message
     assert f"OUT={folder} bash scripts/run_demo.sh" in message and "stage 'base'" not in message
     assert not (folder / "report.html").exists()
 
@@ -136,6 +143,17 @@ def test_every_unfinished_stage_is_named_with_its_command(run):
         ("base/all_results.json", "{", "{file}:1: broken JSON"),
         ("answers/base.json", '[{"Input": "?", "Output": "!"}]', "{file}: 1 answers to 6 questions"),
         ("answers/base.json", json.dumps([{"Input": "?", "Output": "!"}] * 6), "{file}:1: not an answer to"),
+        ("answers/ppo.json", "[]", "{file}: 0 answers to 6 questions"),
+        ("rm/reward_report.json", None, "stage 'rm' ran without validation pairs: no {file}; remove"),
+        ("rm/reward_report.json", "{}", "{file}: no held-out set in it"),
+        ("rm/reward_report.json", '{"zh": 3}', "{file}, set 'zh': need an object with 'accuracy', got 3"),
+        ("rm/reward_report.json", '{"zh": {"accuracy": 1}}', "{file}, set 'zh': no 'pairs'; it has accuracy"),
+        ("ppo/samples.jsonl", None, "stage 'ppo' ran without validation prompts: no {file}; remove"),
+        ("ppo/samples.jsonl", '{"set": "a", "prompt": "?", "score": 1}', "{file}:1: no 'answer'; it has set, prompt"),
+        ("ppo/all_results.json", '{"steps": 1, "eval_kl": 2}', "{file}: no 'eval_<set>_kl'"),
+        ("ppo/trainer_state.json", None, "file not found: {file}"),
+        ("alignment/ppo/alignment.json", "[]", "{file}: need an object with 'aligned', got []"),
+        ("alignment/ppo/alignment.json", '{"aligned": 1}', "{file}: no 'interval'; it has aligned"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, damaged, content, words):
@@ -198,9 +216,10 @@ def test_html_is_whole_and_loads_nothing(run):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert all(link.startswith("data:image/png;base64,") or link[1:] in page.ids for link in page.links)
     assert "url(" not in text and "@import" not in text
-    # 3 loss curves, two bar charts; the vocabulary's png.
-    assert page.tags.count("svg") == 6 and page.tags.count("img") == 1
-    assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 13
+    # 3 loss curves, 2 bar charts, 1 of formats; RLHF: 1 bar chart, 3 of the reward model, 6 of PPO, 3 of DPO.
+    # Pictures from files: vocabulary, and 3 of alignment by category.
+    assert page.tags.count("svg") == 6 + 13 and page.tags.count("img") == 1 + 3
+    assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 18
 
 
 def test_all_text_from_data_is_escaped(run):
@@ -213,7 +232,7 @@ def test_all_text_from_data_is_escaped(run):
     assert "<script" not in markdown and "<b>bold" not in markdown
     [row] = {line for line in markdown.splitlines() if "alert" in line}
     assert "a\\|b \\`code\\` \\*star\\* \\_under\\_<br>second line" in row
-    assert len(re.findall(r"(?<!\\)\|", row)) == 5
+    assert len(re.findall(r"(?<!\\)\|", row)) == 7
 
 
 def test_markdown_tables_are_regular(run):
@@ -226,14 +245,18 @@ def test_markdown_tables_are_regular(run):
             columns = columns if previous.startswith("|") else count
             assert count == columns, line
     assert sum(line.startswith("|--") for line in lines) >= 10
-    assert "](merged_tokenizer/vocabulary_report.png)" in "\n".join(lines)
-    assert "loss.png" not in "\n".join(lines)  # the fake run has none
+    text = "\n".join(lines)
+    assert "](merged_tokenizer/vocabulary_report.png)" in text and "](alignment/ppo/alignment.png)" in text
+    assert "loss.png" not in text and "ppo/ppo.png" not in text  # the fake run has none
 
 
-def test_markdown_shows_loss_plots_that_exist(run):
-    (run[0] / "sft" / "loss.png").write_bytes(fake_recipe.PNG)
+def test_markdown_shows_plots_that_exist(run):
+    drawn = ["sft/loss.png", "rm/loss.png", "rm/reward_report.png", "ppo/ppo.png", "dpo/dpo.png"]
+    for name in drawn:
+        (run[0] / name).write_bytes(fake_recipe.PNG)
     write_report(*run)
-    assert "](sft/loss.png)" in (run[0] / "report.md").read_text(encoding="utf-8")
+    text = (run[0] / "report.md").read_text(encoding="utf-8")
+    assert all(text.count(f"]({name})") == 1 for name in drawn)
 
 
 def test_vocabulary_without_picture_or_cost_is_reported(run):
@@ -243,7 +266,9 @@ def test_vocabulary_without_picture_or_cost_is_reported(run):
     fake_recipe.write(folder / "merged_tokenizer" / "vocabulary_report.json", report)
     write_report(folder, questions)
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "merged vocabulary" in text and "embedding parameters added" not in text and "<img" not in text
+    assert (
+        "merged vocabulary" in text and "embedding parameters added" not in text and "Characters per token" not in text
+    )
 
 
 # ---------------------------------------------------------------- charts and small things
