@@ -105,10 +105,10 @@ def build(args, lengths, folder):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocabulary,
-        hidden_size=320,
-        intermediate_size=864,
+        hidden_size=256,
+        intermediate_size=688,
         num_hidden_layers=8,
-        num_attention_heads=5,
+        num_attention_heads=4,
     )
     base = LlamaForCausalLM(config)
     install_loss_head(base)
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--data", help="preference pairs, of which the lengths are taken")
     parser.add_argument("--tokenizer", help="tokenizer folder, with --data")
     parser.add_argument("--max_seq_length", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=24_000)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
     parser.add_argument("--steps", type=int, default=4, help="steps a measurement")
     parser.add_argument("--repeats", type=int, default=3)

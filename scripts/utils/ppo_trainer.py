@@ -468,10 +468,11 @@ class PPOTrainer(RecipeTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As the Trainer's, one step later: an iteration is too dear for the rate of 0 that warm-up begins with."""
-        if self.lr_scheduler is None:
-            super().create_scheduler(num_training_steps + 1, optimizer)
-            self.lr_scheduler.step()
-        return self.lr_scheduler
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        schedule: Any = super().create_scheduler(num_training_steps + 1, optimizer)
+        schedule.step()
+        return schedule
 
     # ------------------------------------------------------------ evaluation
 

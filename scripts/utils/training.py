@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -116,7 +117,9 @@ class RunArguments(TrainingArguments):
     def _check_fsdp(self) -> None:
         if not self.fsdp:
             return
-        config = read_json(self.fsdp_config) if isinstance(self.fsdp_config, str) else self.fsdp_config or {}
+        config = self.fsdp_config or {}
+        if isinstance(config, str):
+            config = json.loads(config) if config.startswith("{") else read_json(config)
         given = {name.removeprefix("fsdp_"): value for name, value in config.items()}
         problems = []
         if int(given.get("version", 2)) != 2:
@@ -145,6 +148,9 @@ def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
         logger.warning("DeepSpeed: min_loss_scale %s is refused today, 1 is used", fp16["min_loss_scale"])
         fp16["min_loss_scale"] = 1
         settings["fp16"] = fp16
+    for section in ("optimizer", "scheduler"):
+        if settings.pop(section, None) is not None:
+            logger.warning("DeepSpeed: the %s section is dropped, the flags of this command decide", section)
     zero = dict(settings.get("zero_optimization", {}))
     whole = "stage3_gather_16bit_weights_on_model_save"
     if zero.get("stage") == 3 and zero.get(whole) is not True:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if __name__ == "__main__":
@@ -287,8 +288,10 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         }
         for key, value in tensors.items():
             assert value.numel(), key
-            difference = (value.float() - reference[key].float()).abs().max().item()
-            assert difference < 1e-4, (name, key, difference)
+            difference = (value.float() - reference[key].float()).abs()
+            # Adam moves a weight by the learning rate however small its gradient is, so that the order of a sum
+            # decides where a gradient is almost 0; but that is one weight of thousands.
+            assert difference.max() < 1e-3 and difference.mean() < 1e-5, (name, key, difference.max())
     if (expected / NOTES).is_file():
         ours, theirs = (json.loads((place / NOTES).read_text()) for place in (folder, expected))
         assert [note["answers"] for note in ours] == [
@@ -341,6 +344,10 @@ def test_two_processes_train_as_one(
     start_jobs(tmp_path, jobs_of(*arguments, fsdp=FSDP if mode == "fsdp" else None))
     for stage in STAGES:
         assert_same_run(tmp_path / stage, one_process / stage)
+    tables, expected = (sorted(folder.glob(".token_cache/reference-*.npy")) for folder in (tmp_path, one_process))
+    assert [path.name for path in tables] == [path.name for path in expected] and tables
+    for ours, theirs in zip(tables, expected, strict=True):
+        assert np.load(ours) == pytest.approx(np.load(theirs), abs=1e-4)
     grown = load_file(tmp_path / "sft" / "adapter_model.safetensors")
     assert {value.shape[0] for key, value in grown.items() if "embed_tokens" in key or "lm_head" in key} == {406}
     for stage in ("ppo", "ppo_full"):
@@ -350,6 +357,20 @@ def test_two_processes_train_as_one(
                 assert 0 < note["gathers"] <= note["weights"] + 3 and note["states"] == ["NOT_AVAILABLE"]
             if mode == "fsdp":
                 assert 0 < note["gathers"] < 20 and note["sharded"] == [True]
+
+
+@pytest.mark.slow
+def test_ppo_accumulates_and_computes_again_under_every_engine(tiny_model_folder, material, tmp_path):
+    """Two processes of one answer in two micro-batches with activation checkpointing, against one of four."""
+    run_jobs([ppo_job(tiny_model_folder, material, tmp_path / "one", 4)])
+    jobs = {}
+    for mode in ("ddp", "zero2", "zero3", "fsdp"):
+        flags = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "True", *mode_flags(mode, tmp_path)]
+        jobs[mode] = ppo_job(tiny_model_folder, material, tmp_path / mode, 1, *flags)
+    start_jobs(tmp_path, [jobs["fsdp"] | {"fsdp": FSDP}])  # a process runs either DeepSpeed or FSDP
+    start_jobs(tmp_path, [jobs[mode] for mode in ("ddp", "zero2", "zero3")])
+    for mode in jobs:
+        assert_same_run(tmp_path / mode, tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -389,10 +410,12 @@ def test_fsdp_without_gpus_is_said_not_to_shard(caplog, tmp_path):
             RunArguments(output_dir=str(tmp_path), fsdp=True, fsdp_config=config, report_to="none")
 
 
-def test_zero3_always_saves_weights(caplog):
+def test_what_a_deepspeed_config_may_not_decide(caplog):
+    """An optimizer of its own would have no learning rate for the critic; and models are saved with their weights."""
     from utils.training import prepare_deepspeed
 
-    settings = prepare_deepspeed({"zero_optimization": {"stage": 3}})
+    settings = prepare_deepspeed({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}, "scheduler": {}})
+    assert not {"optimizer", "scheduler"} & settings.keys() and "optimizer section is dropped" in caplog.text
     assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     assert "switched on" in caplog.text
 

@@ -1,6 +1,7 @@
 """examples/data: the generator writes the committed bytes, and no held-out question leaks into the training files."""
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -279,6 +280,23 @@ def test_length_does_not_tell_the_better_answer():
             for share in [sum((length > limit) == good for length, good in answers) / len(answers)]
         )
         assert best <= 0.68, f"{name}: {best}"
+
+
+def test_words_alone_do_not_tell_the_better_answer():
+    """A count of character pairs that never sees the question is right on little more than the plainly bad answers."""
+
+    def grams(answer: str) -> set[str]:
+        return {answer[i : i + 2] for i in range(len(answer) - 1)}
+
+    training = [row for row in read_rows(PAIRS[""]) if row["source"] != "facts"]
+    heldout = [row for row in read_rows(PAIRS["_heldout"]) if row["source"] != "facts"]
+    better, worse = (Counter(g for row in training for g in grams(row[side])) for side in ("chosen", "rejected"))
+
+    def score(answer: str) -> float:
+        return sum(math.log((better[g] + 0.5) / (worse[g] + 0.5)) for g in grams(answer))
+
+    right = sum(score(row["chosen"]) > score(row["rejected"]) for row in heldout) / len(heldout)
+    assert right <= 0.82, f"words alone are right on {right:.0%} of the held-out pairs"
 
 
 def test_pairs_name_their_source_and_differ():

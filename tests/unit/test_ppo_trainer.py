@@ -323,7 +323,7 @@ def test_a_policy_that_breaks_names_the_checkpoint(tiny_model_folder, tmp_path):
 
 
 def test_nothing_is_kept_from_iteration_to_iteration(tiny_model_folder, tmp_path):
-    """Tensors alive after 2 and after 6 iterations."""
+    """Tensors alive after 2 and after 4 iterations."""
     import gc
 
     alive = []
@@ -335,7 +335,7 @@ def test_nothing_is_kept_from_iteration_to_iteration(tiny_model_folder, tmp_path
             alive.append(sum(torch.is_tensor(thing) for thing in gc.get_objects()))
 
     trainer = make_trainer(
-        tiny_model_folder, tmp_path, make_policy(tiny_model_folder), args={"max_steps": 6, "logging_steps": 100}
+        tiny_model_folder, tmp_path, make_policy(tiny_model_folder), args={"max_steps": 4, "logging_steps": 100}
     )
     trainer.__class__ = Counting
     trainer.train()
