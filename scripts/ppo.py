@@ -49,7 +49,7 @@ class RolloutArguments:
     temperature: float = arg(1.0, help="Of the sampled answers; the policy that is trained is the one sampled from.")
     top_p: float = arg(1.0, help="Draw from the likeliest tokens that reach this probability together; 1: from all.")
     rollout_batch_size: int | None = arg(
-        help="Answers of an iteration, over all processes; default: the optimizer steps' answers that make at least 128."
+        help="Answers of an iteration, over all processes; default: whole optimizer steps that make at least 128."
     )
     per_device_rollout_batch_size: int = arg(16, help="Answers generated at once on each device.")
 

@@ -2,7 +2,7 @@
 
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
-report > recipe > answers_report > rlhf_report > quantization_report > pages > charts > alignment > ppo_trainer >
+report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment > ppo_trainer >
 rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer > trainer > runs > training >
 predictions > inference > export > ollama > verification > comparison > merge_writer > manifest > merge_inputs >
 formats > quantization > generation > data > pairs > preferences > preference_records > samples > documents >

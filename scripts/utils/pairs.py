@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .arguments import DataArguments
-    from .training import RunArguments
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class LengthGroupedOrder(Sampler[int]):
 
 def load_pair_sets(
     data_args: DataArguments,
-    training_args: RunArguments,
+    training_args: Any,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_seq_length: int,
@@ -166,6 +165,7 @@ def load_pair_sets(
 ) -> tuple[PairSet, dict[str, PairSet], dict[str, str]]:
     """Tokenise the training and evaluation pairs that the arguments name (once, into the cache); log what they are.
 
+    Args: training_args: training.RunArguments.
     Returns: the training set, the evaluation sets by name, and the caches' keys, which say what a run learns from.
     Raises: InputError.
     """

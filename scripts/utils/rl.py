@@ -315,7 +315,7 @@ def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- preference losses
-# One loss a pair (kto_loss: an answer). "Averaged" log-probabilities are divided by the answer's number of tokens.
+# One loss a pair. "Averaged" log-probabilities are divided by the answer's number of tokens.
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor, average: bool = False) -> Tensor:
@@ -406,35 +406,3 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float
     """
     chosen, rejected = _wide(chosen, rejected)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
-
-
-def kto_loss(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    desirable: Tensor,
-    kl: Tensor | float,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """weight * (1 - sigmoid(+-(beta * log ratio - beta * kl))), + for good answers and - for bad ones, unpaired.
-
-    Args: logprobs, ref_logprobs: (B,) summed log-probabilities; desirable: (B,) bool; kl: the reference point of the
-        batch from kto_reference_point, nats.
-    Returns: (B,), one loss an answer.
-    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", section 4.
-    """
-    logprobs, ref_logprobs = _wide(logprobs, ref_logprobs)
-    _check_shapes(logprobs, desirable)
-    reward = beta * (logprobs - ref_logprobs.detach() - kl)
-    good = desirable_weight * torch.sigmoid(-reward)
-    return torch.where(desirable.bool(), good, undesirable_weight * torch.sigmoid(reward))
-
-
-def kto_reference_point(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """max(0, mean log(policy / reference)) of answers put to other prompts, (B,) each -> scalar, without gradient.
-
-    Source: Ethayarajh et al. 2024, section 4 (the estimate of z_0).
-    """
-    logprobs, ref_logprobs = _wide(logprobs.detach(), ref_logprobs.detach())
-    return ((logprobs - ref_logprobs).sum() / max(1, len(logprobs))).clamp(min=0)

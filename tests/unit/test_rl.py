@@ -445,13 +445,6 @@ def test_preference_losses_with_reference_equal_loops(beta):
     close(rl.hinge_loss(*tensors, beta), [max(0.0, 1 - beta * h) for h in gaps])
     ratios = [c - rc for c, rc in zip(chosen.tolist(), ref_chosen.tolist(), strict=True)]
     close(rl.implicit_rewards(chosen, ref_chosen, beta), [beta * x for x in ratios])
-    good = torch.tensor([i % 3 != 0 for i in range(len(chosen))])
-    expected = [
-        1.5 * sigmoid(-beta * (x - 0.3)) if i % 3 else 0.7 * sigmoid(beta * (x - 0.3)) for i, x in enumerate(ratios)
-    ]
-    close(rl.kto_loss(chosen, ref_chosen, good, 0.3, beta, 1.5, 0.7), expected)
-    close(rl.kto_reference_point(chosen, ref_chosen), max(0.0, mean(ratios)))
-    close(rl.kto_reference_point(ref_chosen, ref_chosen + 1), 0.0)
 
 
 def exact_log1mexp(x: float) -> Decimal:
@@ -496,7 +489,6 @@ def test_equal_policy_and_reference():
     close(rl.dpo_loss(*same, label_smoothing=0.3), ones * math.log(2), 1e-12)
     close(rl.ipo_loss(*same, beta=0.5), ones, 1e-12)
     close(rl.hinge_loss(*same), ones, 1e-12)
-    close(rl.kto_loss(chosen, chosen, ones, 0.0), ones / 2, 1e-12)
     assert (
         rl.pair_accuracy(rl.implicit_rewards(chosen, chosen, 0.1), rl.implicit_rewards(rejected, rejected, 0.1)) == 0
     )
@@ -505,7 +497,6 @@ def test_equal_policy_and_reference():
 # ---------------------------------------------------------------- dtypes, shapes, gradients
 
 FOUR = [normal(12, seed=seed, scale=2) - 8 for seed in (31, 32, 33, 34)]
-GOOD = torch.arange(12) % 2 == 0
 PAIR_LOSSES = {
     "dpo": lambda c, r, rc, rr: rl.dpo_loss(c, r, rc, rr, 0.3),
     "cdpo": lambda c, r, rc, rr: rl.dpo_loss(c, r, rc, rr, 0.3, 0.1),
@@ -514,7 +505,6 @@ PAIR_LOSSES = {
     "orpo": lambda c, r, rc, rr: rl.orpo_loss(c, r, 0.3),
     "orpo_likely": lambda c, r, rc, rr: rl.orpo_loss(c / 40, r / 40, 0.3),
     "simpo": lambda c, r, rc, rr: rl.simpo_loss(c, r, 2.0, 0.5),
-    "kto": lambda c, r, rc, rr: rl.kto_loss(c, rc, GOOD, 0.2, 0.3, 1.2, 0.8) + 0 * r,
     "rm": lambda c, r, rc, rr: rl.reward_model_loss(c, r, rc.abs(), 0.01),
 }
 
@@ -535,7 +525,7 @@ def test_low_precision_is_computed_in_float32(name, dtype):
         assert torch.equal(result, PAIR_LOSSES[name](*(tensor.float() for tensor in low)))
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "kto"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge"])
 def test_the_reference_gets_no_gradient(name):
     tensors = [tensor.clone().requires_grad_() for tensor in FOUR]
     PAIR_LOSSES[name](*tensors).sum().backward()
@@ -601,7 +591,6 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: rl.dpo_loss(row, row, column, row),
         lambda: rl.orpo_loss(row, column),
         lambda: rl.simpo_loss(row, column),
-        lambda: rl.kto_loss(row, row, column, 0.0),
         lambda: rl.masked_mean(row, mask),
         lambda: rl.kl_per_token(row, column),
         lambda: rl.gae(mask, column, mask),
@@ -620,7 +609,7 @@ def test_shapes_that_would_broadcast_are_refused():
 OLD_TRL = """
 import sys, warnings, torch
 from types import SimpleNamespace as Self
-from trl import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer, PPOTrainer, RewardTrainer
+from trl import CPOTrainer, DPOTrainer, ORPOTrainer, PPOTrainer, RewardTrainer
 from trl.core import entropy_from_logits, masked_mean, masked_whiten
 from trl.trainer.utils import AdaptiveKLController
 x = torch.load(sys.argv[1], weights_only=True)
@@ -659,10 +648,6 @@ out["ipo"], out["hinge"] = dpo(loss_type="ipo")[0], dpo(loss_type="hinge")[0]
 out["orpo"] = ORPOTrainer.odds_ratio_loss(Self(accelerator=here, beta=0.3), *four[:2])[0]
 out["simpo"] = CPOTrainer.cpo_loss(
     Self(accelerator=here, beta=2.0, loss_type="simpo", simpo_gamma=0.7, label_smoothing=0.0), *four[:2])[0]
-kto = Self(accelerator=here, beta=0.1, loss_type="kto", desirable_weight=1.3, undesirable_weight=0.6,
-           calculate_KL=True)
-out["kto"], _, _, out["kto_kl"] = KTOTrainer.kto_loss(
-    kto, four[0], four[1], x["kl_policy"], four[2], four[3], x["kl_ref"])
 def rm(margin, centering):
     inputs = {"input_ids_chosen": x["chosen"], "input_ids_rejected": x["rejected"],
               "attention_mask_chosen": None, "attention_mask_rejected": None}
@@ -754,8 +739,6 @@ def old_trl(tmp_path_factory):
         "scores": normal(8, seed=63),
         "kls": normal(6, seed=64, scale=3, shift=6),
         "margin": normal(10, seed=65).abs(),
-        "kl_policy": normal(20, seed=66, shift=0.4),
-        "kl_ref": normal(20, seed=67),
     }
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     inputs |= {name: -normal(10, seed=seed, scale=2).abs() - 0.05 for seed, name in enumerate(names, 70)}
@@ -806,12 +789,6 @@ def test_preference_and_reward_losses_agree_with_old_trl(old_trl):
         rl.orpo_loss(x.chosen, x.rejected, 0.3) + x.chosen, -trl["orpo"], 1e-5
     )  # theirs is the second term's negative
     close(rl.simpo_loss(x.chosen, x.rejected, 2.0, 0.7), trl["simpo"], 1e-5)
-    kl = rl.kto_reference_point(x.kl_policy, x.kl_ref)
-    close(kl, trl["kto_kl"], 1e-5)
-    assert kl > 0
-    good = torch.arange(20) < 10
-    policy, reference = torch.cat(four[:2]), torch.cat(four[2:])
-    close(rl.kto_loss(policy, reference, good, kl, 0.1, 1.3, 0.6), trl["kto"], 1e-5)
     close(rl.reward_model_loss(x.chosen, x.rejected).mean(), trl["rm"], 1e-5)
     close(rl.reward_model_loss(x.chosen, x.rejected, x.margin).mean(), trl["rm_margin"], 1e-5)
     close(rl.reward_model_loss(x.chosen, x.rejected, x.margin, 0.01).mean(), trl["rm_centering"], 1e-5)

@@ -1,6 +1,6 @@
 """PPO against its parts done plainly: sampling, the update, and memory, side by side.
 
-  python benchmarks/ppo.py
+  python benchmarks/ppo_step.py
 Speed, on a model of the demo's shape: the tokens/s of rollouts against transformers' own batched sampling of the same
 prompts, and an update against tuning steps with a value head on the same tokens; sides alternate, medians are
 reported. Memory, on a model of 110 million weights, each side in its own process: the peak of tuning steps, of PPO
@@ -57,6 +57,7 @@ def make_assistant(folder: Path, shape: dict[str, int], vocabulary: int) -> Path
 def make_trainer(folder: Path, output: Path, args: argparse.Namespace, layout: str = "shared") -> Any:
     """The PPOTrainer that ppo.py makes, ready to sample and to update."""
     import ppo
+
     from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_args
     from utils.ppo_trainer import PPOTrainer
     from utils.rewards import Rewards
