@@ -28,8 +28,8 @@ from utils.files import RECORD_SUFFIXES, InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from utils.ppo_trainer import PPOSettings
     from utils.rewards import Rewards
+    from utils.rollout_trainer import PPOSettings
     from utils.training import RunArguments
 
 logger = logging.getLogger("ppo")
@@ -210,7 +210,7 @@ def ppo_settings(ppo_args: PPOArguments, rollout_args: RolloutArguments) -> PPOS
     """What the trainer needs of the arguments."""
     import dataclasses
 
-    from utils.ppo_trainer import PPOSettings
+    from utils.rollout_trainer import PPOSettings
 
     names = {field.name for field in dataclasses.fields(PPOSettings)}
     given = {name: value for args in (ppo_args, rollout_args) for name, value in vars(args).items() if name in names}

@@ -3,11 +3,11 @@
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
 report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment > ppo_trainer >
-rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer > trainer > runs > training >
-predictions > inference > export > ollama > verification > comparison > merge_writer > manifest > merge_inputs >
-formats > quantization > generation > data > pairs > preferences > preference_records > samples > documents >
-token_cache > parallel > actor_critic > reward_model > modeling > sharding > losses > rl > llamacpp > gguf_files >
-gguf_metadata > gguf_vocabulary > merging > meta_files > meta > base_record > shards > checkpoints > streams >
-adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora > arguments > old_flags > files >
-json_stream
+rollout_trainer > rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer > trainer > runs >
+training > predictions > inference > export > ollama > verification > comparison > merge_writer > manifest >
+merge_inputs > formats > quantization > generation > data > pairs > preferences > preference_records > samples >
+documents > token_cache > parallel > actor_critic > reward_model > modeling > sharding > losses > rl > llamacpp >
+gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files > meta > base_record > shards > checkpoints >
+streams > adapters > prompts > efficiency > vocabulary > tokenization > pieces > corpus > lora > arguments >
+old_flags > files > json_stream
 """

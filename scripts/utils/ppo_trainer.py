@@ -7,61 +7,29 @@ what an uninterrupted one does, on any number of processes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
-import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
-from .actor_critic import (
-    causal_model,
-    critic_state,
-    is_critic_parameter,
-    load_critic,
-    save_critic,
-    token_logprobs,
-    use_adapter,
-)
-from .arguments import GenerationArguments
-from .data import Collator
-from .files import InputError, atomic_file, read_json, write_json
-from .generation import Completion, Generator
+from .actor_critic import critic_state, is_critic_parameter, load_critic, save_critic
+from .files import InputError, read_json, write_json
 from .prompts import IGNORE_INDEX
-from .rewards import Rewards
-from .rl import AdaptiveKL, FixedKL, explained_variance, ppo_policy_loss, value_loss
-from .rollouts import (
-    Experience,
-    Rollout,
-    build_experience,
-    collate,
-    make_batch,
-    minibatches,
-    prompt_numbers,
-    rollout_seed,
-    score_moments,
-    take,
-)
-from .runs import last_checkpoint
-from .sharding import constant_learning_rate, whole_model
-from .trainer import RecipeTrainer
-from .training import RunArguments, peak_memory_gb, plot_curves
+from .rl import ppo_policy_loss, value_loss
+from .rollout_trainer import RolloutTrainer, describe
+from .rollouts import Experience, make_batch, minibatches, prompt_numbers
+from .sharding import constant_learning_rate
+from .training import peak_memory_gb, plot_curves
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "ppo_state.json"
-SAMPLES_FILE = "samples.jsonl"
-NUM_SAMPLES = 8  # answers an evaluation writes into SAMPLES_FILE
-EVALUATION_STEP = 1 << 40  # names the random numbers of evaluations, apart from those of any iteration
 
 # What ppo.png shows: the key in the log, and the label of its axis.
 CURVES = {
@@ -74,28 +42,6 @@ CURVES = {
     "clip_fraction": "share of clipped tokens",
     "value_loss": "value loss",
 }
-
-
-@dataclass
-class PPOSettings:
-    """The algorithm; see PPOArguments in ppo.py for what each one does."""
-
-    rollout_batch_size: int
-    ppo_epochs: int
-    generation: GenerationArguments
-    per_device_rollout_batch_size: int = 16
-    kl_estimator: str = "k1"
-    clip_range: float = 0.2
-    value_clip_range: float | None = 0.2
-    value_coef: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
-    score_clip: float | None = None
-    whiten_scores: bool = False
-    whiten_advantages: bool = True
-    early_stop_kl: float | None = None
-    kl_limit: float | None = None
-    critic_learning_rate: float | None = None
 
 
 @dataclass
@@ -114,23 +60,7 @@ class Sums:
         return means
 
 
-def describe(experience: Experience) -> dict[str, float]:
-    """Figures of an iteration's or an evaluation's answers; lengths in tokens, KL in nats an answer."""
-    lengths = [len(rollout.answer) for rollout in experience.rollouts]
-    mean, deviation = score_moments(experience.rollouts)
-    figures = {
-        "score": mean,
-        "score_std": deviation,
-        "kl": experience.kl_of_answer,
-        "answer_entropy": experience.entropy,
-        "answer_tokens": sum(lengths) / len(lengths),
-        "ended": sum(rollout.ended for rollout in experience.rollouts) / len(lengths),
-        "explained_variance": explained_variance(experience.values, experience.returns, experience.mask),
-    }
-    return {name: value for name, value in figures.items() if not math.isnan(value)}
-
-
-class PPOTrainer(RecipeTrainer):
+class PPOTrainer(RolloutTrainer):
     """Proximal policy optimisation of a policy with an attached critic (utils.actor_critic).
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; on language models: Ouyang et al. 2022.
@@ -141,31 +71,10 @@ class PPOTrainer(RecipeTrainer):
         lr_scheduler: Any
         optimizer: Any
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: RunArguments,
-        prompts: Sequence[list[int]],
-        eval_prompts: dict[str, Sequence[list[int]]],
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        rewards: Rewards,
-        settings: PPOSettings,
-        kl: FixedKL | AdaptiveKL,
-        reference: nn.Module | None = None,
-    ) -> None:
-        """
-        Args:
-            prompts, eval_prompts: token ids up to where the answer begins; those for evaluation by name.
-            reference: a model of its own; None: the policy without its adapter.
-        """
-        super().__init__(model, args, prompts, eval_prompts, tokenizer, Collator(0))
-        self.prompts, self.rewards, self.settings, self.kl = prompts, rewards, settings, kl
-        self.reference = reference
-        self.generator = Generator(causal_model(model), tokenizer, template)
-        self.pad_token_id = int(tokenizer.pad_token_id or 0)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments: RolloutTrainer's."""
+        super().__init__(*args, **kwargs)
         self.sums = Sums()
-        self.best_is_loaded = False
 
     # ------------------------------------------------------------ the loop
 
@@ -244,119 +153,6 @@ class PPOTrainer(RecipeTrainer):
                 "learned on; raise --kl_coef or lower --learning_rate. "
                 f"{self._good_checkpoint()}"
             )
-
-    def _good_checkpoint(self) -> str:
-        best, last = self.state.best_model_checkpoint, last_checkpoint(Path(self.args.output_dir))
-        if best is not None:
-            return f"the best checkpoint is {best}"
-        return f"the last checkpoint is {last or 'none'}"
-
-    def _tokens_per_row(self) -> float:
-        return sum(map(len, self.train_dataset)) / len(self.train_dataset)
-
-    def _tokens_in(self, inputs: dict[str, Any]) -> float:
-        return float((inputs["input_ids"].numel()) * self.args.world_size)
-
-    # ------------------------------------------------------------ rollouts
-
-    @torch.no_grad()
-    def sample(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], step: int, greedy: bool = False
-    ) -> list[Rollout]:
-        """Answers to all prompts, with the policy's, the reference's and the critic's figures, and scored.
-
-        Every process answers its share and returns all, in the prompts' order.
-        """
-        mine = range(self.args.process_index, len(prompts), self.args.world_size)
-        shares = sorted(mine, key=lambda number: -len(prompts[number]))
-        size = self.settings.per_device_rollout_batch_size
-        batches = [shares[start : start + size] for start in range(0, len(shares), size)]
-        policy = self.accelerator.unwrap_model(model)
-        was_training = policy.training
-        policy.eval()
-        rollouts: list[Rollout] = []
-        with whole_model(self, model):
-            for batch in batches:
-                rollouts += self._sample_batch(policy, prompts, batch, step, greedy)
-            texts = self.processing_class.batch_decode([r.prompt for r in rollouts], skip_special_tokens=True)
-            try:
-                with self.accelerator.autocast():
-                    self.rewards.score(rollouts, texts)
-            except InputError as error:
-                raise InputError(
-                    f"{error} (iteration {self.state.global_step + 1}); {self._good_checkpoint()}"
-                ) from error
-        policy.train(was_training)
-        if self.args.world_size > 1:
-            rollouts = gather_object(rollouts)
-        return sorted(rollouts, key=lambda rollout: rollout.number)
-
-    def _sample_batch(
-        self, policy: Any, prompts: Sequence[Sequence[int]], numbers: Sequence[int], step: int, greedy: bool
-    ) -> list[Rollout]:
-        settings = self.settings.generation
-        seeds = [rollout_seed(self.args.seed, step, number) for number in numbers]
-        chosen = [list(prompts[number]) for number in numbers]
-        if greedy:
-            settings = dataclasses.replace(settings, do_sample=False, temperature=0)
-        # Without autocast, which would convert all weights again for every token.
-        completions = self.generator.generate(chosen, settings, seeds)
-        with self.accelerator.autocast():
-            figures = self._figures(policy, chosen, completions)
-        return [
-            Rollout(
-                prompt=prompt,
-                answer=completion.token_ids,
-                text=completion.text,
-                ended=completion.finish_reason == "stop",
-                number=number,
-                **{name: rows[place] for name, rows in figures.items()},
-            )
-            for place, (number, prompt, completion) in enumerate(zip(numbers, chosen, completions, strict=True))
-        ]
-
-    def _figures(
-        self, policy: Any, prompts: Sequence[list[int]], completions: Sequence[Completion]
-    ) -> dict[str, list[Tensor]]:
-        """What policy, reference and critic say of each answer token, in micro-batches of the update's size."""
-        figures: dict[str, list[Tensor]] = defaultdict(list)
-        temperature = self.settings.generation.temperature
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(prompts), size):
-            answers = [completion.token_ids for completion in completions[start : start + size]]
-            batch, places = collate(list(zip(prompts[start : start + size], answers, strict=True)), self.pad_token_id)
-            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-            logprobs, entropies, values = policy(**batch, temperature=temperature)
-            if self.reference is not None:
-                ref_logprobs = token_logprobs(self.reference, **batch, temperature=temperature)
-            else:
-                with use_adapter(policy, None):
-                    ref_logprobs = token_logprobs(policy, **batch, temperature=temperature)
-            for name, tensor in (
-                ("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("values", values), ("entropies", entropies)
-            ):  # fmt: skip
-                figures[name] += take(tensor, places)
-        return figures
-
-    def build(self, rollouts: Sequence[Rollout]) -> Experience:
-        """Rewards, advantages and returns. Raises: InputError if something is not finite."""
-        settings = self.settings
-        try:
-            return build_experience(
-                rollouts,
-                kl_coef=self.kl.value,
-                kl_estimator=settings.kl_estimator,
-                score_clip=settings.score_clip,
-                whiten_scores=settings.whiten_scores,
-                whiten_advantages=settings.whiten_advantages,
-                gamma=settings.gamma,
-                lam=settings.lam,
-            )
-        except ValueError as error:
-            raise InputError(
-                f"{error} at iteration {self.state.global_step + 1}: the policy has diverged; lower --learning_rate. "
-                f"{self._good_checkpoint()}"
-            ) from error
 
     # ------------------------------------------------------------ updates
 
@@ -473,56 +269,6 @@ class PPOTrainer(RecipeTrainer):
         schedule: Any = super().create_scheduler(num_training_steps + 1, optimizer)
         schedule.step()
         return schedule
-
-    # ------------------------------------------------------------ evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Mean score and KL of likeliest answers to held-out prompts; "eval_score" is the mean over the sets."""
-        sets: dict[str, Any] = eval_dataset or self.eval_dataset
-        metrics: dict[str, float] = {}
-        samples: list[dict[str, Any]] = []
-        for name, prompts in sets.items():
-            rollouts = self.sample(self.model_wrapped, prompts, EVALUATION_STEP, greedy=True)
-            experience = self.build(rollouts)
-            figures = describe(experience)
-            metrics |= {f"{metric_key_prefix}_{name}_{key}": value for key, value in figures.items()}
-            samples += self._describe_samples(name, rollouts)
-        scores = [metrics[f"{metric_key_prefix}_{name}_score"] for name in sets]
-        metrics[f"{metric_key_prefix}_score"] = sum(scores) / len(scores)
-        self._write_samples(samples)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _describe_samples(self, name: str, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-        texts = self.processing_class.batch_decode(
-            [r.prompt for r in rollouts[:NUM_SAMPLES]], skip_special_tokens=True
-        )
-        return [
-            {
-                "step": self.state.global_step,
-                "set": name,
-                "prompt": text,
-                "answer": rollout.text,
-                "score": round(rollout.score, 4),
-                "kl": round((rollout.logprobs - rollout.ref_logprobs).sum().item(), 4),
-                "tokens": len(rollout.answer),
-            }
-            for text, rollout in zip(texts, rollouts, strict=False)
-        ]
-
-    def _write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
-        """Add samples, in place of those of this step, and of later ones if these are done again."""
-        if not self.args.should_save or self.best_is_loaded:
-            return  # the best checkpoint's own evaluation wrote the same
-        path = Path(self.args.output_dir) / SAMPLES_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] < self.state.global_step]
-        with atomic_file(path) as file:
-            file.writelines(f"{line}\n" for line in kept)
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
 
     # ------------------------------------------------------------ files and logs
 

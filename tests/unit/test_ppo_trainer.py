@@ -14,10 +14,11 @@ from utils.actor_critic import CRITIC_ADAPTER, causal_model, is_critic_parameter
 from utils.arguments import GenerationArguments
 from utils.files import InputError
 from utils.generation import TextDecoder
-from utils.ppo_trainer import PPOSettings, PPOTrainer, Sums
+from utils.ppo_trainer import PPOTrainer, Sums
 from utils.prompts import CHAT_TEMPLATES, encode_prompt
 from utils.rewards import Rewards
 from utils.rl import AdaptiveKL, FixedKL
+from utils.rollout_trainer import PPOSettings
 from utils.rollouts import minibatches
 from utils.tokenization import load_tokenizer, token_surfaces
 from utils.training import RunArguments
