@@ -20,6 +20,7 @@ from utils.arguments import (
     LoraArguments,
     ModelArguments,
     arg,
+    list_arg,
     raise_problems,
     run,
 )
@@ -117,6 +118,11 @@ class PPOArguments:
     early_stop_kl: float | None = arg(
         help="End an iteration's updates once the policy has moved this many nats a token from the one that sampled."
     )
+    sft_data: list[str] = list_arg(
+        help="Conversations as sft.py reads them; each update also learns as many of them as it has answers, so that "
+        "what tuning taught is kept."
+    )
+    sft_coef: float = arg(1.0, help="Weight of the loss on --sft_data.")
     critic: Literal["head", "adapter", "model"] = arg(
         "head", help="A head on the policy's hidden states; an adapter of its own on the same weights; another model."
     )
@@ -133,7 +139,8 @@ class PPOArguments:
                      if getattr(self, name) is not None and not getattr(self, name) > 0]  # fmt: skip
         problems += [f"--{name} {getattr(self, name)}: need 0 to 1" for name in ("gamma", "lam")
                      if not 0 <= getattr(self, name) <= 1]  # fmt: skip
-        problems += [f"--{name} {getattr(self, name)}: need 0 or more" for name in ("kl_coef", "value_coef")
+        weights = ("kl_coef", "value_coef", "sft_coef")
+        problems += [f"--{name} {getattr(self, name)}: need 0 or more" for name in weights
                      if not getattr(self, name) >= 0]  # fmt: skip
         if (self.critic == "model") != (self.critic_model is not None):
             problems.append("--critic model and --critic_model FOLDER go together")
@@ -182,6 +189,9 @@ def main(
     training_run = open_run(training_args, *all_args)
     tokenizer.chat_template = template
     prompts, eval_prompts, keys = load_prompt_sets(data_args, rollout_args, training_args, tokenizer, template)
+    tuning_set = load_tuning_set(data_args, rollout_args, ppo_args, training_args, tokenizer, template)
+    if tuning_set is not None:
+        keys["sft"] = tuning_set.file.key
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start_run(training_run, inputs, training_args.process_index == 0)
 
@@ -202,6 +212,7 @@ def main(
         ppo_settings(ppo_args, rollout_args),
         kl,
         build_reference(reference, model_args, training_args) if reference else None,
+        tuning_set=tuning_set,
     )
     return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
 
@@ -326,6 +337,27 @@ def load_prompt_sets(
         held_out["heldout"] = [training[number] for number in held_out_ids]
         training = [training[number] for number in train_ids]
     return training, held_out, keys
+
+
+def load_tuning_set(
+    data_args: DataArguments,
+    rollout_args: RolloutArguments,
+    ppo_args: PPOArguments,
+    training_args: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+) -> Any:
+    """The samples of --sft_data, cut to a prompt's and an answer's length together; None without."""
+    from utils.data import PaddedSamples, load_sft_samples, parse_corpora
+
+    if not ppo_args.sft_data:
+        return None
+    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+    files = [file for group in parse_corpora(ppo_args.sft_data, RECORD_SUFFIXES).values() for file in group]
+    length = rollout_args.max_prompt_length + rollout_args.max_new_tokens
+    with training_args.main_process_first(local=False, desc="tokenising"):
+        workers = data_args.preprocessing_num_workers
+        return PaddedSamples(load_sft_samples(files, tokenizer, template, length, cache, num_workers=workers))
 
 
 # ---------------------------------------------------------------- models

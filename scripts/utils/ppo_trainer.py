@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .actor_critic import critic_state, is_critic_parameter, load_critic, save_critic
+from .data import PaddedSamples
 from .files import InputError, read_json, write_json
 from .prompts import IGNORE_INDEX
 from .rl import ppo_policy_loss, value_loss
@@ -71,9 +72,10 @@ class PPOTrainer(RolloutTrainer):
         lr_scheduler: Any
         optimizer: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Arguments: RolloutTrainer's."""
+    def __init__(self, *args: Any, tuning_set: PaddedSamples | None = None, **kwargs: Any) -> None:
+        """Args: tuning_set: samples that each update also learns as tuning does; the others are RolloutTrainer's."""
         super().__init__(*args, **kwargs)
+        self.tuning_set = tuning_set
         self.sums = Sums()
 
     # ------------------------------------------------------------ the loop
@@ -169,7 +171,7 @@ class PPOTrainer(RolloutTrainer):
                 experience, size, args.per_device_train_batch_size, seed, args.process_index, args.world_size
             ):
                 with constant_learning_rate(self, model):
-                    statistics = self._optimizer_step(model, experience, micro_batches, size)
+                    statistics = self._optimizer_step(model, experience, micro_batches, size, steps)
                 steps += 1
                 sums.add(statistics)
                 if settings.early_stop_kl is not None and statistics["approx_kl"] > settings.early_stop_kl:
@@ -177,14 +179,14 @@ class PPOTrainer(RolloutTrainer):
         return {**sums.take_means(), "updates": float(steps)}
 
     def _optimizer_step(
-        self, model: nn.Module, experience: Experience, micro_batches: list[list[int]], size: int
+        self, model: nn.Module, experience: Experience, micro_batches: list[list[int]], size: int, update: int
     ) -> dict[str, float]:
         batches = [make_batch(experience, numbers, self.pad_token_id) for numbers in micro_batches]
-        local = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
-        count = self._sum_over_processes(torch.tensor([float(local)], device=self.args.device))
+        tuning = self._tuning_batches(size, update)
+        counts = [self._count_targets(batches)] * len(batches) + [self._count_targets(tuning)] * len(tuning)
         self._statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
+        for number, (batch, count) in enumerate(zip([*batches, *tuning], counts, strict=True)):
+            last = number == len(counts) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             synchronised = last or self.is_deepspeed_enabled
             with contextlib.nullcontext() if synchronised else self.accelerator.no_sync(model=model):
@@ -200,6 +202,27 @@ class PPOTrainer(RolloutTrainer):
             statistics["grad_norm"] = float(norm)
         return statistics
 
+    def _tuning_batches(self, size: int, update: int) -> list[dict[str, Tensor]]:
+        """This process's share of as many tuning samples as an optimizer step has rollouts."""
+        if self.tuning_set is None:
+            return []
+        updates = self.settings.ppo_epochs * (self.settings.rollout_batch_size // size)
+        place = self.state.global_step * updates + update
+        numbers = prompt_numbers(place, size, len(self.tuning_set), self.args.seed + 1)
+        mine = numbers[self.args.process_index :: self.args.world_size]
+        micro = self.args.per_device_train_batch_size
+        parts = [mine[start : start + micro] for start in range(0, len(mine), micro)]
+        batches = [self.data_collator([self.tuning_set[number] for number in part]) for part in parts]
+        names = {"input_ids": "input_ids", "position_ids": "position_ids", "shift_labels": "targets"}
+        return [{new: batch[name] for name, new in names.items()} for batch in batches]
+
+    def _count_targets(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        """Targets of the batches of all processes, (1,)."""
+        if not batches:
+            return torch.ones(1)
+        local = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
+        return self._sum_over_processes(torch.tensor([float(local)], device=self.args.device))
+
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor) if self.args.world_size > 1 else tensor
 
@@ -210,15 +233,23 @@ class PPOTrainer(RolloutTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Clipped policy loss + value_coef * clipped value loss, means over the answer tokens of the minibatch."""
+        """Clipped policy loss + value_coef * clipped value loss, means over the answer tokens of the minibatch.
+
+        Of a batch of tuning samples: sft_coef * mean negative log-likelihood ("PPO-ptx", Ouyang et al. 2022, eq. 2).
+        """
         settings, count = self.settings, num_items_in_batch[0]
         mask = inputs["targets"] != IGNORE_INDEX
         logprobs, _, values = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             targets=inputs["targets"],
-            temperature=settings.generation.temperature,
+            temperature=settings.generation.temperature if "advantages" in inputs else 1.0,
         )
+        if "advantages" not in inputs:
+            tuning_loss = -logprobs.sum() / count
+            self._statistics["sft_loss"] = self._statistics["sft_loss"] + tuning_loss.detach()
+            # The critic is called and counts for nothing: DDP wants every trained weight in every pass.
+            return (settings.sft_coef * tuning_loss + 0.0 * values.sum()) * self.accelerator.num_processes
         policy_loss, statistics = ppo_policy_loss(
             logprobs, inputs["old_logprobs"], inputs["advantages"], mask, settings.clip_range, count
         )

@@ -54,6 +54,7 @@ class PPOSettings:
     early_stop_kl: float | None = None
     kl_limit: float | None = None
     critic_learning_rate: float | None = None
+    sft_coef: float = 1.0
 
 
 def describe(experience: Experience) -> dict[str, float]:
