@@ -254,6 +254,60 @@ def test_an_iteration_equals_a_plain_ppo(case, micro, accumulate, tiny_model_fol
     assert entries(trainer, "updates") == [4.0]
 
 
+def test_tuning_samples_add_the_gradient_of_their_mean_loss(tiny_model_folder, tmp_path):
+    """Of one optimizer step, in micro-batches of 2, against transformers' own loss on each sample."""
+    from torch.nn import functional
+
+    from utils.data import Collator
+    from utils.rollouts import prompt_numbers
+
+    samples = [
+        ([5, 6, 7, 8, 9], 2),
+        ([11, 12, 13], 1),
+        ([20, 21, 22, 23, 24, 25], 4),
+        ([30, 31], 1),
+        ([40, 41, 42], 2),
+    ]
+
+    class TuningSet:
+        def __len__(self):
+            return len(samples)
+
+        def __getitem__(self, number):
+            ids, start = samples[number]
+            labels = [-100] * start + ids[start:]
+            rows = {"input_ids": ids, "position_ids": list(range(len(ids))), "labels": labels}
+            rows["shift_labels"] = [*labels[1:], -100]
+            return {name: torch.tensor(row) for name, row in rows.items()}
+
+    policy = make_policy(tiny_model_folder)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    trainer = make_trainer(tiny_model_folder, tmp_path, policy, temperature=0.7, sft_coef=0.5, args=options)
+    assert isinstance(trainer.data_collator, Collator)
+    experience = trainer.build(trainer.sample(policy, trainer.prompts * 2, step=0))
+    gradients = []
+    trainer.create_optimizer()
+    trainer.optimizer.step = lambda: gradients.append(
+        {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    )
+    policy.train()
+    for tuning_set in (None, TuningSet()):
+        trainer.tuning_set = tuning_set
+        figures = trainer._optimizer_step(policy, experience, [[0, 1], [2, 3]], 4, update=1)
+    chosen = [samples[n] for n in prompt_numbers(1, 4, len(samples), trainer.args.seed + 1)]
+    total, count = 0.0, sum(len(ids) - start for ids, start in chosen)
+    policy.zero_grad()
+    for ids, start in chosen:
+        logits = policy(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1]
+        total = total + functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum")
+    (0.5 * total / count).backward()
+    assert figures["sft_loss"] == pytest.approx(total.item() / count, rel=1e-5)
+    for name, parameter in policy.named_parameters():
+        if name in gradients[1]:
+            extra = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(gradients[1][name], gradients[0][name] + extra, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_dropout_of_an_adapter_to_go_on_with_is_off(tiny_model_folder, tmp_path):
     """Else the first step's ratios would not be 1."""
     policy = make_policy(tiny_model_folder, lora_dropout=0.5)
