@@ -82,8 +82,8 @@ class Author:
         return self.answer(action, WRONG[action.kind])
 
     def worse(self, action: Action) -> str:
-        """A wrong answer for a pair: half of them in the words of right ones, so that words alone do not tell."""
-        return self.answer(action, self.rng.choice([WRONG, MIRRORED])[action.kind])
+        """A wrong answer for a pair: most of them in the words of right ones, so that words alone do not tell."""
+        return self.answer(action, self.rng.choice([WRONG, MIRRORED, MIRRORED, MIRRORED])[action.kind])
 
     def careless(self, action: Action) -> str:
         """An answer on the right side that gives no reason, or does not come to an end."""

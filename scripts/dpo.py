@@ -92,7 +92,7 @@ def main(
     from utils.dpo_trainer import DPOTrainer, PreferenceCollator
     from utils.modeling import attach_adapter, build_training_model, choose_attention
     from utils.pairs import load_pair_sets
-    from utils.prompts import DEFAULT_TEMPLATE, OWN_TEMPLATE, resolve_template
+    from utils.prompts import resolve_template
     from utils.reference import load_reference_tables, reference_key
     from utils.runs import open_run, start_run
     from utils.tokenization import load_tokenizer, tokenizer_fingerprint
@@ -105,8 +105,7 @@ def main(
     objective = choose_objective(preference_args)
     check_request(model_args, lora_args, preference_args, objective, tokenizer)
     training_run = open_run(training_args, model_args, lora_args, data_args, preference_args)
-    own = OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE
-    template = resolve_template(preference_args.prompt_template or own, tokenizer)
+    template = resolve_template(preference_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
     train_set, eval_sets, keys = load_pair_sets(
         data_args, training_args, tokenizer, template, preference_args.max_seq_length

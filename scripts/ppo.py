@@ -40,8 +40,9 @@ logger = logging.getLogger("ppo")
 class RolloutArguments:
     """How answers are sampled; lengths are in tokens."""
 
-    prompt_template: str = arg(
-        "tokenizer", help="tokenizer (its own chat template, as tuned), or alpaca-2, alpaca-2-long, llama-2, ..."
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
     )
     max_prompt_length: int = arg(512, help="Longest prompt; longer ones are dropped and counted.")
     max_dropped_share: float = arg(0.1, help="Warn if a larger share of the prompts is dropped.")
@@ -184,7 +185,7 @@ def main(
     check_sizes(model_args, rollout_args, training_args)
     function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
     template = resolve_template(rollout_args.prompt_template, tokenizer)
-    check_reward_tokenizer(reward_args.reward_model, tokenizer, template, rollout_args.prompt_template)
+    check_reward_tokenizer(reward_args.reward_model, tokenizer, template)
     all_args = (model_args, lora_args, data_args, rollout_args, reward_args, ppo_args)
     training_run = open_run(training_args, *all_args)
     tokenizer.chat_template = template
@@ -269,9 +270,7 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
         )
 
 
-def check_reward_tokenizer(
-    folder: str | None, tokenizer: PreTrainedTokenizerBase, template: str, template_name: str
-) -> None:
+def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Raises: InputError if the reward model's folder holds none, or it reads other tokens than the policy writes."""
     if folder is None:
         return
@@ -283,9 +282,9 @@ def check_reward_tokenizer(
     check_same_tokenizer(own, tokenizer)
     if own.chat_template and own.chat_template != template:
         logger.warning(
-            "--reward_model %s learned with another prompt template than --prompt_template %s gives: its scores may "
-            "mean little here; train both with one",
-            *(folder, template_name),
+            "--reward_model %s learned with another prompt template than the rollouts have: its scores may mean "
+            "little here; give rm.py and ppo.py the same --prompt_template",
+            folder,
         )
 
 

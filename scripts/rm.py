@@ -33,8 +33,9 @@ class RewardArguments:
     max_seq_length: int = arg(
         1024, help="Longest prompt with its answer, in tokens; longer answers are cut at the right."
     )
-    prompt_template: str = arg(
-        "alpaca-2", help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template)."
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
     )
     use_margin: bool = arg(False, help="Demand that scores differ by the record's 'margin' (0 where it has none).")
     centering: float = arg(

@@ -64,7 +64,7 @@ stage sft "$OUT_DIR/sft" /all_results.json \
   env MODEL="$OUT_DIR/pretrained" DATA="$DATA_DIR/sft/train.json" OUT="$OUT_DIR/sft" LR=3e-3 LORA_RANK=32 LORA_ALPHA=64 LENGTH=256 TEMPLATE=llama-2 SEED="$SEED" \
   bash "$HERE/run_sft.sh" --train_data "$DATA_DIR/sft/train.json" "$DATA_DIR/rlhf/sft_values.json" \
   --gradient_checkpointing False --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
-  --num_train_epochs 6 --validation_split 0.02 --modules_to_save embed_tokens,lm_head --save_steps 100 --save_total_limit 1
+  --num_train_epochs 7 --validation_split 0.02 --modules_to_save embed_tokens,lm_head --save_steps 100 --save_total_limit 1
 stage assistant "$OUT_DIR/assistant" /config.json \
   env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" OUT="$OUT_DIR/assistant" bash "$HERE/run_merge.sh"
 
@@ -80,17 +80,17 @@ PAIRS=(--validation_data "heldout=$DATA_DIR/rlhf/preferences_heldout.jsonl" --va
   --gradient_checkpointing False --per_device_train_batch_size 32 --per_device_eval_batch_size 32 --gradient_accumulation_steps 1
   --logging_steps 5 --save_steps 1000 --save_total_limit 1)
 stage rm "$OUT_DIR/rm" /all_results.json \
-  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/rm" LR=1e-3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
-  bash "$HERE/run_rm.sh" "${PAIRS[@]}" --num_train_epochs 2
+  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/rm" LR=2e-3 LORA_RANK=32 LORA_ALPHA=64 SEED="$SEED" \
+  bash "$HERE/run_rm.sh" "${PAIRS[@]}" --num_train_epochs 5
 stage ppo "$OUT_DIR/ppo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=1e-3 LORA_RANK=16 LORA_ALPHA=32 \
   PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \
-  bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 24 \
-  --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
+  bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 24 --lam 1 \
+  --sft_data "$DATA_DIR/sft/train.json" --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
   --gradient_accumulation_steps 1 --eval_steps 6 --save_steps 6 --save_total_limit 1
 stage dpo "$OUT_DIR/dpo" /all_results.json \
-  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=5e-4 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
-  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --num_train_epochs 2
+  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
+  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --sft_weight 3 --num_train_epochs 4
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
 stage answers_base "$OUT_DIR/answers/base" .json \

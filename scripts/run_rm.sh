@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 奖励模型 / Reward model.  MODEL=... DATA=... bash scripts/run_rm.sh [any rm.py flag]
 # 必填 / required: MODEL 指令模型 the tuned model, DATA 偏好数据文件或目录 preference pairs, json/jsonl/parquet file or folder
-# 可选 / optional: OUT=output/rm NPROC=1 NNODES=1 SEED=9527 LR=5e-6 LORA_RANK=64 LORA_ALPHA=128 LENGTH=2048 TEMPLATE=alpaca-2 DRY_RUN=0
+# 可选 / optional: OUT=output/rm NPROC=1 NNODES=1 SEED=9527 LR=5e-6 LORA_RANK=64 LORA_ALPHA=128 LENGTH=2048 DRY_RUN=0
 # 打分 / scoring: MODEL=output/rm bash scripts/run_rm.sh --score answers.jsonl   (不需要 DATA / needs no DATA)
 # 多机 / several nodes: NNODES=2 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=29500;  DeepSpeed: --deepspeed scripts/configs/ds_zero3_offload.json
 set -euo pipefail
@@ -19,6 +19,6 @@ launch "$HERE/rm.py" \
   --seed "${SEED:-9527}" --learning_rate "${LR:-5e-6}" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.1 --num_train_epochs 1 \
   --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0.05 \
   --target_modules q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj \
-  --max_seq_length "${LENGTH:-2048}" --prompt_template "${TEMPLATE:-alpaca-2}" \
+  --max_seq_length "${LENGTH:-2048}" \
   --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --gradient_accumulation_steps 1 --gradient_checkpointing \
   --validation_split 0.05 --save_steps 200 "$@"

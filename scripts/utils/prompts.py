@@ -65,11 +65,13 @@ DEFAULT_TEMPLATE = "alpaca-2"
 OWN_TEMPLATE = "tokenizer"  # the name that means: the chat template saved with the tokenizer
 
 
-def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The jinja text of a template's name; "tokenizer" is the tokenizer's own.
+def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The jinja text of a template's name; "tokenizer" is the tokenizer's own. None: that if there is one, else
+    alpaca-2.
 
     Raises: InputError for an unknown name, or where the tokenizer has no template.
     """
+    name = name or (OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE)
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     if name != OWN_TEMPLATE:
