@@ -289,6 +289,7 @@ def load_reward_model(
     tokenizer = load_tokenizer(source)
     template = resolve_template(OWN_TEMPLATE, tokenizer)
     place = str(device) if device is not None else "cuda:0" if torch.cuda.is_available() else "cpu"
+    place = "cpu" if place.startswith("cpu") else place  # safetensors does not know cpu:0
     args = ModelArguments(
         model_name_or_path=str(local_folder(base) if base and adapter else found),
         dtype=dtype,  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def write(monkeypatch, texts, tokenizer, stop=True):
             self.step += 1
             return scores
 
-    monkeypatch.setattr(generation, "_logits_processors", lambda settings, seeds: [Script()])
+    monkeypatch.setattr(generation, "_logits_processors", lambda *args: [Script()])
     return scripts
 
 
