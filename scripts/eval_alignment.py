@@ -147,14 +147,14 @@ def answer_questions(
     from utils.generation import Generator, check_room
     from utils.inference import check_inference_request, find_inference_files, load_for_inference
     from utils.predictions import Predictions
-    from utils.prompts import DEFAULT_TEMPLATE, OWN_TEMPLATE, encode_prompt, resolve_template
+    from utils.prompts import encode_prompt, resolve_template, template_name
     from utils.tokenization import load_tokenizer
 
     model_args = find_inference_files(model_args)
     assert model_args.tokenizer_name_or_path is not None
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
     config = check_inference_request(model_args, tokenizer)
-    name = model_args.prompt_template or (OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    name = template_name(model_args.prompt_template, tokenizer)
     template = resolve_template(name, tokenizer)
     system = [] if model_args.system_prompt is None else [{"role": "system", "content": model_args.system_prompt}]
     prompts = [encode_prompt([*system, {"role": "user", "content": q.text}], template, tokenizer) for q in questions]

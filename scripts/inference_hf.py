@@ -173,9 +173,9 @@ def read_question(record: dict[str, Any], location: str) -> Question:
 
 def choose_template(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> str:
     """The template named, else the tokenizer's own, which training saved beside the weights, else the default."""
-    from utils.prompts import DEFAULT_TEMPLATE, OWN_TEMPLATE, resolve_template
+    from utils.prompts import OWN_TEMPLATE, resolve_template, template_name
 
-    name = args.prompt_template or (OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    name = template_name(args.prompt_template, tokenizer)
     logger.info("prompt template: %s", "the tokenizer's own" if name == OWN_TEMPLATE else name)
     return resolve_template(name, tokenizer)
 

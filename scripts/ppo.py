@@ -299,43 +299,22 @@ def load_prompt_sets(
     template: str,
 ) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Training prompts, held-out prompts by name, and the keys of their caches."""
-    import json
-
-    from utils.documents import parse_corpora, split_documents
+    from utils.documents import split_documents
+    from utils.pairs import cache_keys, load_named_files
     from utils.preferences import load_prompts
 
-    if not data_args.train_data:
-        raise InputError("pass --train_data: json, jsonl or parquet files or folders of prompts")
-    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
-
-    def load(files: list[Path], limit: int | None) -> Any:
-        with training_args.main_process_first(local=False, desc="tokenising"):
-            return load_prompts(
-                files,
-                tokenizer,
-                template,
-                rollout_args.max_prompt_length,
-                cache,
-                on_bad_text=data_args.on_bad_text,
-                num_workers=data_args.preprocessing_num_workers,
-                max_samples=limit,
-                max_dropped_share=rollout_args.max_dropped_share,
-            )
-
-    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
-    prompts = load(files, data_args.max_train_samples)
-    named = parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
-    validation = {name: load(group, data_args.max_eval_samples) for name, group in named.items()}
-    logger.info("prompts: %s", json.dumps(prompts.statistics(), ensure_ascii=False))
+    limits = (rollout_args.max_prompt_length, rollout_args.max_dropped_share)
+    prompts, validation = load_named_files(
+        load_prompts, "prompts", data_args, training_args, tokenizer, template, *limits
+    )
     logger.info("first prompt:\n%s", tokenizer.decode(prompts[0], skip_special_tokens=False))
-    keys = {"train": prompts.key, **{name: group.key for name, group in validation.items()}}
     training: list[list[int]] = [row.tolist() for row in prompts]
     held_out = {name: [row.tolist() for row in group] for name, group in validation.items()}
     if data_args.validation_split and not validation:
         train_ids, held_out_ids = split_documents(prompts, data_args.validation_split, training_args.seed)
         held_out["heldout"] = [training[number] for number in held_out_ids]
         training = [training[number] for number in train_ids]
-    return training, held_out, keys
+    return training, held_out, cache_keys(prompts, validation)
 
 
 def load_tuning_set(

@@ -239,18 +239,9 @@ class DPOTrainer(PairTrainer):
 
     # ------------------------------------------------------------ evaluation
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
-        """(None, statistics (P, 8), the pairs' numbers (P, 1))."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            statistics = self._judge(model, inputs)[1]
-        return None, statistics, inputs["numbers"].unsqueeze(1)
+    def judge_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Statistics (P, 8)."""
+        return self._judge(model, inputs)[1]
 
     def _summarise_losses(self, prediction: EvalPrediction) -> dict[str, float]:
         statistics = np.asarray(prediction.predictions, dtype=np.float64)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pairs import LengthGroupedOrder, PairSet
 from .trainer import RecipeTrainer
 
 
 class PairTrainer(RecipeTrainer):
-    """RecipeTrainer on batches of a PairCollator. A subclass gives compute_loss, prediction_step and its summary.
+    """RecipeTrainer on batches of a PairCollator. A subclass gives compute_loss, judge_pairs and its summary.
 
     Losses are divided by the number of pairs of the whole optimizer step, over all devices: `mean_over_pairs`.
     """
@@ -33,6 +33,23 @@ class PairTrainer(RecipeTrainer):
         """The number of pairs of an optimizer step, over all processes."""
         count = torch.tensor(sum(len(batch["numbers"]) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count) if self.args.world_size > 1 else count
+
+    def judge_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """What evaluation needs of each pair of a batch, (P, n)."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, judge_pairs (P, n), the pairs' numbers (P,))."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            judged = self.judge_pairs(model, inputs)
+        return None, judged.float(), inputs["numbers"]
 
     def mean_over_pairs(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Losses (P,) of a micro-batch -> their share of the mean over the pairs of the optimizer step, a scalar."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .documents import parse_corpora, split_documents
 from .files import RECORD_SUFFIXES, InputError
-from .preferences import Pair, PreferenceFile, group_by_length, load_preferences
+from .preferences import Pair, PreferenceFile, PromptFile, group_by_length, load_preferences
 from .prompts import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -154,6 +154,50 @@ class LengthGroupedOrder(Sampler[int]):
 
 # ---------------------------------------------------------------- from arguments to sets
 
+File = TypeVar("File", bound=PromptFile)
+
+
+def load_named_files(
+    load: Callable[..., File],
+    what: str,
+    data_args: DataArguments,
+    training_args: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    max_dropped_share: float,
+) -> tuple[File, dict[str, File]]:
+    """Tokenise the training and evaluation data that the arguments name, once, into the cache; log what it is.
+
+    Args: load: preferences.load_preferences or load_prompts; training_args: training.RunArguments.
+    Returns: the training file, and those for evaluation by name.
+    Raises: InputError.
+    """
+    if not data_args.train_data:
+        raise InputError(f"pass --train_data: json, jsonl or parquet files or folders of {what}")
+    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+
+    def load_group(files: list[Path], limit: int | None) -> File:
+        with training_args.main_process_first(local=False, desc="tokenising"):
+            return load(
+                files,
+                tokenizer,
+                template,
+                max_length,
+                cache,
+                on_bad_text=data_args.on_bad_text,
+                num_workers=data_args.preprocessing_num_workers,
+                max_samples=limit,
+                max_dropped_share=max_dropped_share,
+            )
+
+    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
+    training = load_group(files, data_args.max_train_samples)
+    named = parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
+    validation = {name: load_group(group, data_args.max_eval_samples) for name, group in named.items()}
+    logger.info("%s: %s", what, json.dumps(training.statistics(), ensure_ascii=False))
+    return training, validation
+
 
 def load_pair_sets(
     data_args: DataArguments,
@@ -163,42 +207,23 @@ def load_pair_sets(
     max_seq_length: int,
     max_dropped_share: float = 0.1,
 ) -> tuple[PairSet, dict[str, PairSet], dict[str, str]]:
-    """Tokenise the training and evaluation pairs that the arguments name (once, into the cache); log what they are.
+    """The training set, the evaluation sets by name, and the caches' keys, which say what a run learns from.
 
-    Args: training_args: training.RunArguments.
-    Returns: the training set, the evaluation sets by name, and the caches' keys, which say what a run learns from.
-    Raises: InputError.
+    Arguments and errors as load_named_files has them.
     """
-    if not data_args.train_data:
-        raise InputError("pass --train_data: json, jsonl or parquet files or folders of preference pairs")
-    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
-
-    def load(files: list[Path], limit: int | None) -> PreferenceFile:
-        with training_args.main_process_first(local=False, desc="tokenising"):
-            return load_preferences(
-                files,
-                tokenizer,
-                template,
-                max_seq_length,
-                cache,
-                on_bad_text=data_args.on_bad_text,
-                num_workers=data_args.preprocessing_num_workers,
-                max_samples=limit,
-                max_dropped_share=max_dropped_share,
-            )
-
-    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
-    pairs = load(files, data_args.max_train_samples)
-    named = parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
-    validation = {name: load(group, data_args.max_eval_samples) for name, group in named.items()}
+    settings = (data_args, training_args, tokenizer, template, max_seq_length, max_dropped_share)
+    pairs, validation = load_named_files(load_preferences, "preference pairs", *settings)
     share = 0.0 if validation else data_args.validation_split
     train_ids, held_out_ids = split_documents(pairs, share, training_args.seed)
     eval_sets = {name: PairSet(group) for name, group in validation.items()}
     if share:
         eval_sets["heldout"] = PairSet(pairs, held_out_ids)
-    logger.info("data: %s", json.dumps(pairs.statistics(), ensure_ascii=False))
     first = pairs[0]
     texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt, first.chosen, first.rejected)]
     logger.info("first pair\n  prompt   %s\n  chosen   %s\n  rejected %s", *texts)
-    keys = {"train": pairs.key, **{name: group.key for name, group in validation.items()}}
-    return PairSet(pairs, train_ids), eval_sets, keys
+    return PairSet(pairs, train_ids), eval_sets, cache_keys(pairs, validation)
+
+
+def cache_keys(training: PromptFile, validation: Mapping[str, PromptFile]) -> dict[str, str]:
+    """What identifies the data of a run, by the names of its parts."""
+    return {"train": training.key, **{name: group.key for name, group in validation.items()}}

@@ -25,7 +25,6 @@ from .prompts import IGNORE_INDEX
 from .rl import ppo_policy_loss, value_loss
 from .rollout_trainer import RolloutTrainer, describe
 from .rollouts import Experience, make_batch, minibatches, prompt_numbers
-from .sharding import constant_learning_rate
 from .training import peak_memory_gb, plot_curves
 
 logger = logging.getLogger(__name__)
@@ -104,8 +103,7 @@ class PPOTrainer(RolloutTrainer):
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             self._iterate(model)
             learning_rate = self._get_learning_rate()
-            schedule = model.lr_scheduler if self.is_deepspeed_enabled else None  # one that its config asks for
-            (schedule or self.lr_scheduler).step()
+            self.lr_scheduler.step()
             self.state.global_step += 1
             self.state.epoch = self.state.global_step * self.settings.rollout_batch_size / len(self.prompts)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
@@ -170,8 +168,7 @@ class PPOTrainer(RolloutTrainer):
             for micro_batches in minibatches(
                 experience, size, args.per_device_train_batch_size, seed, args.process_index, args.world_size
             ):
-                with constant_learning_rate(self, model):
-                    statistics = self._optimizer_step(model, experience, micro_batches, size, steps)
+                statistics = self._optimizer_step(model, experience, micro_batches, size, steps)
                 steps += 1
                 sums.add(statistics)
                 if settings.early_stop_kl is not None and statistics["approx_kl"] > settings.early_stop_kl:

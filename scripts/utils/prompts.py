@@ -65,13 +65,17 @@ DEFAULT_TEMPLATE = "alpaca-2"
 OWN_TEMPLATE = "tokenizer"  # the name that means: the chat template saved with the tokenizer
 
 
+def template_name(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name asked for; None: the tokenizer's own template, which training saved, if it has one, else alpaca-2."""
+    return name or (OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE)
+
+
 def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The jinja text of a template's name; "tokenizer" is the tokenizer's own. None: that if there is one, else
-    alpaca-2.
+    """The jinja text of a template's name; "tokenizer" is the tokenizer's own. None: see template_name.
 
     Raises: InputError for an unknown name, or where the tokenizer has no template.
     """
-    name = name or (OWN_TEMPLATE if tokenizer.chat_template else DEFAULT_TEMPLATE)
+    name = template_name(name, tokenizer)
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     if name != OWN_TEMPLATE:

@@ -109,18 +109,9 @@ class RewardTrainer(PairTrainer):
             write_json(folder / REPORT, self.reports)
             plot_report(self.reports, folder / PICTURE)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
-        """(None, scores (P, 2), numbers of the pairs (P,))."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            scores = self._score(model, inputs)
-        return None, scores.float(), inputs["numbers"]
+    def judge_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Scores (P, 2)."""
+        return self._score(model, inputs)
 
     def _summarise_losses(self, prediction: EvalPrediction) -> dict[str, float]:
         assert self._evaluated is not None

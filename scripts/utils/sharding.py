@@ -103,16 +103,3 @@ def whole_models_loaded(training_args: Any) -> Iterator[None]:
             os.environ[name] = value
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
-
-
-@contextlib.contextmanager
-def constant_learning_rate(trainer: Any, model: Any) -> Iterator[None]:
-    """Within the block DeepSpeed's engine leaves its schedule alone, which it would move at every optimizer step."""
-    if not trainer.is_deepspeed_enabled:
-        yield
-        return
-    schedule, model.lr_scheduler = model.lr_scheduler, None
-    try:
-        yield
-    finally:
-        model.lr_scheduler = schedule

@@ -301,7 +301,7 @@ def test_words_alone_do_not_tell_the_better_answer():
         return sum(math.log((better[g] + 0.5) / (worse[g] + 0.5)) for g in grams(answer))
 
     right = sum(score(row["chosen"]) > score(row["rejected"]) for row in heldout) / len(heldout)
-    assert right <= 0.88, f"words alone are right on {right:.0%} of the held-out pairs"
+    assert right <= 0.82, f"words alone are right on {right:.0%} of the held-out pairs"
 
 
 def test_pairs_name_their_source_and_differ():
