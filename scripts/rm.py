@@ -96,9 +96,7 @@ def main(
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits, TASK_TYPE)
     logger.info("%s", describe_model(model))
-    collator = PairCollator(
-        tokenizer.pad_token_id, flatten=choose_attention(model_args.attn_implementation) == "flash_attention_2"
-    )
+    collator = PairCollator(tokenizer.pad_token_id, choose_attention(model_args.attn_implementation))
     trainer = RewardTrainer(
         *(model, training_args, train_set, eval_sets, tokenizer, collator),
         use_margin=reward_args.use_margin,

@@ -19,8 +19,6 @@ from . import rl
 from .files import atomic_file
 from .pair_trainer import PairTrainer
 from .pairs import Example, PairCollator, PairSet
-from .preferences import Pair
-from .prompts import IGNORE_INDEX
 from .reference import answer_lengths, answer_logprobs
 from .runs import named_disk_errors
 from .training import RunArguments
@@ -120,60 +118,14 @@ class JudgedPairs(PairSet):
 
 
 class PreferenceCollator(PairCollator):
-    """A PairCollator whose rows hold a pair's prompt once, where the attention kernel takes a mask of any form.
-
-    Then batches also hold "attention_mask", (B, 1, T, T) bool. Where examples carry it, batches hold "reference",
-    (2 P,) float32.
-    """
-
-    def __init__(self, pad_token_id: int, attention: str) -> None:
-        """Args: attention: sdpa shares prompts; eager has both answers behind prompts of their own, in one row;
-        flash_attention_2 all answers of the batch."""
-        super().__init__(pad_token_id, flatten=attention == "flash_attention_2")
-        self.shares_prompts = attention == "sdpa"
+    """A PairCollator whose batches hold "reference", (2 P,) float32, where the examples carry it."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = super().__call__(examples)
-        if self.shares_prompts:
-            batch |= self._share_prompts(examples)
         judged = [example.reference for example in examples if isinstance(example, JudgedExample)]
         if judged:
             batch["reference"] = torch.from_numpy(np.concatenate(judged))
         return batch
-
-    def _share_prompts(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """What differs from PairCollator's batch, whose `last` is not used here."""
-        rows = [_shared_row(example.pair, place) for place, example in enumerate(examples)]
-        length = max(len(row["input_ids"]) for row in rows)
-        padding = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX, "answer": -1, "segment": 3}
-        batch = {}
-        for name in rows[0]:
-            table: np.ndarray = np.full((len(rows), length), padding.get(name, 0), dtype=np.int64)
-            for number, row in enumerate(rows):
-                table[number, : len(row[name])] = row[name]
-            batch[name] = torch.from_numpy(table)
-        segment = batch.pop("segment")
-        seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-        batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
-        return batch
-
-
-def _shared_row(pair: Pair, place: int) -> dict[str, np.ndarray]:
-    """Prompt, chosen answer, rejected answer; the prompt's last token stands before each, as it predicts both firsts.
-
-    "segment" is 0 for the rest of the prompt, which all see, then 1 and 2, which do not see each other.
-    """
-    start, last = len(pair.prompt) - 1, pair.prompt[-1:]
-    ends = [start + 1 + len(answer) for answer in (pair.chosen, pair.rejected)]
-    none: np.ndarray = np.full(start, IGNORE_INDEX)
-    counts = [start, ends[0] - start, ends[1] - start]
-    return {
-        "input_ids": np.concatenate([pair.prompt[:-1], last, pair.chosen, last, pair.rejected]),
-        "position_ids": np.concatenate([np.arange(ends[0]), np.arange(start, ends[1])]),
-        "shift_labels": np.concatenate([none, pair.chosen, [IGNORE_INDEX], pair.rejected, [IGNORE_INDEX]]),
-        "answer": np.repeat([2 * place, 2 * place, 2 * place + 1], counts),
-        "segment": np.repeat([0, 1, 2], counts),
-    }
 
 
 # ---------------------------------------------------------------- the Trainer

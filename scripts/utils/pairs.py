@@ -1,8 +1,9 @@
-"""Batches of preference pairs: both answers of a pair in one row, each behind its own copy of the prompt.
+"""Batches of preference pairs: both answers of a pair in one row, behind the one prompt they share.
 
-A row is two segments, prompt + chosen and prompt + rejected, that do not see each other (position_ids restart, see
-utils.data). One forward pass serves both answers, and a row is padded to the longest pair of its batch, not to the
-longest answer twice.
+The answers do not see each other. One forward pass serves both, the prompt is computed once, and a row is padded to
+the longest pair of its batch, not to the longest answer twice. That takes an attention kernel with masks of any form
+(sdpa); with others each answer has its own copy of the prompt, and both are segments of the row (position_ids restart,
+see utils.data).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class PairSet(Dataset[Example]):
     """Some pairs of a PreferenceFile.
 
     Attributes:
-        lengths: (n,) tokens of each row.
-        num_tokens: tokens of all rows.
+        lengths: (n,) tokens of each pair, its prompt counted once.
+        num_tokens: their sum.
     """
 
     num_bytes = 0  # bits per byte are not reported for pairs
@@ -54,8 +55,7 @@ class PairSet(Dataset[Example]):
         """Args: ids: (n,) which pairs; all by default."""
         self.file = file
         self.ids = np.arange(len(file)) if ids is None else np.asarray(ids, dtype=np.int64)
-        prompt, chosen, rejected = file.lengths[self.ids].astype(np.int64).T
-        self.lengths = 2 * prompt + chosen + rejected
+        self.lengths = file.lengths[self.ids].astype(np.int64).sum(1)
         self.num_tokens = int(self.lengths.sum())
 
     def __len__(self) -> int:
@@ -70,23 +70,28 @@ class PairCollator:
     """Examples -> a batch of P pairs: int64 tensors, rows padded on the right to the longest.
 
     input_ids, position_ids, shift_labels: (B, T), as in utils.data; targets are the tokens of the answers.
+    attention_mask: (B, 1, T, T) bool, where prompts are shared: who sees whom.
     answer: (B, T), the number of the answer each position belongs to, -1 for padding: 2 p is the chosen answer of pair
-        p, 2 p + 1 its rejected one. Prompts count to their answers.
+        p, 2 p + 1 its rejected one. A prompt counts to its answer, a shared one to the chosen answer.
     last: (2 P,), the place of each answer's last token in the flattened (B * T,) positions.
     numbers: (P,), the pairs' numbers in the PreferenceFile.
     margins: (P,) float32, 0 where the record gave none.
     """
 
-    def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
-        """Args: flatten: one row for all pairs, which flash_attention_2 needs to see where segments begin."""
-        self.pad_token_id, self.flatten = pad_token_id, flatten
+    def __init__(self, pad_token_id: int, attention: str) -> None:
+        """Args: attention: sdpa shares prompts; eager has two segments in a row; flash_attention_2 has those of all
+        pairs in one row, since it sees where segments begin only there."""
+        self.pad_token_id = pad_token_id
+        self.shares_prompts = attention == "sdpa"
+        self.flatten = attention == "flash_attention_2"
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        rows = [_row(example.pair, place) for place, example in enumerate(examples)]
+        layout = _shared_row if self.shares_prompts else _row
+        rows = [layout(example.pair, place) for place, example in enumerate(examples)]
         if self.flatten:
             rows = [{name: np.concatenate([row[name] for row in rows]) for name in rows[0]}]
         length = max(len(row["input_ids"]) for row in rows)
-        padding = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX, "answer": -1}
+        padding = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX, "answer": -1, "segment": 3}
         batch: dict[str, Tensor] = {}
         for name in rows[0]:
             table: np.ndarray = np.full((len(rows), length), padding.get(name, 0), dtype=np.int64)
@@ -96,6 +101,10 @@ class PairCollator:
                 if name == "position_ids":  # padding is a segment of its own
                     table[number, count:] = np.arange(length - count)
             batch[name] = torch.from_numpy(table)
+        if self.shares_prompts:
+            segment = batch.pop("segment")
+            seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+            batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
         answer = batch["answer"].flatten()
         places = torch.arange(len(answer))[answer >= 0]
         last = torch.zeros(2 * len(examples), dtype=torch.int64)
@@ -103,6 +112,11 @@ class PairCollator:
         batch["numbers"] = torch.tensor([example.number for example in examples])
         batch["margins"] = torch.tensor([example.pair.margin or 0.0 for example in examples], dtype=torch.float32)
         return batch
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a PairCollator's batch, what a model's forward takes."""
+    return {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
 
 
 def _row(pair: Pair, place: int) -> dict[str, np.ndarray]:
@@ -120,6 +134,24 @@ def _row(pair: Pair, place: int) -> dict[str, np.ndarray]:
             }
         )
     return {name: np.concatenate([segment[name] for segment in segments]) for name in segments[0]}
+
+
+def _shared_row(pair: Pair, place: int) -> dict[str, np.ndarray]:
+    """Prompt, chosen answer, rejected answer; the prompt's last token stands before each, as it predicts both firsts.
+
+    "segment" is 0 for the rest of the prompt, which all see, then 1 and 2, which do not see each other.
+    """
+    start, last = len(pair.prompt) - 1, pair.prompt[-1:]
+    ends = [start + 1 + len(answer) for answer in (pair.chosen, pair.rejected)]
+    none: np.ndarray = np.full(start, IGNORE_INDEX)
+    counts = [start, ends[0] - start, ends[1] - start]
+    return {
+        "input_ids": np.concatenate([pair.prompt[:-1], last, pair.chosen, last, pair.rejected]),
+        "position_ids": np.concatenate([np.arange(ends[0]), np.arange(start, ends[1])]),
+        "shift_labels": np.concatenate([none, pair.chosen, [IGNORE_INDEX], pair.rejected, [IGNORE_INDEX]]),
+        "answer": np.repeat([2 * place, 2 * place, 2 * place + 1], counts),
+        "segment": np.repeat([0, 1, 2], counts),
+    }
 
 
 def sum_by_answer(values: Tensor, answer: Tensor, num_answers: int) -> Tensor:

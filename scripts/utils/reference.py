@@ -22,7 +22,7 @@ from .checkpoints import check_readable
 from .files import InputError, atomic_file, hash_json
 from .losses import loss_targets
 from .modeling import build_training_model, check_extends, check_vocabulary, find_tokenizer, load_config
-from .pairs import Example, PairCollator, sum_by_answer
+from .pairs import Example, PairCollator, model_inputs, sum_by_answer
 from .preferences import PreferenceFile
 from .prompts import IGNORE_INDEX
 from .sharding import whole_models_loaded
@@ -82,9 +82,8 @@ def answer_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
 
     Needs the model's LossHead.
     """
-    features = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     with loss_targets(model, batch["shift_labels"], "tokens"):
-        outputs = model(**features, use_cache=False)
+        outputs = model(**model_inputs(batch), use_cache=False)
     return sum_by_answer(-outputs.logits.float(), batch["answer"], len(batch["last"])), outputs
 
 
@@ -176,7 +175,7 @@ def _compute_table(
 
     table: np.ndarray = np.zeros((len(file), 2), dtype=np.float32)
     size, device = training_args.per_device_eval_batch_size, training_args.device
-    longest_first = np.argsort(-file.lengths.astype(np.int64) @ [2, 1, 1], kind="stable")
+    longest_first = np.argsort(-file.lengths.astype(np.int64).sum(1), kind="stable")
     mine = longest_first[training_args.process_index :: training_args.world_size]
     started = time.perf_counter()
     with tqdm(total=len(mine), unit="pair", desc="reference", disable=training_args.disable_tqdm) as bar:

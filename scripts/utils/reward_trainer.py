@@ -13,7 +13,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from .files import InputError, atomic_file, write_json
 from .pair_trainer import PairTrainer
-from .pairs import PairSet
+from .pairs import PairSet, model_inputs
 from .reward_model import score_places
 from .rl import reward_model_loss
 from .training import RunArguments, plot_curves
@@ -52,7 +52,7 @@ class RewardTrainer(PairTrainer):
     def _score(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Scores (P, 2) of a batch: chosen, rejected."""
         with score_places(model, inputs["last"]):
-            output = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+            output = model(**model_inputs(inputs), use_cache=False)
         scores: Tensor = output.logits.view(-1, 2)
         return scores
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from utils.losses import install_loss_head, loss_targets
-from utils.pairs import Example, LengthGroupedOrder, PairCollator, sum_by_answer
+from utils.pairs import Example, LengthGroupedOrder, PairCollator, model_inputs, sum_by_answer
 from utils.preferences import Pair
 
 
@@ -31,8 +31,8 @@ def tiny_llama():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_packed_log_probabilities_equal_separate_forward_passes(flatten):
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_packed_log_probabilities_equal_separate_forward_passes(attention):
     model, examples = tiny_llama(), some_examples()
     expected = []
     for example in examples:
@@ -43,17 +43,17 @@ def test_packed_log_probabilities_equal_separate_forward_passes(flatten):
             start = len(example.pair.prompt)
             expected.append(-functional.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum").item())
     install_loss_head(model)
-    batch = PairCollator(0, flatten=flatten)(examples)
+    batch = PairCollator(0, attention)(examples)
     with torch.no_grad(), loss_targets(model, batch["shift_labels"], "tokens"):
-        losses = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        losses = model(**model_inputs(batch), use_cache=False).logits
     logprobs = sum_by_answer(-losses, batch["answer"], 2 * len(examples))
     np.testing.assert_allclose(logprobs.numpy(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_a_batch_names_its_answers_and_their_last_tokens(flatten):
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_a_batch_names_its_answers_and_their_last_tokens(attention):
     examples = some_examples()
-    batch = PairCollator(0, flatten=flatten)(examples)
+    batch = PairCollator(0, attention)(examples)
     assert batch["numbers"].tolist() == [10, 11, 12, 13]
     assert batch["margins"].tolist() == [0.5, 0.0, 0.5, 0.0]
     ids = batch["input_ids"].flatten()
@@ -62,7 +62,9 @@ def test_a_batch_names_its_answers_and_their_last_tokens(flatten):
         assert ids[batch["last"][2 * number + 1]] == example.pair.rejected[-1]
         for side, answer in enumerate((example.pair.chosen, example.pair.rejected)):
             inside = batch["answer"].flatten() == 2 * number + side
-            assert ids[inside].tolist() == [*example.pair.prompt, *answer]
+            # A shared prompt counts to the chosen answer; its last token stands before both.
+            prompt = example.pair.prompt[-1:] if attention == "sdpa" and side else example.pair.prompt
+            assert ids[inside].tolist() == [*prompt, *answer]
             targets = batch["shift_labels"].flatten()[inside]
             assert targets[targets >= 0].tolist() == answer.tolist()
     assert (batch["shift_labels"].flatten()[batch["answer"].flatten() < 0] == -100).all()
@@ -77,3 +79,12 @@ def test_the_order_of_rows_is_whole_repeatable_and_new_every_epoch():
     assert sorted(order) == list(range(53)) and list(order) != first
     spreads = [np.ptp(lengths[first[start : start + 4]]) for start in range(0, 52, 4)]
     assert np.mean(spreads) < 40, "rows of a batch are about equally long"
+
+
+def test_a_shared_prompt_is_computed_once():
+    examples = some_examples()
+    batch = PairCollator(0, "sdpa")(examples)
+    lengths = [len(pair.prompt) + 1 + len(pair.chosen) + len(pair.rejected) for pair in (e.pair for e in examples)]
+    assert (batch["answer"] >= 0).sum(1).tolist() == lengths
+    assert batch["attention_mask"].shape == (4, 1, max(lengths), max(lengths))
+    assert "attention_mask" not in PairCollator(0, "eager")(examples)

@@ -15,7 +15,7 @@ import torch
 from conftest import train_sentencepiece, write_sentencepiece
 
 from utils.files import InputError
-from utils.pairs import Example, PairCollator
+from utils.pairs import Example, PairCollator, model_inputs
 from utils.preferences import Pair
 from utils.prompts import CHAT_TEMPLATES
 from utils.reward_model import (
@@ -68,8 +68,8 @@ def score_one_by_one(model, answers) -> torch.Tensor:
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_packed_scores_and_gradients_equal_separate_forward_passes(flatten):
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_packed_scores_and_gradients_equal_separate_forward_passes(attention):
     examples = some_examples()
     plain, packed = tiny_classifier(), tiny_classifier()
     expected = score_one_by_one(plain, answers_of(examples)).view(-1, 2)
@@ -81,9 +81,9 @@ def test_packed_scores_and_gradients_equal_separate_forward_passes(flatten):
     (sum(losses) / len(losses)).backward()
 
     install_score_head(packed)
-    batch = PairCollator(PAD, flatten=flatten)(examples)
+    batch = PairCollator(PAD, attention)(examples)
     with score_places(packed, batch["last"]):
-        output = packed(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        output = packed(**model_inputs(batch), use_cache=False)
     scores = output.logits.view(-1, 2)
     loss = reward_model_loss(scores[:, 0], scores[:, 1], batch["margins"], 0.02).mean()
     loss.backward()
@@ -313,13 +313,11 @@ def test_loss_agrees_with_trls_reward_trainer(tiny_model_folder, tmp_path):
     trl = torch.load(tmp_path / "out.pt", weights_only=True)
 
     install_score_head(model)
-    batch = PairCollator(PAD)(examples)
+    batch = PairCollator(PAD, "sdpa")(examples)
     for name, margins, centering in (("plain", None, 0.0), ("full", batch["margins"], 0.02)):
         model.zero_grad()
         with score_places(model, batch["last"]):
-            scores = model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            ).logits.view(-1, 2)
+            scores = model(**model_inputs(batch), use_cache=False).logits.view(-1, 2)
         loss = reward_model_loss(scores[:, 0], scores[:, 1], margins, centering).mean()
         loss.backward()
         torch.testing.assert_close(loss.detach(), trl[name], rtol=1e-5, atol=1e-5)
