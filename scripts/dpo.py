@@ -96,6 +96,7 @@ def main(
     from utils.reference import load_reference_tables, reference_key
     from utils.runs import open_run, start_run
     from utils.tokenization import load_tokenizer, tokenizer_fingerprint
+    from utils.training import check_validation
     from utils.trainer import describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
@@ -114,6 +115,7 @@ def main(
     reference = choose_reference(model_args, lora_args, preference_args, objective)
     cache = train_set.file.folder.parent
     key = None if reference is None else reference_key(reference, lora_args, training_args, cache)
+    check_validation(training_args, list(eval_sets))
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
     start_run(training_run, {**inputs, "reference": key}, training_args.process_index == 0)
 

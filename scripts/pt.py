@@ -76,6 +76,7 @@ def main(
     from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
     from utils.runs import open_run, start_run
     from utils.tokenization import load_tokenizer, tokenizer_fingerprint
+    from utils.training import check_validation
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
@@ -86,6 +87,7 @@ def main(
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
     training_run = open_run(training_args, *all_args)
     train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
+    check_validation(training_args, list(eval_sets))
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
     start_run(training_run, inputs, training_args.process_index == 0)
 

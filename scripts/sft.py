@@ -52,6 +52,7 @@ def main(
     from utils.prompts import resolve_template
     from utils.runs import open_run, start_run
     from utils.tokenization import load_tokenizer, tokenizer_fingerprint
+    from utils.training import check_validation
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
@@ -64,6 +65,7 @@ def main(
     template = resolve_template(tuning_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
     train_set, eval_sets, keys = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
+    check_validation(training_args, list(eval_sets))
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
     start_run(training_run, inputs, training_args.process_index == 0)
 

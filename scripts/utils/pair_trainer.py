@@ -18,6 +18,7 @@ class PairTrainer(RecipeTrainer):
     """
 
     train_dataset: PairSet
+    loss_unit = "nats a pair"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
         batch_size = self.args.train_batch_size * self.args.world_size

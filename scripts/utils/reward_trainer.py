@@ -16,7 +16,7 @@ from .pair_trainer import PairTrainer
 from .pairs import PairSet, model_inputs
 from .reward_model import score_places
 from .rl import reward_model_loss
-from .training import RunArguments, plot_curves
+from .training import RunArguments, check_validation, plot_curves
 
 REPORT = "reward_report.json"
 PICTURE = "reward_report.png"
@@ -129,16 +129,10 @@ class RewardTrainer(PairTrainer):
 
 def check_best_metric(args: RunArguments, names: Sequence[str]) -> None:
     """Raises: InputError if evaluation, or a checkpoint's choice, is asked of validation sets that are not there."""
-    if not names:
-        if args.eval_strategy != "no" or args.load_best_model_at_end:
-            raise InputError(
-                "--eval_strategy and --load_best_model_at_end need validation pairs: pass --validation_data, or "
-                "--validation_split 0.05"
-            )
-        return
+    check_validation(args, names)
     metric = args.metric_for_best_model
     known = [f"eval_{name}_{metric}" for name in names for metric in METRICS] + ["eval_loss", "eval_accuracy"]
-    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
+    if names and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
         raise InputError(f"--metric_for_best_model {metric}: need one of {', '.join(known)}")
 
 

@@ -33,6 +33,7 @@ class RecipeTrainer(Trainer):
     """
 
     args: RunArguments
+    loss_unit = "nats a token"
 
     def __init__(
         self,
@@ -205,7 +206,7 @@ class RecipeTrainer(Trainer):
 
     def draw(self, folder: Path, title: str) -> None:
         """Pictures of the finished run."""
-        plot_losses(self.state.log_history, folder / "loss.png", title)
+        plot_losses(self.state.log_history, folder / "loss.png", title, self.loss_unit)
 
 
 def describe_model(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -200,7 +201,16 @@ def peak_flops() -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
-def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:
+def check_validation(args: TrainingArguments, names: Sequence[str]) -> None:
+    """Raises: InputError if evaluation is asked of validation sets (their names) that are not there."""
+    if not names and (args.eval_strategy != "no" or args.load_best_model_at_end):
+        raise InputError(
+            "--eval_strategy and --load_best_model_at_end need validation data: pass --validation_data, or "
+            "--validation_split 0.05"
+        )
+
+
+def plot_losses(history: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
     """Draw training and evaluation losses over optimizer steps into a png; nothing is drawn without two points."""
     import matplotlib
 
@@ -222,7 +232,7 @@ def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(
             steps, losses, label=name, linewidth=1.2 if name == "train" else 1.8, marker="" if name == "train" else "o"
         )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

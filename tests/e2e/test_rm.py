@@ -369,7 +369,7 @@ def test_training_refuses_what_cannot_be_learnt(rm_run, tiny_model_folder, pairs
 
     refused("nothing is left of 3 records: 3 whose two answers have the same tokens", same)
     refused("nothing is left of 3 records: 3 with an empty answer", empty)
-    refused("need validation pairs: pass --validation_data", pairs, "--eval_strategy", "steps")
+    refused("need validation data: pass --validation_data", pairs, "--eval_strategy", "steps")
     held_out = ("--validation_split", "0.1", "--metric_for_best_model", "accuracy_heldout")
     refused("--metric_for_best_model accuracy_heldout: need one of eval_heldout_accuracy", pairs, *held_out)
     refused("it holds an adapter: pass the base model here", pairs, model=rm_run)

@@ -460,6 +460,7 @@ def test_every_weight_is_trained_against_the_start(tiny_model_folder, pairs, tmp
         (["--reference_model", "nowhere"], "nowhere"),
         (["--train_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--max_seq_length", "4"], "at least 8"),
+        (["--eval_strategy", "steps", "--validation_split", "0"], "need validation data: pass --validation_data"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_slow(flags, message, tiny_model_folder, pairs, tmp_path):
