@@ -76,8 +76,8 @@ def main(
     from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
     from utils.runs import open_run, start_run
     from utils.tokenization import load_tokenizer, tokenizer_fingerprint
-    from utils.training import check_validation
     from utils.trainer import RecipeTrainer, describe_model, train_and_save
+    from utils.training import check_validation
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
