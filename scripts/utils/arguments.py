@@ -190,7 +190,15 @@ class GenerationArguments:
     top_p: float = arg(
         0.9, help="Draw from the likeliest tokens that reach this probability together, 0-1; 1: from all."
     )
+    min_p: float = arg(0.0, help="Draw only from tokens at least this share as likely as the likeliest, 0-1; 0: all.")
     repetition_penalty: float = arg(1.1, help="Above 1 makes tokens that the prompt or the answer has less likely.")
+    presence_penalty: float = arg(0.0, help="Taken from the logits of tokens that the answer has, -2 to 2.")
+    frequency_penalty: float = arg(
+        0.0, help="Taken from the logits of tokens once for each time the answer has them, -2 to 2."
+    )
+    guidance_scale: float = arg(1.0, help="Above 1: classifier-free guidance away from --negative_prompt; two passes.")
+    negative_prompt: str | None = arg(help="System prompt of what answers should not be like; with --guidance_scale.")
+    stop: list[str] = list_arg(help="Texts that end an answer and are not part of it.")
     num_beams: int = arg(1, help="Above 1: beam search, which never draws at random.")
     seed: int = arg(42, help="Equal seeds give equal answers, whatever the batch size.")
 
@@ -203,7 +211,15 @@ class GenerationArguments:
             f"--temperature {self.temperature}: need 0 (greedy) or more": self.temperature >= 0,
             f"--top_k {self.top_k}: need 0 (all tokens) or more": self.top_k >= 0,
             f"--top_p {self.top_p}: need 0 < top_p <= 1": 0 < self.top_p <= 1,
+            f"--min_p {self.min_p}: need 0 <= min_p <= 1": 0 <= self.min_p <= 1,
             f"--repetition_penalty {self.repetition_penalty}: need more than 0": self.repetition_penalty > 0,
+            f"--presence_penalty {self.presence_penalty}: need -2 to 2": -2 <= self.presence_penalty <= 2,
+            f"--frequency_penalty {self.frequency_penalty}: need -2 to 2": -2 <= self.frequency_penalty <= 2,
+            f"--guidance_scale {self.guidance_scale}: need 1 or more": self.guidance_scale >= 1,
+            f"--negative_prompt does nothing with --guidance_scale {self.guidance_scale}; pass e.g. 1.5": (
+                self.negative_prompt is None or self.guidance_scale > 1
+            ),
+            "--stop '': need texts of at least a character": all(self.stop),
             f"--num_beams {self.num_beams}: need at least 1": self.num_beams >= 1,
         }
         raise_problems([problem for problem, holds in checks.items() if not holds])
