@@ -144,28 +144,22 @@ def answer_questions(
 
     from utils.base_record import weights_fingerprint
     from utils.checkpoints import open_checkpoint
-    from utils.generation import Generator, check_room
-    from utils.inference import check_inference_request, find_inference_files, load_for_inference
+    from utils.engines import EnginePlan
+    from utils.generation import Request, check_room
     from utils.predictions import Predictions
-    from utils.prompts import encode_prompt, resolve_template, template_name
-    from utils.tokenization import load_tokenizer
 
-    model_args = find_inference_files(model_args)
-    assert model_args.tokenizer_name_or_path is not None
-    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
-    config = check_inference_request(model_args, tokenizer)
-    name = template_name(model_args.prompt_template, tokenizer)
-    template = resolve_template(name, tokenizer)
+    plan = EnginePlan(model_args)
+    model_args = plan.args
     system = [] if model_args.system_prompt is None else [{"role": "system", "content": model_args.system_prompt}]
-    prompts = [encode_prompt([*system, {"role": "user", "content": q.text}], template, tokenizer) for q in questions]
+    prompts = [plan.encode([*system, {"role": "user", "content": q.text}]) for q in questions]
     for question, prompt in zip(questions, prompts, strict=True):
         try:
-            check_room(len(prompt), settings, getattr(config, "max_position_embeddings", None))
+            check_room(len(prompt), settings, plan.context)
         except InputError as error:
             raise InputError(f"{question.location}: {error}") from None
 
     folders = [folder for folder in (model_args.model_name_or_path, model_args.adapter_name_or_path) if folder]
-    source: dict[str, Any] = {"template": name, "weights": {}}
+    source: dict[str, Any] = {"template": plan.template_name, "weights": {}}
     for folder in folders:
         with open_checkpoint(folder) as checkpoint:
             source["weights"][folder] = weights_fingerprint(checkpoint)
@@ -176,14 +170,14 @@ def answer_questions(
     except InputError as error:  # here the file's name comes from another flag
         raise InputError(str(error).replace("--predictions_file", "--output_dir")) from None
     if not predictions.is_complete:
-        generator = Generator(load_for_inference(model_args, config), tokenizer, template)
+        engine = plan.load(args.batch_size)
         done = len(predictions.rows)
+        requests = [Request(prompts[n], settings, settings.seed + n) for n in range(done, len(prompts))]
         with tqdm(total=len(prompts), initial=done, unit="answer", desc="answering") as bar:
-            for first in range(done, len(prompts), args.batch_size):
-                batch = prompts[first : first + args.batch_size]
-                seeds = [settings.seed + first + number for number in range(len(batch))]
-                predictions.append([answer.text for answer in generator.generate(batch, settings, seeds)])
-                bar.update(len(batch))
+            for answer in [engine.submit(request) for request in requests]:
+                predictions.append([answer.wait().text])
+                bar.update()
+        engine.close()
         predictions.finish({"answers": len(prompts), "resumed": done})
     return [row["Output"] for row in predictions.rows], source
 

@@ -11,6 +11,7 @@ import io
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,13 +32,14 @@ from utils.files import (
     iter_document_batches,
     iter_records,
     list_data_files,
+    read_json,
+    write_json,
 )
 from utils.predictions import Predictions, Question
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from utils.generation import Completion, Generator
+    from utils.engines import EnginePlan
+    from utils.generation import Completion, Engine, Request
 
 logger = logging.getLogger("inference_hf")
 
@@ -85,41 +87,28 @@ class TaskArguments:
 def main(model_args: InferenceArguments, settings: GenerationArguments, task: TaskArguments) -> dict[str, Any]:
     """Answer; returns how many answers there are, and how fast they came."""
     select_gpus(model_args)  # before torch is imported
-    from utils.generation import Generator
-    from utils.inference import check_inference_request, find_inference_files, load_for_inference
-    from utils.tokenization import load_tokenizer
+    from utils.engines import EnginePlan
 
     questions = [] if task.interactive else read_questions(task)
-    model_args = find_inference_files(model_args)
-    assert model_args.tokenizer_name_or_path is not None
-    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path)
-    config = check_inference_request(model_args, tokenizer)
-    template = choose_template(model_args, tokenizer) if task.with_prompt else None
-    prompts = [encode_question(question, model_args, template, tokenizer) for question in questions]
-    check_lengths(prompts, settings, getattr(config, "max_position_embeddings", None))
+    plan = EnginePlan(model_args, chat=task.with_prompt)
+    prompts = [encode_question(question, plan) for question in questions]
+    check_lengths(prompts, settings, plan.context)
     predictions = None
     if task.predictions_file or task.data_file:
-        record = record_settings(model_args, settings, task, prompts)
+        record = record_settings(plan.args, settings, task, prompts)
         predictions = Predictions(Path(task.predictions_file or "predictions.json"), questions, record, task.overwrite)
         if predictions.is_complete:
             return predictions.report_complete()
 
-    start = time.perf_counter()
-    generator = Generator(load_for_inference(model_args, config), tokenizer, template)
-    logger.info(
-        "model loaded in %.1f s: %.3g parameters, %s on %s",
-        *(
-            time.perf_counter() - start,
-            generator.model.num_parameters(),
-            generator.model.dtype,
-            generator.model.device,
-        ),
-    )
-    if task.interactive:
-        return chat(generator, settings, model_args.system_prompt)
-    if predictions is None:
-        return answer_one(generator, settings, questions[0], prompts[0])
-    return answer_all(generator, settings, task, questions, prompts, predictions)
+    engine = plan.load(max_batch_size=task.batch_size * (2 if settings.guidance_scale > 1 else 1))
+    try:
+        if task.interactive:
+            return chat(engine, settings, model_args.system_prompt)
+        if predictions is None:
+            return answer_one(engine, settings, questions[0], prompts[0])
+        return answer_all(engine, settings, task, questions, prompts, predictions)
+    finally:
+        engine.close()
 
 
 # ---------------------------------------------------------------- questions
@@ -171,30 +160,16 @@ def read_question(record: dict[str, Any], location: str) -> Question:
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
-def choose_template(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template named, else the tokenizer's own, which training saved beside the weights, else the default."""
-    from utils.prompts import OWN_TEMPLATE, resolve_template, template_name
-
-    name = template_name(args.prompt_template, tokenizer)
-    logger.info("prompt template: %s", "the tokenizer's own" if name == OWN_TEMPLATE else name)
-    return resolve_template(name, tokenizer)
-
-
-def encode_question(
-    question: Question, args: InferenceArguments, template: str | None, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
+def encode_question(question: Question, plan: EnginePlan) -> list[int]:
     """Token ids of the prompt; without a template, of the text to be continued."""
-    from utils.generation import encode_raw
-    from utils.prompts import encode_prompt
-
-    if template is None:
+    if plan.template is None:
         if not isinstance(question, str):
             raise InputError(
                 f"a conversation cannot be continued as plain text ({question!r:.80}); pass --with_prompt"
             )
-        return encode_raw(question, tokenizer)
+        return plan.encode_text(question)
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    return encode_prompt(with_system_prompt(messages, args.system_prompt), template, tokenizer)
+    return plan.encode(with_system_prompt(messages, plan.args.system_prompt))
 
 
 def with_system_prompt(messages: list[dict[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
@@ -247,39 +222,44 @@ def record_settings(
 # ---------------------------------------------------------------- answering
 
 
-def full_output(question: Question, completion: Completion, generator: Generator) -> str:
+def full_output(question: Question, completion: Completion, engine: Engine) -> str:
     """The answer; where a text is continued, the text with its continuation."""
-    return completion.text if generator.template else f"{question}{completion.text}"
+    return completion.text if engine.template else f"{question}{completion.text}"
+
+
+def ask(engine: Engine, settings: GenerationArguments, messages: Question, prompt: list[int], seed: int) -> Request:
+    """The request that a question is; `messages` are what the prompt was made of."""
+    from utils.generation import Request
+
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    negative = engine.encode_negative(turns, settings) if engine.template else None
+    return Request(prompt, settings, seed, strip=engine.template is not None, negative_prompt=negative)
 
 
 def answer_all(
-    generator: Generator,
+    engine: Engine,
     settings: GenerationArguments,
     task: TaskArguments,
     questions: list[Question],
     prompts: list[list[int]],
     predictions: Predictions,
 ) -> dict[str, Any]:
-    """Answer what is left, a batch at a time, each answer written before the next batch begins."""
+    """Answer what is left: each answer is written as soon as those before it are, and the next question moves up."""
     from tqdm import tqdm
 
     resumed, new_tokens, cut, started = len(predictions.rows), 0, 0, time.perf_counter()
+    left = range(resumed, len(prompts))
+    # The seeds are the same in a run that goes on.
+    requests = [ask(engine, settings, questions[n], prompts[n], settings.seed + n) for n in left]
     with tqdm(total=len(prompts), initial=resumed, unit="answer", desc="answering") as bar:
-        for first in range(resumed, len(prompts), task.batch_size):
-            numbers = range(first, min(first + task.batch_size, len(prompts)))
-            completions = generator.generate(
-                [prompts[number] for number in numbers],
-                settings,
-                seeds=[settings.seed + number for number in numbers],  # the same in a run that goes on
-                strip=generator.template is not None,
-            )
-            outputs = [full_output(questions[n], c, generator) for n, c in zip(numbers, completions, strict=True)]
-            if first == resumed:
-                bar.write(f"Input: {questions[first]}\nOutput: {outputs[0]}", file=sys.stderr)
-            predictions.append(outputs)
-            new_tokens += sum(len(completion.token_ids) for completion in completions)
-            cut += sum(completion.finish_reason == "length" for completion in completions)
-            bar.update(len(completions))
+        for number, completion in zip(left, answers_in_order(engine, requests), strict=True):
+            output = full_output(questions[number], completion, engine)
+            if number == resumed:
+                bar.write(f"Input: {questions[number]}\nOutput: {output}", file=sys.stderr)
+            predictions.append([output])
+            new_tokens += len(completion.token_ids)
+            cut += completion.finish_reason == "length"
+            bar.update()
             bar.set_postfix_str(f"{new_tokens / (time.perf_counter() - started):.0f} tokens/s")
     seconds = time.perf_counter() - started
     metrics = {
@@ -301,56 +281,61 @@ def answer_all(
     return metrics
 
 
-def answer_one(
-    generator: Generator, settings: GenerationArguments, question: Question, prompt: list[int]
-) -> dict[str, Any]:
+def answers_in_order(engine: Engine, requests: list[Request]) -> Iterator[Completion]:
+    """The completions in order, each as soon as it is there."""
+    if requests and requests[0].settings.num_beams > 1:
+        for request in requests:
+            yield from engine.generate([request])
+    else:
+        for answer in [engine.submit(request) for request in requests]:
+            yield answer.wait()
+
+
+def answer_one(engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int]) -> dict[str, Any]:
     """Print one answer as it is written."""
     use_utf8()
     logger.info("question: %s", question)
-    completion = print_answer(generator, settings, question, prompt, settings.seed)
+    completion = print_answer(engine, settings, question, prompt, settings.seed)
     return {
         "answers": 1,
-        "output": full_output(question, completion, generator),
+        "output": full_output(question, completion, engine),
         "new_tokens": len(completion.token_ids),
     }
 
 
 def print_answer(
-    generator: Generator, settings: GenerationArguments, question: Question, prompt: list[int], seed: int
+    engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int], seed: int
 ) -> Completion:
     """Print an answer, piece by piece unless beams are searched; a text to be continued stands before it."""
-    strip = generator.template is not None
-    if not strip:
+    if engine.template is None:
         print(question, end="", flush=True)
+    request = ask(engine, settings, question, prompt, seed)
     if settings.num_beams > 1:
-        completion = generator.generate([prompt], settings, [seed], strip)[0]
+        completion = engine.generate([request])[0]
         print(completion.text)
         return completion
-    stream = generator.stream(prompt, settings, seed, strip)
-    for piece in stream:
-        print(piece, end="", flush=True)
+    answer = engine.submit(request)
+    for delta in answer:
+        print(delta.text, end="", flush=True)
     print()
-    assert stream.completion is not None
-    return stream.completion
+    assert answer.completion is not None
+    return answer.completion
 
 
-def chat(generator: Generator, settings: GenerationArguments, system_prompt: str | None) -> dict[str, Any]:
+def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | None) -> dict[str, Any]:
     """A conversation on the terminal until an empty line, /exit, end of input or Ctrl-C."""
     use_utf8()
-    mode = "the conversation is remembered" if generator.template else "each text is continued; --with_prompt to chat"
-    print(f"Type and press Enter ({mode}). Empty line or /exit: leave. /clear: forget what was said. Ctrl-C: leave.")
-    history: list[dict[str, str]] = []
+    mode = "the conversation is remembered" if engine.template else "each text is continued; --with_prompt to chat"
+    print(f"Type and press Enter ({mode}). Empty line or /exit: leave. /help: commands. Ctrl-C: leave.")
+    conversation = Conversation(system_prompt)
     turns = 0
     try:
         while (line := input("\nInput: ").strip()) not in ("", "/exit"):
-            if line == "/clear":
-                history = []
-                print("The conversation was cleared.")
-                continue
-            print("Output: ", end="", flush=True)
             try:
-                history = answer_turn(generator, settings, system_prompt, history, line, settings.seed + turns)
-                turns += 1
+                question = conversation.command(line) if line.startswith("/") else line
+                if question is not None:
+                    answer_turn(engine, settings, conversation, question, settings.seed + turns)
+                    turns += 1
             except InputError as error:
                 print(f"\n[{error}]")
     except EOFError:
@@ -360,28 +345,117 @@ def chat(generator: Generator, settings: GenerationArguments, system_prompt: str
     return {"turns": turns}
 
 
-def answer_turn(
-    generator: Generator,
-    settings: GenerationArguments,
-    system_prompt: str | None,
-    history: list[dict[str, str]],
-    line: str,
-    seed: int,
-) -> list[dict[str, str]]:
-    """Print the answer to one line; returns the conversation with it."""
-    from utils.generation import encode_raw
+HELP = """/system TEXT   another system prompt (none: /system alone), and a new conversation
+/reset, /clear  forget what was said
+/undo          take back the last question with its answer
+/retry         answer the last question again, with other random numbers
+/edit TEXT     another last question instead of the one asked
+/history       what was said so far
+/save FILE     write the conversation to a json file; /load FILE reads one
+/help          this; an empty line or /exit leaves"""
 
-    if generator.template is None:
-        print_answer(generator, settings, line, encode_raw(line, generator.tokenizer), seed)
-        return []
-    messages = with_system_prompt([*history, {"role": "user", "content": line}], system_prompt)
-    messages, dropped = generator.fit_history(messages, settings.max_new_tokens)
+
+class Conversation:
+    """What was said, and the commands that change it.
+
+    Attributes:
+        history: the messages so far, without the system prompt.
+    """
+
+    def __init__(self, system_prompt: str | None) -> None:
+        self.system_prompt = system_prompt
+        self.history: list[dict[str, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The system prompt, if there is one, and the history."""
+        return with_system_prompt(self.history, self.system_prompt)
+
+    def command(self, line: str) -> str | None:
+        """Do what a line that begins with / says; returns the question to be asked now, if there is one.
+
+        Raises: InputError for what cannot be done; nothing has changed then.
+        """
+        name, _, text = line.partition(" ")
+        text = text.strip()
+        if name in ("/reset", "/clear"):
+            self.history = []
+            print("The conversation was cleared.")
+        elif name == "/system":
+            self.system_prompt, self.history = text, []
+            print("A new conversation under another system prompt." if text else "A new one without a system prompt.")
+        elif name in ("/undo", "/retry", "/edit"):
+            question = self.take_back()
+            if name == "/edit" and not text:
+                self.history = [*self.history, *question]
+                raise InputError("/edit needs the question that is to stand there")
+            if name != "/undo":
+                return text if name == "/edit" else question[0]["content"]
+            print("The last question was taken back.")
+        elif name == "/history":
+            for message in self.messages:
+                print(f"{message['role']}: {message['content']}")
+        elif name in ("/save", "/load"):
+            if not text:
+                raise InputError(f"{name} needs a file name")
+            self.save(Path(text)) if name == "/save" else self.load(Path(text))
+        elif name == "/help":
+            print(HELP)
+        else:
+            raise InputError(f"{name} is no command; /help lists them (a question cannot begin with /)")
+        return None
+
+    def take_back(self) -> list[dict[str, str]]:
+        """Remove the last question and its answer from the history, and return them."""
+        places = [number for number, message in enumerate(self.history) if message["role"] == "user"]
+        if not places:
+            raise InputError("nothing has been asked yet")
+        taken = self.history[places[-1] :]
+        self.history = self.history[: places[-1]]
+        return taken
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as {"messages"}; an existing file of another kind is not replaced."""
+        if path.suffix != ".json":
+            raise InputError(f"{path}: need a name that ends in .json")
+        if path.exists():
+            raise InputError(f"{path} is there already; choose another name")
+        write_json(path, {"messages": self.messages})
+        print(f"{len(self.messages)} messages in {path}")
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        from utils.prompts import read_conversation
+
+        if not path.is_file():
+            raise InputError(f"no such file: {path}")
+        record = read_json(path)
+        read_conversation(record, str(path))
+        messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        self.system_prompt = system[0] if system else self.system_prompt
+        self.history = [message for message in messages if message["role"] != "system"]
+        print(f"{len(self.history)} messages from {path}")
+
+
+def answer_turn(
+    engine: Engine, settings: GenerationArguments, conversation: Conversation, question: str, seed: int
+) -> None:
+    """Print the answer to a question, and add both to the conversation."""
+    print("Output: ", end="", flush=True)
+    if engine.template is None:
+        print_answer(engine, settings, question, engine.encode_text(question), seed)
+        return
+    asked = [*conversation.history, {"role": "user", "content": question}]
+    messages, dropped = engine.fit_history(
+        with_system_prompt(asked, conversation.system_prompt), settings.max_new_tokens
+    )
     if dropped:
-        print(f"[the {dropped} oldest messages no longer fit the context of {generator.context} tokens] ", end="")
-    completion = print_answer(generator, settings, line, generator.encode(messages), seed)
+        print(f"[the {dropped} oldest messages no longer fit the context of {engine.context} tokens] ", end="")
+    completion = print_answer(engine, settings, messages, engine.encode(messages), seed)
     if completion.finish_reason == "length":
         print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
-    return [*messages, {"role": "assistant", "content": completion.text}]
+    conversation.history = [*asked[dropped:], {"role": "assistant", "content": completion.text}]
 
 
 def use_utf8() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .files import InputError, atomic_file
-from .old_flags import DROPPED, RENAMED, REPLACED_SWITCHES, translate_old_flags
+from .old_flags import DROPPED, NTK_FLAGS, RENAMED, REPLACED_SWITCHES, translate_old_flags
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -154,7 +154,41 @@ class DataArguments:
 
 
 @dataclass
-class InferenceArguments(ModelArguments):
+class RopeArguments:
+    """A window longer than the one the model was trained with; formulas in utils.rope."""
+
+    rope_scaling: Literal["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"] = arg(
+        "none",
+        help="none: the model as it is, with what its config says; pi: positions divided; ntk: larger rotary base; "
+        "auto-ntk: a base for each request, by its length; yarn; pi+ntk: both.",
+    )
+    rope_factor: float | None = arg(
+        help="How many times longer the window becomes (auto-ntk: at most); default: 2, with auto-ntk 4."
+    )
+    pi_factor: float | None = arg(
+        help="With pi+ntk: the part of --rope_factor that positions are divided by, NTK does the rest (a window 4 "
+        "times longer is 2 x 2); default: the square root of --rope_factor."
+    )
+
+    def __post_init__(self) -> None:
+        factors = {"rope_factor": self.rope_factor, "pi_factor": self.pi_factor}
+        raise_problems(
+            [
+                f"--{name} {value}: need more than 1, how many times longer the window becomes"
+                for name, value in factors.items()
+                if value is not None and not value > 1
+            ]
+        )
+
+    @property
+    def factor(self) -> float:
+        """How many times longer the window becomes."""
+        default = 4.0 if self.rope_scaling == "auto-ntk" else 2.0
+        return default if self.rope_factor is None else self.rope_factor
+
+
+@dataclass
+class InferenceArguments(RopeArguments, ModelArguments):
     """Which model answers, how it is prompted, and where it runs."""
 
     adapter_name_or_path: str | None = arg(help="LoRA adapter on top of the base model; merged models need none.")
@@ -169,7 +203,8 @@ class InferenceArguments(ModelArguments):
     gpus: str | None = arg(help="GPUs to use, such as 0 or 0,1; default: those CUDA_VISIBLE_DEVICES names, or all.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ModelArguments.__post_init__(self)
+        RopeArguments.__post_init__(self)
         if self.load_in_8bit and self.load_in_kbits == 16:
             self.load_in_kbits = 8
         elif self.load_in_4bit and self.load_in_kbits == 16:
@@ -216,8 +251,8 @@ class GenerationArguments:
             f"--presence_penalty {self.presence_penalty}: need -2 to 2": -2 <= self.presence_penalty <= 2,
             f"--frequency_penalty {self.frequency_penalty}: need -2 to 2": -2 <= self.frequency_penalty <= 2,
             f"--guidance_scale {self.guidance_scale}: need 1 or more": self.guidance_scale >= 1,
-            f"--negative_prompt does nothing with --guidance_scale {self.guidance_scale}; pass e.g. 1.5": (
-                self.negative_prompt is None or self.guidance_scale > 1
+            f"--guidance_scale {self.guidance_scale}: it leads away from --negative_prompt; pass both, or neither": (
+                (self.negative_prompt is not None) == (self.guidance_scale > 1)
             ),
             "--stop '': need texts of at least a character": all(self.stop),
             f"--num_beams {self.num_beams}: need at least 1": self.num_beams >= 1,
@@ -324,6 +359,7 @@ def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> lis
     if not isinstance(settings, dict):
         raise InputError(f"{path}: need 'name: value' lines, got {type(settings).__name__}")
     accepted = known | {old for old, new in RENAMED.items() if new in known} | set(REPLACED_SWITCHES) | set(DROPPED)
+    accepted |= set(NTK_FLAGS if "rope_scaling" in known else ())
     if unknown := [str(name) for name in settings if name not in accepted]:
         raise InputError(_describe_unknown(path, unknown, known))
     flags: list[str] = []

@@ -1,4 +1,4 @@
-"""Generation: the one way to answer, in batches or as a stream.
+"""Generation, whatever the engine: what is asked, what comes back, and text out of tokens.
 
 The command line, the web demo, the server, PPO and evaluation all use it.
 """
@@ -6,49 +6,72 @@ The command line, the web demo, the server, PPO and evaluation all use it.
 from __future__ import annotations
 
 import codecs
-import math
 import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .arguments import GenerationArguments
 from .files import InputError
 from .prompts import Message, encode_prompt, stop_token_ids
+from .sampling import Chooser, Constraint, TokenLogprob
 from .tokenization import encode_text, token_surfaces
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 # ---------------------------------------------------------------- ids -> text
 
 
 class TextDecoder:
-    """Turns token ids into text as they come; the pieces, joined, are the text of all of them.
+    """Turns token ids into text as they come; the pieces, joined, are the text of all of them, up to a stop text.
 
-    A character is given once all its bytes are there, whatever tokens they came in; each token is looked at once.
+    A character is given once all its bytes are there, whatever tokens they came in, and once it cannot be part of a
+    stop text any more; each token is looked at once.
+
+    Attributes:
+        stopped: whether a stop text came; what follows it gives no text.
     """
 
-    def __init__(self, surfaces: Sequence[bytes], strip: bool) -> None:
+    def __init__(self, surfaces: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
         """`surfaces`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
-        self._surfaces, self._strip = surfaces, strip
+        self._surfaces, self._strip, self._stops = surfaces, strip, stops
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._held = ""  # the beginning of a stop text, perhaps
+        self.stopped = False
         self._started = False
         self._space: list[str] = []  # white space that counts only if more text follows
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete with these ids; ids beyond the vocabulary (padded rows) stand for nothing."""
         known = (self._surfaces[index] for index in ids if index < len(self._surfaces))
-        return self._without_ends(self._decode(b"".join(known)))
+        return self._without_ends(self._before_stop(self._decode(b"".join(known)), last=False))
 
     def finish(self) -> str:
         """What is left; half a character becomes U+FFFD."""
-        return self._without_ends(self._decode(b"", final=True))
+        return self._without_ends(self._before_stop(self._decode(b"", final=True), last=True))
+
+    def _before_stop(self, text: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        if not self._stops:
+            return text
+        text, self._held = self._held + text, ""
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        if not last:
+            longest = min(len(text), max(map(len, self._stops)) - 1)
+            for length in range(longest, 0, -1):
+                if any(stop.startswith(text[-length:]) for stop in self._stops):
+                    text, self._held = text[:-length], text[-length:]
+                    break
+        return text
 
     def _without_ends(self, text: str) -> str:
         if not self._strip:
@@ -64,79 +87,55 @@ class TextDecoder:
         return body
 
 
-# ---------------------------------------------------------------- choosing tokens
+# ---------------------------------------------------------------- what is asked and answered
 
 
-class SeededSampling:
-    """Leaves of each row's distribution the one token that the row's own random numbers draw.
+@dataclass
+class Request:
+    """What is asked of an engine.
 
-    An answer then depends on its seed, not on the batch around it, nor on what was drawn before. It is the last logits
-    processor; generate() takes the likeliest token of what it leaves.
+    Attributes:
+        prompt: token ids.
+        seed: default: that of the settings.
+        strip: leave out white space around the text, which continued text needs and answers do not.
+        logit_bias: added to the logits of these tokens.
+        top_logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n likeliest.
+        negative_prompt: token ids, with settings.guidance_scale above 1.
+        model: an adapter by name (see Engine.models); None: the first.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    prompt: Sequence[int]
+    settings: GenerationArguments
+    seed: int | None = None
+    strip: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
+    negative_prompt: Sequence[int] | None = None
+    constraint: Constraint | None = None
+    model: str | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores`: (B, V) logits -> (B, V), 0 at the drawn token and -inf elsewhere."""
-        draws = torch.stack([torch.rand(1, generator=generator) for generator in self._generators])
-        totals = torch.softmax(scores, -1, dtype=torch.float64).cumsum(-1)
-        drawn = torch.searchsorted(totals, draws.to(totals) * totals[:, -1:], right=True)  # (B, 1)
-        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
-
-
-class _FiniteCheck:
-    """Raises: InputError if the first logits are no numbers; of later ones it would cost a synchronisation each."""
-
-    def __init__(self) -> None:
-        self._checked = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self._checked and not bool(torch.isfinite(scores).all()):
-            raise InputError(
-                "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "
-                "try --dtype bfloat16 or float32"
-            )
-        self._checked = True
-        return scores
+    def chooser(self, stop_ids: Sequence[int]) -> Chooser:
+        """What decides its tokens."""
+        return Chooser(
+            self.settings,
+            self.prompt,
+            stop_ids,
+            self.settings.seed if self.seed is None else self.seed,
+            logit_bias=self.logit_bias,
+            top_logprobs=self.top_logprobs,
+            constraint=self.constraint,
+        )
 
 
-class _Stop:
-    """A stopping criterion that ends all rows once it is told to."""
+@dataclass(frozen=True)
+class Delta:
+    """What came since the one before; the last has a finish_reason or an error."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-def _logits_processors(
-    settings: GenerationArguments, seeds: Sequence[int], prompt_width: int, stop_ids: Sequence[int]
-) -> list[Any]:
-    """What changes logits after the repetition penalty, which generate() applies itself."""
-    from transformers import (
-        MinNewTokensLengthLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    processors: list[Any] = [_FiniteCheck()]
-    if settings.min_new_tokens and stop_ids:
-        processors.append(MinNewTokensLengthLogitsProcessor(prompt_width, settings.min_new_tokens, list(stop_ids)))
-    if settings.samples:
-        if settings.temperature != 1:
-            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k > 0:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            processors.append(TopPLogitsWarper(float(settings.top_p)))
-        processors.append(SeededSampling(seeds))
-    return processors
-
-
-# ---------------------------------------------------------------- answering
+    text: str = ""  # complete characters, never part of a stop text
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -146,119 +145,126 @@ class Completion:
     text: str  # without special tokens
     token_ids: list[int]  # as generated, the stop token included
     num_prompt_tokens: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0  # of the prompt, those whose keys and values were there already
+
+
+class Answer:
+    """An answer being written. Iterate over it for what comes, or give `on_delta`; `cancel()` ends it early.
+
+    Attributes:
+        completion: all of it, once it is finished.
+        num_cached_tokens: see Completion.
+    """
+
+    def __init__(self, num_prompt_tokens: int, on_delta: Callable[[Delta], None] | None = None) -> None:
+        """`on_delta` is called in the engine's thread, in order; it must not block."""
+        self.completion: Completion | None = None
+        self.num_prompt_tokens, self.num_cached_tokens = num_prompt_tokens, 0
+        self.cancelled = False
+        self._items: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self._on_delta = on_delta or self._items.put
+        self._pieces: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    def cancel(self) -> None:
+        """End the answer after the token being computed; from any thread. Nothing happens if it has ended."""
+        self.cancelled = True
+
+    def push(self, delta: Delta) -> None:
+        """Called by the engine."""
+        self._pieces.append(delta.text)
+        self._token_ids += delta.token_ids
+        self._logprobs += delta.logprobs
+        if delta.finish_reason:
+            self.completion = Completion(
+                "".join(self._pieces),
+                self._token_ids,
+                self.num_prompt_tokens,
+                delta.finish_reason,
+                tuple(self._logprobs),
+                self.num_cached_tokens,
+            )
+        self._on_delta(delta)
+
+    def wait(self) -> Completion:
+        """The whole answer. Raises: what went wrong in the engine."""
+        for _ in self:
+            pass
+        assert self.completion is not None
+        return self.completion
+
+    def __iter__(self) -> Iterator[Delta]:
+        """The deltas as they come. Raises: what went wrong in the engine. Leaving early cancels."""
+        try:
+            while True:
+                delta = self._items.get()
+                if delta.error is not None:
+                    raise delta.error
+                yield delta
+                if delta.finish_reason:
+                    return
+        finally:
+            self.cancel()
+
+
+class Engine(Protocol):
+    """What answers: transformers, llama.cpp or vLLM.
+
+    Attributes:
+        models: names of the adapters (or of the model itself) that a request may ask for; the first is the default.
+        context: tokens that prompt and answer may have together; None: any number.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    context: int | None
+    models: list[str]
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text to be continued."""
+
+    def encode_negative(self, messages: Sequence[Message], settings: GenerationArguments) -> list[int] | None:
+        """The conversation under the negative prompt as its system prompt; None without guidance."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens have none."""
+
+    def fit_history(self, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
+        """See Prompter."""
+
+    def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
+        """Begin to answer; from any thread, without waiting. Requests beyond the slots wait, first come first served.
+
+        Raises: InputError for what cannot be answered.
+        """
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all, in order."""
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """(N, H) float32: the mean of the last layer's states over a prompt's tokens, of length 1."""
+
+    def statistics(self) -> dict[str, float]:
+        """running, waiting, max_batch_size; totals: prompt_tokens, cached_tokens, new_tokens, steps; and the like."""
+
+    def close(self) -> None:
+        """Cancel what runs, and stop."""
+
+
+# ---------------------------------------------------------------- prompts
 
 
 def encode_raw(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a text to be continued: BOS, where the tokenizer has one, as pre-training documents begin."""
     bos = tokenizer.bos_token_id
     return ([] if bos is None else [int(bos)]) + encode_text(tokenizer, text)
-
-
-class Generator:
-    """A model that answers: prompts in as token ids, completions out."""
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None = None
-    ) -> None:
-        """`template`: the jinja chat template whose end-of-turn token ends answers too; None for plain text."""
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
-        end = tokenizer.eos_token_id
-        self.stop_ids = stop_token_ids(template, tokenizer) if template else [] if end is None else [int(end)]
-        self._surfaces = token_surfaces(tokenizer)
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers."""
-        assert self.template is not None, "conversations need a template"
-        return encode_prompt(messages, self.template, self.tokenizer)
-
-    def fit_history(self, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
-        """Leave out the oldest exchanges, not the system message, until prompt and answer fit the context.
-
-        Returns: the messages that stay, and how many went. The last exchange stays even if it does not fit.
-        """
-        first = 1 if messages and messages[0]["role"] == "system" else 0
-        system, turns = list(messages[:first]), list(messages[first:])
-        while self.context and len(self.encode([*system, *turns])) + max_new_tokens > self.context:
-            later = [number for number, message in enumerate(turns) if number and message["role"] == "user"]
-            if not later:
-                break
-            turns = turns[later[0] :]
-        return [*system, *turns], len(messages) - len(system) - len(turns)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerationArguments,
-        seeds: Sequence[int] | None = None,
-        strip: bool = True,
-    ) -> list[Completion]:
-        """Answer a batch of prompts; each answer is the one the prompt would get alone.
-
-        Args:
-            seeds: one for each prompt; default: settings.seed and the numbers after it.
-            strip: leave out white space around the text, which continued text needs and answers do not.
-        Raises: InputError if a prompt leaves no room in the context.
-        """
-        rooms = [check_room(len(prompt), settings, self.context) for prompt in prompts]
-        seeds = [settings.seed + number for number in range(len(prompts))] if seeds is None else seeds
-        rows = self._run(prompts, settings, max(rooms), seeds)
-        completions = []
-        for prompt, row, room in zip(prompts, rows.tolist(), rooms, strict=True):
-            ids, reason = self._cut(row[:room])
-            decoder = TextDecoder(self._surfaces, strip)
-            text = decoder.push(ids[:-1] if reason == "stop" else ids) + decoder.finish()
-            completions.append(Completion(text, ids, len(prompt), reason))
-        return completions
-
-    def stream(
-        self, prompt: Sequence[int], settings: GenerationArguments, seed: int | None = None, strip: bool = True
-    ) -> AnswerStream:
-        """Answer one prompt piece by piece; arguments as for `generate`, whose text the joined pieces equal."""
-        if settings.num_beams > 1:
-            raise InputError("beam search gives nothing before its end; streaming needs --num_beams 1")
-        return AnswerStream(self, prompt, settings, settings.seed if seed is None else seed, strip)
-
-    def _cut(self, row: list[int]) -> tuple[list[int], Literal["stop", "length"]]:
-        end = next((number for number, index in enumerate(row) if index in self.stop_ids), None)
-        return (row, "length") if end is None else (row[: end + 1], "stop")
-
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerationArguments,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        streamer: Any = None,
-        stop: _Stop | None = None,
-    ) -> Tensor:
-        """New tokens, (B, up to max_new_tokens); what follows a row's first stop token means nothing."""
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
-        width = max(map(len, prompts))
-        # Rows are padded with their own first token: no pad token is needed, and a repetition penalty that looks at
-        # padding too (not all releases of transformers leave it out) sees nothing new.
-        input_ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,  # SeededSampling draws
-            num_beams=settings.num_beams,
-            repetition_penalty=float(settings.repetition_penalty),
-            eos_token_id=self.stop_ids or None,
-            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
-        )
-        output = self.model.generate(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(_logits_processors(settings, seeds, width, self.stop_ids)),
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-            streamer=streamer,
-            synced_gpus=False,  # each process answers prompts of its own; PPO gathers sharded weights beforehand
-        )
-        return output[:, width:]
 
 
 def check_room(num_prompt_tokens: int, settings: GenerationArguments, context: int | None) -> int:
@@ -274,66 +280,93 @@ def check_room(num_prompt_tokens: int, settings: GenerationArguments, context: i
     return room
 
 
-class AnswerStream:
-    """Iterate over it for pieces of text; `completion` is there afterwards. `close()` stops the model early.
+class Prompter:
+    """Text and tokens of an engine: how prompts are written, and what ends an answer."""
 
-    The model runs in a thread, since generate() hands out tokens only from within.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, context: int | None) -> None:
+        """`template`: the jinja chat template whose end-of-turn token ends answers too; None for plain text."""
+        self.tokenizer, self.template, self.context = tokenizer, template, context
+        end = tokenizer.eos_token_id
+        self.stop_ids = stop_token_ids(template, tokenizer) if template else [] if end is None else [int(end)]
+        self.surfaces = token_surfaces(tokenizer)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers."""
+        assert self.template is not None, "conversations need a template"
+        return encode_prompt(messages, self.template, self.tokenizer)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text to be continued."""
+        return encode_raw(text, self.tokenizer)
+
+    def encode_negative(self, messages: Sequence[Message], settings: GenerationArguments) -> list[int] | None:
+        """The conversation under the negative prompt as its system prompt; None without guidance."""
+        if settings.negative_prompt is None:
+            return None
+        turns = [message for message in messages if message["role"] != "system"]
+        return self.encode([{"role": "system", "content": settings.negative_prompt}, *turns])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens have none."""
+        decoder = TextDecoder(self.surfaces, strip=False)
+        return decoder.push(ids) + decoder.finish()
+
+    def fit_history(self, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
+        """Leave out the oldest exchanges, not the system message, until prompt and answer fit the context.
+
+        Returns: the messages that stay, and how many went. The last exchange stays even if it does not fit.
+        """
+        first = 1 if messages and messages[0]["role"] == "system" else 0
+        system, turns = list(messages[:first]), list(messages[first:])
+        while self.context and len(self.encode([*system, *turns])) + max_new_tokens > self.context:
+            later = [number for number, message in enumerate(turns) if number and message["role"] == "user"]
+            if not later:
+                break
+            turns = turns[later[0] :]
+        return [*system, *turns], len(messages) - len(system) - len(turns)
+
+    def check(self, request: Request) -> int:
+        """How many new tokens a request has room for. Raises: InputError if it cannot be answered."""
+        longest = max(len(request.prompt), len(request.negative_prompt or ()))
+        return check_room(min(longest, len(request.prompt)) and longest, request.settings, self.context)
+
+
+class Job:
+    """A request on its way through an engine.
+
+    Attributes:
+        tokens: those of the prompt and of the answer so far.
+        room: how many tokens the answer may have.
     """
 
-    completion: Completion | None = None
+    def __init__(self, request: Request, prompter: Prompter, answer: Answer) -> None:
+        """Raises: InputError if the request cannot be answered."""
+        self.request, self.answer = request, answer
+        self.room = prompter.check(request)
+        self.tokens = list(request.prompt)
+        self.chooser = request.chooser(prompter.stop_ids)
+        self._text = TextDecoder(prompter.surfaces, request.strip, request.settings.stop)
+        self._stop_ids = prompter.stop_ids
 
-    def __init__(
-        self, generator: Generator, prompt: Sequence[int], settings: GenerationArguments, seed: int, strip: bool
-    ) -> None:
-        self._generator, self._prompt, self._strip = generator, prompt, strip
-        self._items: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
-        self._stop = _Stop()
-        self._prompt_came = False
-        room = check_room(len(prompt), settings, generator.context)
-        self._thread = threading.Thread(target=self._work, args=(settings, room, seed), daemon=True)
-        self._thread.start()
+    def advance(self, token_id: int, logprob: TokenLogprob | None = None) -> bool:
+        """Take the next token and tell whoever waits for it; returns whether the answer has ended."""
+        self.tokens.append(token_id)
+        self.chooser.advance(token_id)
+        ended = token_id in self._stop_ids
+        text = "" if ended else self._text.push([token_id])
+        reason: FinishReason | None = None
+        if ended or self._text.stopped:
+            reason = "stop"
+        elif self.chooser.length >= self.room:
+            reason = "length"
+        if reason:
+            text += self._text.finish()
+            # A stop text can be complete only now: it was held back as the beginning of a longer one.
+            reason = "stop" if self._text.stopped else reason
+        self.answer.push(Delta(text, (token_id,), (logprob,) if logprob else (), reason))
+        return reason is not None
 
-    def put(self, ids: Tensor) -> None:
-        """Called by generate(): first with the prompt, then with each new token."""
-        if self._prompt_came:
-            self._items.put(ids.tolist())
-        self._prompt_came = True
-
-    def end(self) -> None:
-        """Called by generate() when it is done; _work says so to the reader."""
-
-    def _work(self, settings: GenerationArguments, room: int, seed: int) -> None:
-        try:
-            self._generator._run([self._prompt], settings, room, [seed], streamer=self, stop=self._stop)
-        except BaseException as error:  # raised again where the answer is read
-            self._items.put(error)
-        self._items.put(None)
-
-    def __iter__(self) -> Iterator[str]:
-        decoder = TextDecoder(self._generator._surfaces, self._strip)
-        pieces: list[str] = []
-        token_ids: list[int] = []
-        reason: Literal["stop", "length"] = "length"
-        try:
-            while (item := self._items.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                if reason == "stop":
-                    continue  # generate() may run a step further than its stop token
-                token_ids += item
-                if item[0] in self._generator.stop_ids:
-                    reason = "stop"
-                elif piece := decoder.push(item):
-                    pieces.append(piece)
-                    yield piece
-            if piece := decoder.finish():
-                pieces.append(piece)
-                yield piece
-            self.completion = Completion("".join(pieces), token_ids, len(self._prompt), reason)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Stop the model after the token it is at; nothing happens if it has finished."""
-        self._stop.event.set()
-        self._thread.join()
+    def end(self, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
+        """End the answer before its time."""
+        text = self._text.finish() if reason else ""
+        self.answer.push(Delta(text, finish_reason=reason, error=error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from .checkpoints import local_folder, open_checkpoint
 from .files import InputError
 from .lora import EMBEDDING, HEAD, load_adapter_config
 from .modeling import bf16_is_supported, load_config, load_model
+from .rope import install_row_rotary, rope_overrides, scale_rope
 from .tokenization import embedding_rows, has_tokenizer
 
 if TYPE_CHECKING:
@@ -48,11 +50,12 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
 def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Find, before weights are read, whether base, adapter and tokenizer belong together; `args` has its folders.
 
-    Returns: the config; its vocab_size counts the rows that an adapter adds.
+    Returns: the config; its vocab_size counts the rows that an adapter adds, its window is the one asked for.
     Raises: InputError.
     """
     assert args.model_name_or_path is not None
     config = load_config(args.model_name_or_path)
+    scale_rope(config, args)
     shapes = dict(open_checkpoint(args.model_name_or_path).shapes)
     old_rows = config.vocab_size
     if adapter := args.adapter_name_or_path:
@@ -94,12 +97,15 @@ def check_tokenizer_fits(
         )
 
 
-def load_for_inference(args: InferenceArguments, config: PreTrainedConfig) -> PreTrainedModel:
+def load_for_inference(
+    args: InferenceArguments, config: PreTrainedConfig, adapters: Mapping[str, str] | None = None
+) -> Any:
     """The model, ready to answer: 16-bit or k-bit weights, the adapter with its grown vocabulary, no dropout.
 
     Args:
         args: with the folders of find_inference_files.
         config: what check_inference_request returned.
+        adapters: folders of further adapters by name; with them the result is a PeftModel that has them.
     """
     from transformers import GenerationConfig
 
@@ -111,24 +117,37 @@ def load_for_inference(args: InferenceArguments, config: PreTrainedConfig) -> Pr
         compute_dtype = getattr(torch, args.dtype)
     elif compute_dtype == torch.float32 and torch.cuda.is_available():
         compute_dtype = torch.float16
-    model = load_model(args, compute_dtype, device_map)
+    model = load_model(args, compute_dtype, device_map, **rope_overrides(config))
     if args.adapter_name_or_path:
         if config.vocab_size > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         model = _add_adapter(model, args.adapter_name_or_path)
+    if auto_ntk := getattr(config, "auto_ntk", None):
+        model.config.auto_ntk = auto_ntk
+        install_row_rotary(model)
     # What the model's own file says about sampling would mix with the settings asked for.
     model.generation_config = GenerationConfig()
+    if adapters:
+        return _wrap(model, adapters).eval()
     return model.eval()
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The model with the adapter's layers in it, in the model's own precision."""
+    inner: PreTrainedModel = _wrap(model, {"default": adapter}).get_base_model()
+    return inner
+
+
+def _wrap(model: PreTrainedModel, adapters: Mapping[str, str]) -> Any:
+    """A PeftModel with these adapters, by name, in the model's own precision."""
     from peft import PeftModel
 
     dtype = model.dtype
-    wrapped = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
+    (first, folder), *others = adapters.items()
+    wrapped = PeftModel.from_pretrained(model, folder, adapter_name=first, torch_device=str(model.device))
+    for name, folder in others:
+        wrapped.load_adapter(folder, adapter_name=name, torch_device=str(model.device))
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name or ".modules_to_save." in name or "token_adapter" in name:
             parameter.data = parameter.data.to(dtype)
-    inner: PreTrainedModel = wrapped.get_base_model()
-    return inner
+    return wrapped

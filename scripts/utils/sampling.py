@@ -1,0 +1,228 @@
+"""Choosing the next tokens of a batch whose rows have settings of their own.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .arguments import GenerationArguments
+from .files import InputError
+
+
+class Constraint(Protocol):
+    """What a grammar allows; one for each request."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come now, (V,) bool; the end token too where the text may end."""
+
+    def advance(self, token_id: int) -> None:
+        """The token that was chosen."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities of a chosen token and of the likeliest ones beside it.
+
+    In nats, of the model's own distribution: before temperature, penalties and bias.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Chooser:
+    """What decides the tokens of one row: its settings, its random numbers and what it has written so far."""
+
+    def __init__(
+        self,
+        settings: GenerationArguments,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        seed: int,
+        *,
+        logit_bias: Mapping[int, float] | None = None,
+        top_logprobs: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.settings, self.stop_ids, self.top_logprobs = settings, list(stop_ids), top_logprobs
+        self.logit_bias, self.constraint = dict(logit_bias or {}), constraint
+        self.counts: Counter[int] = Counter()  # of the answer's tokens
+        self.length = 0
+        self._seen = dict.fromkeys(prompt) if settings.repetition_penalty != 1 else {}  # a set that keeps its order
+        self._random = torch.Generator().manual_seed(seed)
+
+    @property
+    def seen(self) -> list[int]:
+        """The tokens that a repetition penalty is for: those of prompt and answer."""
+        return list(self._seen)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token of the model is the choice."""
+        settings = self.settings
+        return not (
+            settings.samples
+            or self.logit_bias
+            or self.constraint
+            or settings.repetition_penalty != 1
+            or settings.presence_penalty
+            or settings.frequency_penalty
+            or self.length < settings.min_new_tokens
+        )
+
+    def draw(self) -> float:
+        """The row's next random number in [0, 1): an answer depends on its seed, not on the batch around it."""
+        return float(torch.rand(1, generator=self._random, dtype=torch.float64))
+
+    def advance(self, token_id: int) -> None:
+        """Take note of the token that was chosen."""
+        self.length += 1
+        self.counts[token_id] += 1
+        if self.settings.repetition_penalty != 1:
+            self._seen[token_id] = None
+        if self.constraint is not None:
+            self.constraint.advance(token_id)
+
+
+def choose(logits: Tensor, choosers: Sequence[Chooser]) -> tuple[list[int], list[TokenLogprob | None]]:
+    """The next token of each row, and its log-probabilities where they were asked for.
+
+    Args: logits: (B, V), of the model. The choosers are not advanced.
+    Raises: InputError if a row's first logits are no numbers; of later ones it would cost a synchronisation each.
+    """
+    if any(not chooser.length for chooser in choosers) and not bool(torch.isfinite(logits).all()):
+        raise InputError(
+            "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "
+            "try --dtype bfloat16 or float32"
+        )
+    tokens = logits.argmax(-1).tolist()
+    special = [row for row, chooser in enumerate(choosers) if not chooser.plain]
+    if special:
+        chosen = [choosers[row] for row in special]
+        scores = adjust(logits[special], chosen)
+        for row, token in zip(special, _pick(scores, chosen), strict=True):
+            tokens[row] = token
+    return tokens, _logprobs(logits, choosers, tokens)
+
+
+# ---------------------------------------------------------------- what changes logits
+
+
+def adjust(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """Logits (B, V) -> float32 scores with bias, penalties and what is forbidden; temperature comes later.
+
+    Sources: repetition penalty: Keskar et al. 2019, "CTRL", section 4.1; presence and frequency penalties: OpenAI's
+    API reference (logit - count * frequency - (count > 0) * presence).
+    """
+    scores = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    for row, chooser in enumerate(choosers):
+        settings = chooser.settings
+        if chooser.logit_bias:
+            _edit(scores[row], list(chooser.logit_bias), torch.tensor(list(chooser.logit_bias.values())).add)
+        if settings.repetition_penalty != 1:
+            _edit(scores[row], chooser.seen, partial(_penalise, penalty=float(settings.repetition_penalty)))
+        if chooser.counts and (settings.presence_penalty or settings.frequency_penalty):
+            counts = torch.tensor(list(chooser.counts.values()), dtype=torch.float32)
+            cost = counts * settings.frequency_penalty + settings.presence_penalty
+            _edit(scores[row], list(chooser.counts), (-cost).add)
+        if chooser.length < settings.min_new_tokens and chooser.stop_ids:
+            scores[row, chooser.stop_ids] = -math.inf
+        if chooser.constraint is not None:
+            allowed = chooser.constraint.allowed().to(scores.device)
+            scores[row, : len(allowed)].masked_fill_(~allowed[: scores.shape[1]], -math.inf)
+            scores[row, len(allowed) :] = -math.inf
+    return scores
+
+
+def _penalise(scores: Tensor, penalty: float) -> Tensor:
+    return torch.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _edit(row: Tensor, ids: Sequence[int], change: Callable[[Tensor], Tensor]) -> None:
+    """Replace the scores of some tokens of a row (V,) by what `change` makes of them, on the CPU."""
+    places = torch.tensor(ids, device=row.device)
+    row[places] = change(row[places].cpu()).to(row)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def _pick(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    """The likeliest token of rows that do not sample, one at random of the others."""
+    tokens: list[int] = scores.argmax(-1).tolist()
+    groups: dict[str, list[int]] = {}
+    for row, chooser in enumerate(choosers):
+        if chooser.settings.samples:
+            groups.setdefault(_kind(chooser.settings), []).append(row)
+    for rows in groups.values():
+        drawn = draw([choosers[row] for row in rows], *candidates(scores[rows], [choosers[row] for row in rows]))
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _kind(settings: GenerationArguments) -> str:
+    """How a row is drawn; it depends on the row alone, since the order of the candidates decides what is drawn."""
+    return "top_k" if settings.top_k > 0 else "top_p" if settings.top_p < 1 else "all"
+
+
+def candidates(scores: Tensor, choosers: Sequence[Chooser]) -> tuple[Tensor, Tensor | None]:
+    """Probabilities of what may be drawn after temperature, top_k, top_p and min_p, in this order.
+
+    Args: scores: (B, V), of rows of one kind.
+    Returns: (B, K) float64, not normalised; and the tokens (B, K) they belong to, the likeliest first, or None where
+        they are all tokens in order.
+    """
+
+    def column(name: str) -> Tensor:
+        values = [float(getattr(chooser.settings, name)) for chooser in choosers]
+        return torch.tensor(values, dtype=torch.float64, device=scores.device).unsqueeze(1)
+
+    scaled, ids = scores / column("temperature").to(scores), None
+    kind = _kind(choosers[0].settings)
+    if kind == "top_k":
+        counts = column("top_k")
+        scaled, ids = scaled.topk(min(int(counts.max()), scaled.shape[1]))
+        scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=scaled.device) >= counts, -math.inf)
+    elif kind == "top_p":
+        scaled, ids = scaled.sort(descending=True)
+    probabilities = torch.softmax(scaled, -1, dtype=torch.float64)
+    if kind != "all":
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= column("top_p"), 0)
+    least = column("min_p") * probabilities.amax(-1, keepdim=True)
+    return probabilities.masked_fill(probabilities < least, 0), ids
+
+
+def draw(choosers: Sequence[Chooser], probabilities: Tensor, ids: Tensor | None) -> list[int]:
+    """A token of each row, by the row's own random numbers; arguments as `candidates` returns them."""
+    totals = probabilities.cumsum(-1)
+    numbers = torch.tensor([[chooser.draw()] for chooser in choosers], dtype=torch.float64, device=totals.device)
+    places = torch.searchsorted(totals, numbers * totals[:, -1:], right=True)  # (B, 1)
+    places.clamp_(max=totals.shape[1] - 1)
+    tokens: list[int] = (places if ids is None else ids.gather(1, places))[:, 0].tolist()
+    return tokens
+
+
+def _logprobs(logits: Tensor, choosers: Sequence[Chooser], tokens: Sequence[int]) -> list[TokenLogprob | None]:
+    rows = [row for row, chooser in enumerate(choosers) if chooser.top_logprobs is not None]
+    found: list[TokenLogprob | None] = [None] * len(tokens)
+    if not rows:
+        return found
+    logprobs = torch.log_softmax(logits[rows].float(), -1)
+    for line, row in zip(logprobs, rows, strict=True):
+        values, ids = line.topk(choosers[row].top_logprobs or 0)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        found[row] = TokenLogprob(tokens[row], float(line[tokens[row]]), top)
+    return found

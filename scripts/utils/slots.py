@@ -1,0 +1,147 @@
+"""A KV cache of slots: sequences of different lengths side by side, that come and go, and keep what they share.
+
+A slot is one row of the tensors; its tokens stand at the places 0, 1, 2 ... in it, so nothing is padded between a
+sequence and its past, and going back is forgetting the last places. A slot that is no longer used keeps its keys and
+values until another sequence needs the room: whoever begins with the same tokens goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+
+GROWTH = 256  # places by which the tensors grow, tokens
+
+
+class SlotCache(Cache):
+    """Keys and values of S slots, for forward passes over any run of neighbouring slots.
+
+    Attributes:
+        tokens: of each slot, the tokens whose keys and values stand in it.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        super().__init__(layers=[])
+        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
+        self._keys: list[Tensor] = []  # a layer each: (S, heads, places, head width)
+        self._values: list[Tensor] = []
+        self._first, self._count, self._width, self._start = 0, 0, 0, 0
+        self._written: Tensor | None = None  # (B, T) bool, what of the batch is no padding; None: all of it
+        self._rows = self._places = torch.empty(0, dtype=torch.int64)
+
+    # ------------------------------------------------------------ one forward pass
+
+    def prepare(self, first: int, rows: Sequence[Sequence[int]], config: PreTrainedConfig) -> dict[str, Any]:
+        """Say which tokens come next in the slots first, first + 1, ...; the slots then count as holding them.
+
+        Args: rows: the new tokens of each of B slots, at least one each.
+        Returns: what the model's forward takes: input_ids and position_ids (B, T), padded on the left, and a mask
+            (B, 1, T, K) where rows differ; past_key_values is this cache.
+        """
+        starts = [len(self.tokens[first + number]) for number in range(len(rows))]
+        length = max(map(len, rows))
+        padding = [length - len(row) for row in rows]
+        self._first, self._count = first, len(rows)
+        self._width = max(start + len(row) for start, row in zip(starts, rows, strict=True))
+        self._start = self._width - length
+        input_ids = torch.tensor([[row[0]] * pad + list(row) for row, pad in zip(rows, padding, strict=True)])
+        positions = torch.arange(length) + torch.tensor(starts)[:, None] - torch.tensor(padding)[:, None]
+        written = torch.arange(length) >= torch.tensor(padding)[:, None]
+        self._written = None if not any(padding) else written
+        self._rows = (torch.arange(len(rows)) + first)[:, None].expand(-1, length)[written]
+        self._places = positions[written]
+        for number, row in enumerate(rows):
+            self.tokens[first + number] += row
+        inputs = {"input_ids": input_ids, "position_ids": positions.clamp(min=0), "past_key_values": self}
+        if any(padding) or len(set(starts)) > 1:
+            inputs["attention_mask"] = _mask(inputs["position_ids"], self._width, config)
+        return inputs
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Called by attention: new keys and values (B, heads, T, D) -> all of the rows' so far, (B, heads, K, D)."""
+        if layer_idx == len(self._keys):
+            for tensors, new in ((self._keys, key_states), (self._values, value_states)):
+                tensors.append(new.new_empty(len(self.tokens), new.shape[1], 0, new.shape[3]))
+        if self._keys[layer_idx].shape[2] < self._width:
+            places = math.ceil(self._width / GROWTH) * GROWTH
+            for tensors in (self._keys, self._values):
+                old = tensors[layer_idx]
+                # Zeros: what a mask hides must be a number, since 0 * nan is nan.
+                tensors[layer_idx] = old.new_zeros(*old.shape[:2], places, old.shape[3])
+                tensors[layer_idx][:, :, : old.shape[2]] = old
+        window = slice(self._first, self._first + self._count)
+        result = []
+        for tensors, new in ((self._keys, key_states), (self._values, value_states)):
+            table = tensors[layer_idx]
+            flat = new.transpose(1, 2)
+            flat = flat.flatten(0, 1) if self._written is None else flat[self._written.to(new.device)]
+            table[self._rows.to(new.device), :, self._places.to(new.device)] = flat
+            result.append(table[window, :, : self._width])
+        return tuple(result)
+
+    # What transformers asks where it makes the mask itself: rows that are all equally long.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass being prepared."""
+        return self._start
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The same."""
+        return self._start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(K, where the keys begin)."""
+        return self._width, 0
+
+    # ------------------------------------------------------------ slots
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what comes after the first `length` tokens of a slot."""
+        del self.tokens[slot][length:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a slot begin with the first `length` tokens of another, and hold nothing else."""
+        if source != target:
+            for tensors in (self._keys, self._values):
+                for table in tensors:
+                    table[target, :, :length] = table[source, :, :length]
+        self.tokens[target] = self.tokens[source][:length]
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two slots."""
+        length = max(len(self.tokens[one]), len(self.tokens[other]))
+        if one != other and length:
+            for tensors in (self._keys, self._values):
+                for table in tensors:
+                    table[[one, other], :, :length] = table[[other, one], :, :length]
+        self.tokens[one], self.tokens[other] = self.tokens[other], self.tokens[one]
+
+
+def _mask(positions: Tensor, width: int, config: PreTrainedConfig) -> Tensor:
+    """Who sees whom, (B, 1, T, K): each token all places up to its own, or those in its model's sliding window."""
+    places = torch.arange(width)
+    seen = places <= positions[:, :, None]
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        seen &= places > positions[:, :, None] - window
+    if getattr(config, "_attn_implementation", "sdpa") != "eager":
+        return seen.unsqueeze(1)
+    zero = torch.zeros(seen.shape)
+    return zero.masked_fill(~seen, torch.finfo(torch.float32).min).unsqueeze(1)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halves compared whole: no loop over tokens
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
