@@ -173,11 +173,13 @@ def answer_questions(
         engine = plan.load(args.batch_size)
         done = len(predictions.rows)
         requests = [Request(prompts[n], settings, settings.seed + n) for n in range(done, len(prompts))]
-        with tqdm(total=len(prompts), initial=done, unit="answer", desc="answering") as bar:
-            for answer in [engine.submit(request) for request in requests]:
-                predictions.append([answer.wait().text])
-                bar.update()
-        engine.close()
+        try:
+            with tqdm(total=len(prompts), initial=done, unit="answer", desc="answering") as bar:
+                for answer in [engine.submit(request) for request in requests]:
+                    predictions.append([answer.wait().text])
+                    bar.update()
+        finally:
+            engine.close()
         predictions.finish({"answers": len(prompts), "resumed": done})
     return [row["Output"] for row in predictions.rows], source
 

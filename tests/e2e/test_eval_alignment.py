@@ -102,21 +102,21 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, questions, tmp_path, monk
     task = {"questions": [str(questions)], "batch_size": 4}
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     whole = evaluate(tiny_model_folder, tmp_path / "whole", settings, **task)
-    generate, calls = generation.Generator.generate, []
+    wait, calls = generation.Answer.wait, []
 
-    def stops(self, *args, **kwargs):
+    def stops(self):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 9:
             raise KeyboardInterrupt
-        return generate(self, *args, **kwargs)
+        return wait(self)
 
-    monkeypatch.setattr(generation.Generator, "generate", stops)
+    monkeypatch.setattr(generation.Answer, "wait", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_model_folder, tmp_path / "cut", settings, **task)
     assert len(read(tmp_path / "cut" / "answers.jsonl")) == 8
     assert not (tmp_path / "cut" / "alignment.json").exists()
     assert evaluate(tiny_model_folder, tmp_path / "cut", settings, **task) == whole
-    assert len(calls) == 3 + 1  # 12 questions: the third batch again, no other
+    assert len(calls) == 9 + 4  # 12 questions: the ninth again, and those after it
     assert read(tmp_path / "cut" / "answers.jsonl") == read(tmp_path / "whole" / "answers.jsonl")
 
 
