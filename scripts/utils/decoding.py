@@ -79,9 +79,8 @@ class Decoder:
         self._admit()
         if self._rows:
             self.counts["steps"] += 1
-            with _masks_of_any_form(self.model):
-                ready = self._decode() if self._decoding else {}
-                ready |= self._compute_prompts()
+            ready = self._decode() if self._decoding else {}
+            ready |= self._compute_prompts()
             self._advance(ready)
         return bool(self._rows or self.waiting)
 
@@ -102,7 +101,7 @@ class Decoder:
         while self.waiting:
             job = self.waiting[0]
             guided = job.request.settings.guidance_scale > 1 and job.request.negative_prompt is not None
-            if len(self._rows) + 1 + guided > self.num_slots:
+            if len(self._rows) + 1 + guided > self.num_slots or not self._fits(job):
                 return
             known = max((common_prefix(tokens, job.tokens) for tokens in self._cache.tokens), default=0)
             coming = [common_prefix(row.tokens, job.tokens) for row in self._rows[self._decoding :]]
@@ -114,6 +113,10 @@ class Decoder:
                 self._enter(_Row(job, list(job.request.negative_prompt or ()), guides=True))
             self.counts["prompt_tokens"] += len(job.tokens)
             self.counts["cached_tokens"] += job.answer.num_cached_tokens
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is memory for a job beside those that run."""
+        return True
 
     def _enter(self, row: _Row) -> int:
         """Give a row the next slot, with what is known of its tokens; returns how many are."""
@@ -172,7 +175,8 @@ class Decoder:
             self._used[slot] = self.counts["steps"]
         device = self.model.device
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        logits: Tensor = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with _masks_of_any_form(self.model):
+            logits: Tensor = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
         return logits
 
     def _decode(self) -> dict[int, Tensor]:

@@ -9,6 +9,8 @@ import logging
 import os
 from collections.abc import Sequence
 
+from .files import InputError
+
 logger = logging.getLogger(__name__)
 
 RENAMED = {
@@ -93,6 +95,8 @@ REPLACED_SWITCHES = {
     "group_by_length": ["--train_sampling_strategy", "group_by_length"],
     "enable_tensorboard": ["--report_to", "tensorboard"],
 }
+# The forerunners' NTK scaling, see translate_ntk.
+NTK_FLAGS = ("use_ntk", "alpha")
 FALSE_WORDS = ("false", "no", "0", "off")
 
 
@@ -106,6 +110,9 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
     result: list[str] = []
     chat = bool(known & CHAT_SCRIPTS_KNOW)
     tokens, changes = translate_chat_values(argv) if chat else (list(argv), [])
+    if "rope_scaling" in known:
+        tokens, more = translate_ntk(tokens)
+        changes += more
     while tokens:
         token = tokens.pop(0)
         name, equals, inline = token.removeprefix("--").partition("=")
@@ -136,6 +143,41 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
 def _is_value(tokens: Sequence[str]) -> bool:
     """Whether a value comes next, not another flag (negative numbers are values)."""
     return bool(tokens) and not tokens[0].startswith("--")
+
+
+def translate_ntk(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """--use_ntk and --alpha (a number, or auto) of the forerunners; returns the flags and the changes made.
+
+    alpha raises the rotary base by alpha ** (d / (d - 2)), which is what --rope_scaling ntk does for a window
+    (alpha + 1) / 2 times longer. Alpha 1, their default, changes nothing. Raises: InputError for another value.
+    """
+    result: list[str] = []
+    given: dict[str, str] = {}
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in NTK_FLAGS:
+            result.append(token)
+        elif equals:
+            given[name] = value
+        else:
+            given[name] = tokens.pop(0) if _is_value(tokens) else "True"
+    if not given:
+        return result, []
+    alpha = given.get("alpha", "1.0")
+    try:
+        factor = None if alpha == "auto" else (float(alpha) + 1) / 2
+    except ValueError:
+        raise InputError(f"--alpha {alpha}: need a number, or auto") from None
+    off = given.get("use_ntk", "True").lower() in FALSE_WORDS
+    modern = ["--rope_scaling", "ntk", "--rope_factor", str(factor)]
+    if factor is None:
+        modern = ["--rope_scaling", "auto-ntk"]
+    if off or factor == 1:
+        modern = []
+    old = " ".join(f"--{name} {value}" for name, value in given.items())
+    return result + modern, [f"{old} is now {' '.join(modern) or 'nothing (alpha 1 scales nothing)'}"]
 
 
 def translate_chat_values(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,11 +1,11 @@
-"""The transformers engine: a thread that decodes for whoever submits, with one set of slots for each adapter."""
+"""Engines that decode here: a thread works for whoever submits, with one set of slots for each adapter."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,32 +24,23 @@ Result = TypeVar("Result")
 BASE = "default"  # the name of the model itself
 
 
-class TransformersEngine(Prompter):
-    """generation.Engine on a transformers model."""
+class DecodingEngine(Prompter):
+    """What generation.Engine asks for, given decoders."""
 
-    name = "transformers"
+    name: str
 
     def __init__(
         self,
-        model: Any,
+        decoders: Mapping[str, Decoder],
         tokenizer: PreTrainedTokenizerBase,
         template: str | None,
-        *,
-        max_batch_size: int = 8,
-        context: int | None = None,
-        rotations: Rotations | None = None,
-        adapters: Sequence[str] = (),
+        context: int | None,
     ) -> None:
-        """
-        Args:
-            max_batch_size: requests answered at once.
-            context: tokens of prompt and answer together; default: what the model was made for.
-            adapters: names of a PeftModel's adapters, each a model of its own beside the base.
-        """
-        own: int | None = getattr(model.config, "max_position_embeddings", None)
-        super().__init__(tokenizer, template, min(filter(None, (own, context)), default=None))
-        self.model, self.models, self.max_batch_size = model, [BASE, *adapters], max_batch_size
-        self._decoders = {name: Decoder(model, max_batch_size, rotations) for name in self.models}
+        """`decoders`: one for each model, by name; all have the same number of slots."""
+        super().__init__(tokenizer, template, context)
+        self.models = list(decoders)
+        self._decoders = dict(decoders)
+        self.max_batch_size = decoders[self.models[0]].num_slots
         self._tasks: deque[Callable[[], None]] = deque()  # what is to be done between two steps
         self._changed = threading.Condition()
         self._closed = False
@@ -77,14 +68,8 @@ class TransformersEngine(Prompter):
         return answer
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine. Searches beams too, one request after another."""
-        if any(request.settings.num_beams > 1 for request in requests):
-            return [self._call(partial(search_beams, self.model, self, request)) for request in requests]
-        return [answer.wait() for answer in [self.submit(request) for request in requests]]
-
-    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """See generation.Engine."""
-        return self._call(lambda: embed(self.model, prompts))
+        return [answer.wait() for answer in [self.submit(request) for request in requests]]
 
     def _call(self, function: Callable[[], Result]) -> Result:
         """What a function returns (or raises) that the engine's thread calls between two steps."""
@@ -143,6 +128,55 @@ class TransformersEngine(Prompter):
             if closed:
                 return
 
+    def _adapter(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Within it the model is the one of this name."""
+        return contextlib.nullcontext()
+
+    def _step(self, name: str, decoder: Decoder) -> None:
+        try:
+            with self._adapter(name):
+                decoder.step()
+        except BaseException as error:  # raised again where the answers are read
+            decoder.abandon(error)
+
+
+class TransformersEngine(DecodingEngine):
+    """generation.Engine on a transformers model."""
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        *,
+        max_batch_size: int = 8,
+        context: int | None = None,
+        rotations: Rotations | None = None,
+        adapters: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            max_batch_size: requests answered at once.
+            context: tokens of prompt and answer together; default: what the model was made for.
+            adapters: names of a PeftModel's adapters, each a model of its own beside the base.
+        """
+        own: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.model = model
+        decoders = {name: Decoder(model, max_batch_size, rotations) for name in (BASE, *adapters)}
+        super().__init__(decoders, tokenizer, template, min(filter(None, (own, context)), default=None))
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See generation.Engine. Searches beams too, one request after another."""
+        if any(request.settings.num_beams > 1 for request in requests):
+            return [self._call(partial(search_beams, self.model, self, request)) for request in requests]
+        return super().generate(requests)
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """See generation.Engine."""
+        return self._call(lambda: embed(self.model, prompts))
+
     @contextlib.contextmanager
     def _adapter(self, name: str) -> Iterator[None]:
         if len(self.models) == 1:
@@ -153,13 +187,6 @@ class TransformersEngine(Prompter):
         else:
             self.model.set_adapter(name)
             yield
-
-    def _step(self, name: str, decoder: Decoder) -> None:
-        try:
-            with self._adapter(name):
-                decoder.step()
-        except BaseException as error:  # raised again where the answers are read
-            decoder.abandon(error)
 
 
 @torch.no_grad()
