@@ -15,7 +15,7 @@ import inference_hf
 import pytest
 import torch
 from conftest import SCRIPTS
-from inference_hf import TaskArguments
+from inference_hf import Conversation, TaskArguments
 from transformers import AutoModelForCausalLM
 
 from utils import generation
@@ -609,3 +609,46 @@ def test_help_is_quick():
     subprocess.run(command("--help"), check=True, stdout=subprocess.DEVNULL)
     after = os.times()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1.5
+
+
+# ---------------------------------------------------------------- commands of a conversation
+
+
+def test_commands_change_the_conversation(tmp_path, capsys):
+    conversation = Conversation("be brief")
+    asked = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]
+    conversation.history = [*asked, {"role": "user", "content": "two"}, {"role": "assistant", "content": "2"}]
+    path = tmp_path / "talk.json"
+    assert conversation.command(f"/save {path}") is None
+    assert conversation.command("/retry") == "two" and conversation.history == asked
+    assert conversation.command("/edit three") == "three" and conversation.history == []
+    conversation.command(f"/load {path}")
+    assert len(conversation.history) == 4 and conversation.messages[0]["content"] == "be brief"
+    conversation.command("/undo")
+    assert conversation.history == asked
+    conversation.command("/history")
+    assert "user: one\nassistant: 1" in capsys.readouterr().out
+    conversation.command("/system")
+    assert conversation.messages == [{"role": "system", "content": ""}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/undo", "nothing has been asked"),
+        ("/edit", "nothing has been asked"),
+        ("/save", "needs a file name"),
+        ("/save talk.txt", "ends in .json"),
+        ("/load nowhere.json", "no such file"),
+        ("/dance", "is no command; /help"),
+    ],
+)
+def test_commands_that_cannot_be_done_change_nothing(line, message):
+    conversation = Conversation("be brief")
+    with pytest.raises(InputError, match=message):
+        conversation.command(line)
+    conversation.history = [{"role": "user", "content": "one"}]
+    if line == "/edit":
+        with pytest.raises(InputError, match="needs the question"):
+            conversation.command(line)
+    assert conversation.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]

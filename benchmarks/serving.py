@@ -1,0 +1,278 @@
+"""The OpenAI-style server under load: this one, `transformers serve`, and the bare model, in one run.
+
+  python benchmarks/serving.py --tokenizer ../shared/data/tokenizers/chinese_llama2_55296
+A bfloat16 Llama of 58M parameters with random weights; 16 clients, each of which streams 64 greedy tokens after
+a prompt of its own. Servers are started anew for each repetition, by turns. Also: a chat of ten turns, where only
+what is new should be computed.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+WORDS = tuple("天学中历城河音老孩工时朋生问世大经文山水")
+PORT = 19400
+
+
+def make_model(folder: Path, tokenizer_folder: str | None) -> None:
+    """A random Llama of 58M parameters with the tokenizer's rows, saved in bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from utils.prompts import CHAT_TEMPLATES
+    from utils.tokenization import load_tokenizer, save_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = CHAT_TEMPLATES["alpaca-2"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=9,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {config.vocab_size} rows", flush=True)
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def questions(count: int) -> list[str]:
+    """Texts of about 64 tokens, that differ from their first word on."""
+    return ["".join(WORDS[(7 * n + (3 + n) * place) % len(WORDS)] for place in range(48)) for n in range(count)]
+
+
+# ---------------------------------------------------------------- a server and its clients
+
+
+class Server:
+    """A process that serves the model."""
+
+    def __init__(self, command: list[str], port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        with open(log, "ab") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        self.log = log
+
+    def __enter__(self) -> "Server":
+        import httpx
+
+        for _ in range(600):
+            if self.process.poll() is not None:
+                break
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        raise SystemExit(f"the server did not start; see {self.log}:\n{self.log.read_text()[-2000:]}")
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+async def stream(client, url: str, model: str, messages: list[dict], tokens: int) -> tuple[float, float, str]:
+    """Seconds to the first token, to the last, and the text."""
+    body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens, "temperature": 0.0}
+    start = time.perf_counter()
+    first, pieces = 0.0, []
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise SystemExit(f"{url}: {response.status_code} {(await response.aread()).decode()[:500]}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            choices = json.loads(line[6:])["choices"]
+            piece = choices[0]["delta"].get("content") if choices else None
+            if piece:
+                first = first or time.perf_counter() - start
+                pieces.append(piece)
+    return first, time.perf_counter() - start, "".join(pieces)
+
+
+async def load(url: str, model: str, texts: list[str], tokens: int, together: bool) -> dict[str, float]:
+    """All texts at once, or one after another: tokens a second, seconds to the first token."""
+    import httpx
+
+    async with httpx.AsyncClient(timeout=600) as client:
+        await stream(client, url, model, [{"role": "user", "content": "你好"}], 4)  # warm-up
+        asked = [stream(client, url, model, [{"role": "user", "content": text}], tokens) for text in texts]
+        start = time.perf_counter()
+        answers = list(await asyncio.gather(*asked)) if together else [await one for one in asked]
+        seconds = time.perf_counter() - start
+    lost = sum(not text for _, _, text in answers)
+    firsts = sorted(first for first, _, _ in answers)
+    return {
+        "tokens_per_second": len(texts) * tokens / seconds,
+        "first_median": statistics.median(firsts),
+        "first_p95": firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))],
+        "slowest": max(whole for _, whole, _ in answers),
+        "lost": lost,
+    }
+
+
+async def chat(url: str, model: str, turns: int) -> list[float]:
+    """Seconds to the first token of each turn of a conversation."""
+    import httpx
+
+    messages: list[dict] = []
+    firsts = []
+    async with httpx.AsyncClient(timeout=600) as client:
+        for number in range(turns):
+            messages.append({"role": "user", "content": questions(turns)[number]})
+            first, _, text = await stream(client, url, model, messages, 24)
+            firsts.append(first)
+            messages.append({"role": "assistant", "content": text})
+    return firsts
+
+
+def commands(folder: Path, clients: int, port: int) -> dict[str, list[str]]:
+    """How each server is started."""
+    ours = [sys.executable, str(ROOT / "scripts" / "openai_api_server.py"), "--base_model", str(folder)]
+    theirs = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu"]
+    theirs += ["--dtype", "bfloat16", "--port", str(port), "--host", "127.0.0.1"]
+    return {
+        "openai_api_server.py": [*ours, "--port", str(port), "--max_batch_size", str(clients)],
+        "transformers serve": theirs,
+        "transformers serve --continuous-batching": [*theirs, "--continuous-batching"],
+    }
+
+
+# ---------------------------------------------------------------- without a server
+
+
+def bare(folder: Path, texts: list[str], tokens: int) -> dict[str, float]:
+    """Tokens a second of transformers' batched generate, and of this project's decoding loop, without a server."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from utils.arguments import GenerationArguments
+    from utils.decoding import Generator
+    from utils.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    generator = Generator(model, tokenizer, tokenizer.chat_template)
+    prompts = [generator.encode([{"role": "user", "content": text}]) for text in texts]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = GenerationArguments(max_new_tokens=tokens, temperature=0.0, repetition_penalty=1.0)
+    rates = {}
+    for name in ("generate", "decoding loop"):
+        for count in (4, tokens):  # the first is a warm-up
+            start = time.perf_counter()
+            if name == "generate":
+                model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False
+                )
+            else:
+                settings.max_new_tokens = settings.min_new_tokens = count
+                generator.generate(prompts, settings)
+            rates[name] = len(prompts) * count / (time.perf_counter() - start)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only_ours", action="store_true", help="leave out the other servers")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)  # a fresh process of this script
+    parser.add_argument("--no_record", action="store_true", help="do not write benchmarks/RESULTS.md")
+    args = parser.parse_args()
+    texts = questions(args.clients)
+    if args.bare:
+        print(json.dumps(bare(Path(args.bare), texts, args.tokens)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, log = Path(scratch) / "model", Path(scratch) / "server.log"
+        make_model(folder, args.tokenizer)
+        rows: dict[str, list[dict[str, float]]] = {}
+        chats: list[list[float]] = []
+        for repeat in range(args.repeats):
+            for number, (name, command) in enumerate(commands(folder, args.clients, PORT).items()):
+                if args.only_ours and number:
+                    continue
+                with Server(command, PORT, log) as server:
+                    served = str(folder) if number else "default"
+                    results = {name: asyncio.run(load(server.url, served, texts, args.tokens, together=True))}
+                    if not number:
+                        alone = asyncio.run(load(server.url, served, texts, args.tokens, together=False))
+                        results["one after another"] = alone
+                        chats.append(asyncio.run(chat(server.url, served, 10)))
+                for key, result in results.items():
+                    rows.setdefault(key, []).append(result)
+                    print(f"{repeat + 1}. {key}: {result}", flush=True)
+            command = [sys.executable, __file__, "--bare", str(folder), "--tokenizer", args.tokenizer]
+            command += ["--clients", str(args.clients), "--tokens", str(args.tokens)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            for key, rate in json.loads(done.stdout.splitlines()[-1]).items():
+                rows.setdefault(f"no server: {key}", []).append({"tokens_per_second": rate})
+                print(f"{repeat + 1}. {key}: {rate:.0f} tokens/s", flush=True)
+    report(args, rows, chats)
+
+
+def report(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]], chats: list[list[float]]) -> None:
+    """Print the medians over the repetitions, and record them."""
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(result.get(key, float("nan")) for result in rows[name])
+
+    lines = [
+        f"{args.clients} clients, {args.tokens} tokens each; medians of {args.repeats} repetitions.",
+        "",
+        "| | tokens/s | first token, median s | p95 s | slowest answer s | lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in rows:
+        figures = [median(name, key) for key in ("first_median", "first_p95", "slowest", "lost")]
+        cells = [f"{median(name, 'tokens_per_second'):.0f}", *(f"{f:.2f}" for f in figures[:3]), f"{figures[3]:.0f}"]
+        lines.append(f"| {name} | " + " | ".join(cell.replace("nan", "") for cell in cells) + " |")
+    ours = median("openai_api_server.py", "tokens_per_second")
+    lines += [
+        "",
+        f"Together against one after another: {ours / median('one after another', 'tokens_per_second'):.2f} x.",
+    ]
+    other = "transformers serve --continuous-batching"
+    if other in rows:
+        lines.append(f"Against `{other}`: {ours / median(other, 'tokens_per_second'):.2f} x.")
+    for name in ("generate", "decoding loop"):
+        share = 1 - ours / median(f"no server: {name}", "tokens_per_second")
+        lines.append(f"What the server costs against the bare {name}: {share:+.1%}.")
+    turns = [statistics.median(chat[turn] for chat in chats) for turn in range(10)]
+    lines.append(
+        f"First token of a chat's turns 2 and 10: {turns[1] * 1000:.0f} and {turns[9] * 1000:.0f} ms, "
+        f"{turns[9] / turns[1]:.2f} x."
+    )
+    print("\n".join(lines))
+    if not args.no_record:
+        from record import describe_run, record
+
+        record("Serving", "\n".join([describe_run("torch", "transformers", "fastapi"), "", *lines]))
+
+
+if __name__ == "__main__":
+    main()
