@@ -31,8 +31,9 @@ class SlotCache(Cache):
         self._keys: list[Tensor] = []  # a layer each: (S, heads, places, head width)
         self._values: list[Tensor] = []
         self._first, self._count, self._width, self._start = 0, 0, 0, 0
-        self._written: Tensor | None = None  # (B, T) bool, what of the batch is no padding; None: all of it
-        self._rows = self._places = torch.empty(0, dtype=torch.int64)
+        # Where the tokens that are no padding go: (N,) slots, (N,) places, and (B, T) which they are, None: all.
+        # Copies for each device that has layers, made once a pass.
+        self._targets: dict[torch.device, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     # ------------------------------------------------------------ one forward pass
 
@@ -52,9 +53,8 @@ class SlotCache(Cache):
         input_ids = torch.tensor([[row[0]] * pad + list(row) for row, pad in zip(rows, padding, strict=True)])
         positions = torch.arange(length) + torch.tensor(starts)[:, None] - torch.tensor(padding)[:, None]
         written = torch.arange(length) >= torch.tensor(padding)[:, None]
-        self._written = None if not any(padding) else written
-        self._rows = (torch.arange(len(rows)) + first)[:, None].expand(-1, length)[written]
-        self._places = positions[written]
+        slots = (torch.arange(len(rows)) + first)[:, None].expand(-1, length)
+        self._targets = {torch.device("cpu"): (slots[written], positions[written], written if any(padding) else None)}
         for number, row in enumerate(rows):
             self.tokens[first + number] += row
         inputs = {"input_ids": input_ids, "position_ids": positions.clamp(min=0), "past_key_values": self}
@@ -75,14 +75,21 @@ class SlotCache(Cache):
                 tensors[layer_idx] = old.new_zeros(*old.shape[:2], places, old.shape[3])
                 tensors[layer_idx][:, :, : old.shape[2]] = old
         window = slice(self._first, self._first + self._count)
+        slots, places, written = self._targets_on(key_states.device)
         result = []
         for tensors, new in ((self._keys, key_states), (self._values, value_states)):
             table = tensors[layer_idx]
             flat = new.transpose(1, 2)
-            flat = flat.flatten(0, 1) if self._written is None else flat[self._written.to(new.device)]
-            table[self._rows.to(new.device), :, self._places.to(new.device)] = flat
+            table[slots, :, places] = flat.flatten(0, 1) if written is None else flat[written]
             result.append(table[window, :, : self._width])
         return tuple(result)
+
+    def _targets_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        if device not in self._targets:
+            slots, places, written = self._targets[torch.device("cpu")]
+            moved = None if written is None else written.to(device)
+            self._targets[device] = slots.to(device), places.to(device), moved
+        return self._targets[device]
 
     # What transformers asks where it makes the mask itself: rows that are all equally long.
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# 网页对话 / Chat in the browser.  MODEL=... [LORA=...] bash scripts/run_gradio_demo.sh  [any gradio_demo.py flag]
+# 必填 / required: MODEL 合并后的模型或基座 merged model or base
+# 可选 / optional: LORA 适配器目录 adapter folder, HOST=127.0.0.1, PORT=7860, DRY_RUN=0
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+: "${MODEL:?set MODEL to a merged model, or a base (folder or hub id)}"
+CMD=("${PYTHON:-python}" "$HERE/gradio_demo.py" --base_model "$MODEL" --host "${HOST:-127.0.0.1}" --port "${PORT:-7860}")
+[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
+CMD+=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
+exec "${CMD[@]}"
