@@ -326,6 +326,11 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
     if kbits != 16:
         # Checkpointing is the Trainer's to switch on; here only norms are made float32 and weights frozen.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # At the first pass in evaluation mode bitsandbytes would pack the weights for a kernel that has no
+                # gradient, and whatever is trained below them would silently learn nothing more.
+                module.support_avx512bf16_for_cpu = False
     if args.adapter_name_or_path:
         check_adapter_fits(args.adapter_name_or_path, model)
         wrapped: Any = PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)

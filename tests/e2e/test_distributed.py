@@ -98,7 +98,7 @@ def killed_after(step: int):
 @contextlib.contextmanager
 def watched_rollouts(folder: Path):
     """Write what was sampled, and how often weights were gathered meanwhile, to NOTES in the folder."""
-    from utils.generation import Generator
+    from utils.decoding import Generator
     from utils.ppo_trainer import PPOTrainer
 
     notes, counts = [], {}

@@ -206,4 +206,5 @@ def test_dpo_on_a_4_bit_base(tiny_model_folder, preferences, tmp_path):
     live = run_dpo(dpo_argv(tiny_model_folder, preferences, tmp_path / "live", *extra))
     before = run_dpo(dpo_argv(tiny_model_folder, preferences, tmp_path / "before", *extra, "--precompute_reference"))
     assert live["eval_accuracy"] >= 0.9
-    assert before["eval_loss"] == pytest.approx(live["eval_loss"], rel=1e-3)
+    # The reference is computed in other batches, and bfloat16 rounds them otherwise.
+    assert before["eval_loss"] == pytest.approx(live["eval_loss"], rel=1e-2)

@@ -286,3 +286,40 @@ def test_padding_changes_nothing_in_front_of_it(tiny_model_folder):
     for row, (prompt, answer) in enumerate(SEQUENCES):
         length = len(prompt) + len(answer)
         assert torch.equal(one[row, :length], two[row, :length])
+
+
+@pytest.mark.parametrize("kbits", [4, 8])
+def test_a_pass_in_evaluation_mode_leaves_the_gradients_of_a_quantised_base(kbits, tmp_path):
+    """bitsandbytes packs 4-bit weights on some CPUs for a kernel without a gradient."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from utils.arguments import LoraArguments, ModelArguments
+    from utils.modeling import attach_adapter, load_model
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    args = ModelArguments(model_name_or_path=str(tmp_path / "base"), load_in_kbits=kbits)
+    base = load_model(args, torch.bfloat16, {"": "cpu"})
+    model = attach_adapter(base, LoraArguments(lora_rank=2, lora_dropout=0.0, target_modules="all"), kbits)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(12).reshape(2, 6)
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert before.keys() == after.keys() and len(before) == 2 * 2 * 7
+    for name, gradient in before.items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
