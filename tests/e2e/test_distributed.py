@@ -102,7 +102,7 @@ def watched_rollouts(folder: Path):
     from utils.ppo_trainer import PPOTrainer
 
     notes, counts = [], {}
-    sample, run = PPOTrainer.sample, Generator._run
+    sample, run = PPOTrainer.sample, Generator.generate
 
     def watched_run(self, *args, **kwargs):
         forward = self.model.forward
@@ -132,11 +132,11 @@ def watched_rollouts(folder: Path):
             (folder / NOTES).write_text(json.dumps(notes))
         return rollouts
 
-    PPOTrainer.sample, Generator._run = watched_sample, watched_run
+    PPOTrainer.sample, Generator.generate = watched_sample, watched_run
     try:
         yield
     finally:
-        PPOTrainer.sample, Generator._run = sample, run
+        PPOTrainer.sample, Generator.generate = sample, run
 
 
 @contextlib.contextmanager
