@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PY := $(abspath $(VENV))/bin/python
-REQUIREMENTS := requirements.txt requirements-dev.txt
+REQUIREMENTS := requirements.txt requirements-serve.txt requirements-dev.txt
 # Set-up is skipped while the content of these files is unchanged: the mark carries their hash.
 HASH := $(shell cat $(REQUIREMENTS) $(CONSTRAINTS) | sha256sum | cut -c1-16)
 MARK := $(VENV)/.installed-$(HASH)

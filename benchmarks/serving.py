@@ -217,7 +217,7 @@ def main() -> None:
                 if args.only_ours and number:
                     continue
                 with Server(command, PORT, log) as server:
-                    served = str(folder) if number else "default"
+                    served = str(folder) if number else folder.name
                     results = {name: asyncio.run(load(server.url, served, texts, args.tokens, together=True))}
                     if not number:
                         alone = asyncio.run(load(server.url, served, texts, args.tokens, together=False))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import arg, describe_arguments, list_arg, run, save_run_config
+from utils.arguments import RopeArguments, arg, describe_arguments, list_arg, run, save_run_config
 from utils.files import InputError, atomic_folder, peak_resident_bytes, refuse_existing_output, write_json
 
 if TYPE_CHECKING:
@@ -80,12 +80,14 @@ class ExportArguments:
         return self.threads or available_cores()
 
 
-def main(args: ExportArguments) -> dict[str, Any]:
-    """Plan, check, write, test, publish. Returns: the report."""
+def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, Any]:
+    """Plan, check, write, test, publish; `rope`: a longer window for the file. Returns: the report."""
+    rope = rope or RopeArguments()
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     from utils.gguf_files import QUANTIZED_TYPES, parse_types, plan_gguf
     from utils.llamacpp import read_imatrix, require_llama_cpp
     from utils.merge_inputs import open_merge
+    from utils.rope import scale_settings
 
     started = time.monotonic()
     types = parse_types(args.types, args.imatrix)
@@ -97,6 +99,7 @@ def main(args: ExportArguments) -> dict[str, Any]:
     texts = read_texts(args.self_test_data)
     assert args.model_name_or_path is not None
     with open_merge(args.model_name_or_path, args.adapters, args.tokenizer_name_or_path, args.output_dir) as inputs:
+        inputs.config = scale_settings(inputs.config, rope)
         name = Path([args.model_name_or_path, *args.adapters][-1]).absolute().name
         plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, name)
         for note in (*inputs.model.notes, *plan.notes):
@@ -122,7 +125,7 @@ def main(args: ExportArguments) -> dict[str, Any]:
                 "peak_memory_gb": round(peak_resident_bytes() / 1e9, 3),
             }
             write_json(folder / REPORT, report)
-            save_run_config(folder, describe_arguments(args))
+            save_run_config(folder, describe_arguments(args, rope))
     log_summary(report, args.output_dir)
     return report
 
@@ -309,4 +312,10 @@ def log_summary(report: dict[str, Any], output: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ExportArguments, documented=("base_model", "lora_model", "tokenizer_path"), description=__doc__)
+    run(
+        main,
+        ExportArguments,
+        RopeArguments,
+        documented=("base_model", "lora_model", "tokenizer_path"),
+        description=__doc__,
+    )

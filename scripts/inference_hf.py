@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.arguments import (
     GenerationArguments,
     InferenceArguments,
+    SpeculationArguments,
     arg,
     describe_arguments,
     raise_problems,
@@ -84,18 +85,27 @@ class TaskArguments:
         raise_problems(problems)
 
 
-def main(model_args: InferenceArguments, settings: GenerationArguments, task: TaskArguments) -> dict[str, Any]:
+def main(
+    model_args: InferenceArguments,
+    settings: GenerationArguments,
+    task: TaskArguments,
+    speculation: SpeculationArguments | None = None,
+) -> dict[str, Any]:
     """Answer; returns how many answers there are, and how fast they came."""
     select_gpus(model_args)  # before torch is imported
     from utils.engines import EnginePlan
 
+    speculation = speculation or SpeculationArguments()
+    speculation.check(settings)
     questions = [] if task.interactive else read_questions(task)
-    plan = EnginePlan(model_args, chat=task.with_prompt)
+    plan = EnginePlan(model_args, task.with_prompt, speculation)
     prompts = [encode_question(question, plan) for question in questions]
     check_lengths(prompts, settings, plan.context)
     predictions = None
     if task.predictions_file or task.data_file:
         record = record_settings(plan.args, settings, task, prompts)
+        if settings.samples:  # what drafts changes which answer is drawn, not its distribution
+            record |= describe_arguments(speculation)
         predictions = Predictions(Path(task.predictions_file or "predictions.json"), questions, record, task.overwrite)
         if predictions.is_complete:
             return predictions.report_complete()
@@ -103,10 +113,14 @@ def main(model_args: InferenceArguments, settings: GenerationArguments, task: Ta
     engine = plan.load(max_batch_size=task.batch_size * (2 if settings.guidance_scale > 1 else 1))
     try:
         if task.interactive:
-            return chat(engine, settings, model_args.system_prompt)
-        if predictions is None:
-            return answer_one(engine, settings, questions[0], prompts[0])
-        return answer_all(engine, settings, task, questions, prompts, predictions)
+            result = chat(engine, settings, model_args.system_prompt)
+        elif predictions is None:
+            result = answer_one(engine, settings, questions[0], prompts[0])
+        else:
+            result = answer_all(engine, settings, task, questions, prompts, predictions)
+        if speculation.drafts:
+            result |= report_speculation(engine)
+        return result
     finally:
         engine.close()
 
@@ -207,8 +221,8 @@ def record_settings(
         [file.name, file.stat().st_size, file.stat().st_mtime_ns]
         for folder in folders
         if folder
-        for file in sorted(Path(folder).glob("*.*"))
-        if file.suffix in (".safetensors", ".bin")
+        for file in ([Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("*.*")))
+        if file.suffix in (".safetensors", ".bin", ".gguf")
     ]
     return {
         **{name: value for name, value in described.items() if name not in PLACE_SETTINGS},
@@ -279,6 +293,15 @@ def answer_all(
         *(predictions.path, predictions.settings_path),
     )
     return metrics
+
+
+def report_speculation(engine: Engine) -> dict[str, float]:
+    """Log what came of the drafts; returns the figures."""
+    from utils.speculative import describe_speculation
+
+    statistics = engine.statistics()
+    logger.info("%s", describe_speculation(statistics))
+    return {name: statistics[name] for name in ("drafted", "accepted", "passes", "speed_up") if name in statistics}
 
 
 def answers_in_order(engine: Engine, requests: list[Request]) -> Iterator[Completion]:
@@ -471,6 +494,7 @@ if __name__ == "__main__":
         InferenceArguments,
         GenerationArguments,
         TaskArguments,
+        SpeculationArguments,
         documented=("base_model", "lora_model", "tokenizer_path"),
         description=__doc__,
     )

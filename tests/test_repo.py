@@ -34,6 +34,7 @@ NEEDS = {
     "run_quantize.sh": {"MODEL": "m"},
     "run_inference.sh": {"MODEL": "m"},
     "run_gradio_demo.sh": {"MODEL": "m"},
+    "run_openai_api_server.sh": {"MODEL": "m"},
     "run_train_tokenizer.sh": {"DATA": "d"},
     "run_merge_tokenizers.sh": {"BASE": "b", "SP": "s"},
     "run_report.sh": {"RUN_DIR": "r", "QUESTIONS": "q"},
@@ -277,7 +278,7 @@ def test_nothing_names_this_machine():
 
 def test_set_up_is_skipped_by_content_not_by_time(tmp_path):
     """make decides by a mark that carries the requirement files' hash: touching them changes nothing, editing does."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"):
+    for name in ("Makefile", "requirements.txt", "requirements-serve.txt", "requirements-dev.txt", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
     # Not the variables of the make that runs these tests.

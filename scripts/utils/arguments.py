@@ -41,6 +41,11 @@ RECORDED_PACKAGES = (
     "deepspeed",
 )
 
+GUIDED_DRAFTS = (
+    "guidance_scale does not go with speculative decoding: drafts would have to be guided too, by two more passes for "
+    "each token; leave out --guidance_scale, or the flags of speculation"
+)
+
 
 def arg(default: Any = None, *, help: str) -> Any:
     """A dataclass field with its help text, the only place where that text stands."""
@@ -201,6 +206,10 @@ class InferenceArguments(RopeArguments, ModelArguments):
     load_in_4bit: bool = arg(False, help="The same as --load_in_kbits 4.")
     only_cpu: bool = arg(False, help="Run on the CPU although there is a GPU.")
     gpus: str | None = arg(help="GPUs to use, such as 0 or 0,1; default: those CUDA_VISIBLE_DEVICES names, or all.")
+    engine: Literal["transformers", "llama.cpp", "vllm"] = arg(
+        "transformers", help="What computes: transformers; llama.cpp, for GGUF files; vllm, here or at --vllm_url."
+    )
+    vllm_url: str | None = arg(help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000.")
 
     def __post_init__(self) -> None:
         ModelArguments.__post_init__(self)
@@ -209,6 +218,8 @@ class InferenceArguments(RopeArguments, ModelArguments):
             self.load_in_kbits = 8
         elif self.load_in_4bit and self.load_in_kbits == 16:
             self.load_in_kbits = 4
+        if self.vllm_url and self.engine != "vllm":
+            raise InputError(f"--vllm_url is for --engine vllm, not {self.engine}; pass that too, or leave it out")
         if (self.load_in_8bit and self.load_in_kbits != 8) or (self.load_in_4bit and self.load_in_kbits != 4):
             raise InputError("--load_in_4bit, --load_in_8bit and --load_in_kbits contradict each other; pass one")
 
@@ -263,6 +274,60 @@ class GenerationArguments:
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return self.do_sample and self.temperature > 0 and self.num_beams == 1
+
+
+@dataclass
+class SpeculationArguments:
+    """Speculative decoding: a draft writes some tokens ahead, and the model checks them in one pass."""
+
+    speculative_sampling: bool = arg(
+        False, help="Speculative decoding; --draft_base_model, --draft_layers and --prompt_lookup ask for it too."
+    )
+    draft_k: int = arg(0, help="Tokens drafted at once; 0 or less: as many as pay off, by how many were accepted.")
+    draft_base_model: str | None = arg(help="Model that drafts: a folder, or a hub id; any vocabulary.")
+    draft_lora_model: str | None = arg(help="LoRA adapter on top of --draft_base_model.")
+    draft_model_load_in_8bit: bool = arg(False, help="Load --draft_base_model in 8 bits.")
+    draft_model_load_in_4bit: bool = arg(False, help="Load --draft_base_model in 4 bits.")
+    draft_layers: int | None = arg(help="Draft with this many first layers of the model itself.")
+    prompt_lookup: bool = arg(False, help="Draft what followed the last tokens where the text has them already.")
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "--draft_base_model": self.draft_base_model is not None or self.draft_lora_model is not None,
+            "--draft_layers": self.draft_layers is not None,
+            "--prompt_lookup": self.prompt_lookup,
+        }
+        asked = [kind for kind, given in kinds.items() if given]
+        k_bits = self.draft_model_load_in_8bit or self.draft_model_load_in_4bit
+        checks = {
+            f"{' and '.join(asked)} exclude each other; pass one": len(asked) < 2,
+            f"--speculative_sampling needs something that drafts: pass {', or '.join(kinds)}": (
+                bool(asked) or not self.speculative_sampling
+            ),
+            "--draft_k: there is nothing that drafts; pass --draft_base_model, --draft_layers or --prompt_lookup": (
+                bool(asked) or self.speculative_sampling or self.draft_k <= 0
+            ),
+            "--draft_model_load_in_8bit and --draft_model_load_in_4bit exclude each other; pass one": (
+                not (self.draft_model_load_in_8bit and self.draft_model_load_in_4bit)
+            ),
+            "--draft_model_load_in_8bit and 4bit are for --draft_base_model": (
+                kinds["--draft_base_model"] or not k_bits
+            ),
+            f"--draft_layers {self.draft_layers}: need at least 1": self.draft_layers is None or self.draft_layers > 0,
+        }
+        raise_problems([problem for problem, holds in checks.items() if not holds])
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is drafted."""
+        return bool(self.draft_base_model or self.draft_lora_model or self.draft_layers or self.prompt_lookup)
+
+    def check(self, settings: GenerationArguments) -> None:
+        """Raises: InputError for settings that go with no drafts."""
+        if self.drafts and settings.num_beams > 1:
+            raise InputError("beam search checks no drafts; leave out --num_beams, or the flags of speculation")
+        if self.drafts and settings.guidance_scale > 1:
+            raise InputError(GUIDED_DRAFTS)
 
 
 def raise_problems(problems: Sequence[str]) -> None:

@@ -87,6 +87,8 @@ class Decoder:
     def abandon(self, error: BaseException | None = None) -> None:
         """End all jobs, with an error or as cancelled."""
         jobs = [row.job for row in self._rows if not row.guides] + list(self.waiting)
+        for slot in range(len(self._rows) if error else 0):  # a pass that failed leaves tokens without their keys
+            self._cache.truncate(slot, 0)
         self._rows, self._decoding = [], 0
         self.waiting.clear()
         for job in jobs:
@@ -137,7 +139,7 @@ class Decoder:
             source = slot
         self._swap(slot, target)
         if length:
-            cache.copy(source, slot, length)
+            self._copy(source, slot, length)
         else:
             cache.truncate(slot, 0)
         self._keys[slot] = key
@@ -161,6 +163,9 @@ class Decoder:
         self._used[one], self._used[other] = self._used[other], self._used[one]
         self._keys[one], self._keys[other] = self._keys[other], self._keys[one]
 
+    def _copy(self, source: int, slot: int, length: int) -> None:
+        self._cache.copy(source, slot, length)
+
     def _planned(self, row: _Row) -> int:
         return len(row.job.request.prompt) + row.job.room
 
@@ -168,16 +173,15 @@ class Decoder:
 
     def _forward(self, first: int, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Compute the next tokens of neighbouring slots; returns the logits after the last of each, (B, V)."""
-        inputs = self._cache.prepare(first, tokens, self.model.config)
+        return self.logits(first, tokens)[:, -1]
+
+    def logits(self, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+        """The same; returns the logits after the last `keep` tokens of each, (B, keep, V)."""
         if self.rotations:
             self.rotations.rotate([self._planned(row) for row in self._rows[first : first + len(tokens)]])
         for slot in range(first, first + len(tokens)):
             self._used[slot] = self.counts["steps"]
-        device = self.model.device
-        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        with _masks_of_any_form(self.model):
-            logits: Tensor = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        return logits
+        return compute(self.model, self._cache, first, tokens, keep)
 
     def _decode(self) -> dict[int, Tensor]:
         """Logits (V,) of the rows past their prompts, by slot."""
@@ -243,6 +247,18 @@ class Decoder:
                 ended.append(job)
         for job in ended:
             self._leave(job)
+
+
+def compute(model: Any, cache: SlotCache, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+    """A forward pass over the next tokens of neighbouring slots; logits after the last `keep` of each, (B, keep, V).
+
+    A row with fewer tokens than `keep` has logits that mean nothing before its own.
+    """
+    inputs = cache.prepare(first, tokens, model.config)
+    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    with _masks_of_any_form(model):
+        logits: Tensor = model(**inputs, use_cache=True, logits_to_keep=keep).logits
+    return logits
 
 
 def _guide(logits: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .arguments import InferenceArguments
+from .arguments import InferenceArguments, SpeculationArguments
+from .drafts import DraftPlan
 from .files import InputError
 from .generation import Engine, Prompter
 from .inference import check_inference_request, find_inference_files, load_for_inference
+from .llamacpp_engine import GgufFile
 from .prompts import OWN_TEMPLATE, resolve_template, template_name
 from .tokenization import load_tokenizer
 from .transformers_engine import TransformersEngine
+from .vllm_engine import load_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,15 +33,34 @@ class EnginePlan(Prompter):
         template_name: of the chat template; None for plain text.
     """
 
-    def __init__(self, args: InferenceArguments, chat: bool = True) -> None:
-        """`chat`: questions are put into a template. Raises: InputError if the files do not belong together."""
-        self.args = find_inference_files(args)
-        assert self.args.tokenizer_name_or_path is not None
-        tokenizer = load_tokenizer(self.args.tokenizer_name_or_path)
-        self.config: PreTrainedConfig = check_inference_request(self.args, tokenizer)
+    def __init__(
+        self, args: InferenceArguments, chat: bool = True, speculation: SpeculationArguments | None = None
+    ) -> None:
+        """
+        Args:
+            chat: questions are put into a template.
+            speculation: what drafts, if anything does.
+        Raises: InputError if the files do not belong together.
+        """
+        drafts = speculation is not None and speculation.drafts
+        if drafts and args.engine != "transformers":
+            raise InputError(f"--engine {args.engine} has no speculative decoding here; use --engine transformers")
+        context: int | None
+        self._gguf = GgufFile(args) if args.engine == "llama.cpp" else None
+        self.args, self._drafts = args, None
+        if self._gguf:
+            tokenizer, context = self._gguf.tokenizer, self._gguf.context
+        else:
+            self.args = find_inference_files(args)
+            assert self.args.tokenizer_name_or_path is not None
+            tokenizer = load_tokenizer(self.args.tokenizer_name_or_path)
+            self.config: PreTrainedConfig = check_inference_request(self.args, tokenizer)
+            context = getattr(self.config, "max_position_embeddings", None)
+            if speculation and drafts:
+                self._drafts = DraftPlan(speculation, self.args, tokenizer, self.config)
         self.template_name = template_name(args.prompt_template, tokenizer) if chat else None
         template = resolve_template(self.template_name, tokenizer) if self.template_name else None
-        super().__init__(tokenizer, template, getattr(self.config, "max_position_embeddings", None))
+        super().__init__(tokenizer, template, context)
         if self.template_name:
             named = "the tokenizer's own" if self.template_name == OWN_TEMPLATE else self.template_name
             logger.info("prompt template: %s", named)
@@ -54,12 +76,27 @@ class EnginePlan(Prompter):
             adapters: folders of adapters by the names of the models they make, beside the model itself.
         Raises: InputError if an adapter does not belong to the base and its tokenizer.
         """
+        if self._gguf:
+            if adapters:
+                raise InputError("--lora_models: a GGUF file holds one model; export each adapter with export_gguf.py")
+            return self._gguf.load(self.template, max_batch_size, context)
         if adapters and self.args.adapter_name_or_path:
             raise InputError("--lora_model is part of the model itself; name it among --lora_models instead")
         for name, folder in (adapters or {}).items():
             grown = check_inference_request(replace(self.args, adapter_name_or_path=folder), self.tokenizer)
             if grown.vocab_size != self.config.vocab_size:
                 raise InputError(f"adapter {name} ({folder}) brings rows of its own; merge it with run_merge.sh")
+        if self.args.engine == "vllm":
+            return load_vllm(
+                self,
+                self.template_name,
+                self.args,
+                self.config,
+                max_batch_size=max_batch_size,
+                context=context,
+                adapters=adapters,
+                url=self.args.vllm_url,
+            )
         start = time.perf_counter()
         model = load_for_inference(self.args, self.config, adapters)
         logger.info(
@@ -73,4 +110,5 @@ class EnginePlan(Prompter):
             max_batch_size=max_batch_size,
             context=context,
             adapters=list(adapters or ()),
+            speculation=self._drafts.load() if self._drafts else None,
         )

@@ -25,16 +25,16 @@ UNUSED = int(TokenType.UNUSED)
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = "GPT-2's own"  # what ByteLevel splits by when no pattern is given
-_DIGITS = "single digits"
+SPLIT_OF_GPT2 = "GPT-2's own"  # what ByteLevel splits by when no pattern is given
+SINGLE_DIGITS = "single digits"
 # (patterns a text is split by, one after another; whether whole words are looked up before merging) -> llama.cpp's
 # name for such a tokenizer.   Source: llama.cpp, src/llama-vocab.cpp, llm_tokenizer_bpe.
 PRE_TOKENIZERS = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
     ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGITS, _GPT2), False): "smollm",
+    ((SPLIT_OF_GPT2,), False): "gpt-2",
+    ((SINGLE_DIGITS, SPLIT_OF_GPT2), False): "smollm",
 }
 
 
@@ -162,9 +162,9 @@ def pre_tokenizer_name(backend: dict[str, Any]) -> str:
         if step.get("type") == "Split" and isolated and "Regex" in step["pattern"]:
             patterns.append(step["pattern"]["Regex"])
         elif step.get("type") == "Digits" and step["individual_digits"]:
-            patterns.append(_DIGITS)
+            patterns.append(SINGLE_DIGITS)
         elif step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
-            patterns += [_GPT2] if step["use_regex"] else []
+            patterns += [SPLIT_OF_GPT2] if step["use_regex"] else []
         else:
             patterns.append(json.dumps(step, ensure_ascii=False))
     model = backend["model"]

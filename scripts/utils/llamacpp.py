@@ -36,7 +36,7 @@ def require_llama_cpp(purpose: str) -> None:
 
 
 @functools.cache
-def _listen() -> tuple[list[str], Any]:
+def listen() -> tuple[list[str], Any]:
     """(llama.cpp's error messages from the first call on, what collects them); it prints nothing any more."""
     import ctypes
 
@@ -53,8 +53,8 @@ def _listen() -> tuple[list[str], Any]:
     return errors, collect
 
 
-def _last_error() -> str:
-    errors, _ = _listen()
+def last_error() -> str:
+    errors, _ = listen()
     return errors[-1] if errors else "it gave no reason"
 
 
@@ -71,7 +71,7 @@ def open_model(path: Path, threads: int, context: int | None = None) -> Iterator
     """
     import llama_cpp
 
-    _listen()
+    listen()
     settings: dict[str, Any] = {"vocab_only": True}
     if context is not None:
         settings = {"n_ctx": context, "n_batch": context, "n_ubatch": context, "logits_all": True}
@@ -83,7 +83,7 @@ def open_model(path: Path, threads: int, context: int | None = None) -> Iterator
     try:
         model = llama_cpp.Llama(str(path), verbose=False, **settings)
     except (ValueError, RuntimeError):
-        raise InputError(f"llama.cpp cannot read {path.name}: {_last_error()}") from None
+        raise InputError(f"llama.cpp cannot read {path.name}: {last_error()}") from None
     try:
         yield model
     finally:
@@ -123,7 +123,7 @@ def quantize(source: Path, target: Path, file_type: str, imatrix: dict[str, np.n
 
     import llama_cpp
 
-    _listen()
+    listen()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = int(file_type_number(file_type)), threads
     if hasattr(params, "max_buf_size"):
@@ -145,7 +145,7 @@ def quantize(source: Path, target: Path, file_type: str, imatrix: dict[str, np.n
     while thread.is_alive():
         thread.join(0.2)
     if status != [0]:
-        raise InputError(f"llama.cpp could not quantise to {file_type}: {_last_error()}")
+        raise InputError(f"llama.cpp could not quantise to {file_type}: {last_error()}")
 
 
 def read_imatrix(path: str | Path) -> dict[str, np.ndarray]:

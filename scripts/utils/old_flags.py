@@ -92,6 +92,7 @@ DROPPED = {
 }
 REPLACED_SWITCHES = {
     "use_flash_attention_2": ["--attn_implementation", "flash_attention_2"],
+    "use_vllm": ["--engine", "vllm"],
     "group_by_length": ["--train_sampling_strategy", "group_by_length"],
     "enable_tensorboard": ["--report_to", "tensorboard"],
 }

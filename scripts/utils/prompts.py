@@ -250,9 +250,13 @@ def _render_with_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text and the (start, end) of every message's content in it; (-1, -1) for one that is not shown."""
     text = render(messages, template, tokenizer, add_generation_prompt)
-    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    marks = {f"\ue000{number}\ue001": number for number in range(len(messages))}
     marked = render(
-        [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
+        [
+            # Templates leave out the frame of an empty system message; answers are marked even where they are empty.
+            {**message, "content": mark if message["content"] or message["role"] == "assistant" else ""}
+            for message, mark in zip(messages, marks, strict=True)
+        ],
         template,
         tokenizer,
         add_generation_prompt,
@@ -264,7 +268,7 @@ def _render_with_spans(
         length = 0
         for piece in re.split("(\ue000[0-9]+\ue001)", marked):
             if piece in marks:
-                number = marks.index(piece)
+                number = marks[piece]
                 piece = contents[number]
                 spans[number] = (length, length + len(piece))
             pieces.append(piece)
@@ -304,8 +308,9 @@ def _answer_starts(
             continue
         if contents[number][0] < 0:
             raise InputError("the chat template leaves out an assistant turn; use another one")
-        prompt = render(messages[:number], template, tokenizer, add_generation_prompt=True)
-        starts.append(len(prompt) if text.startswith(prompt) else contents[number][0])
+        # There is no prompt before a conversation that the assistant opens.
+        prompt = render(messages[:number], template, tokenizer, add_generation_prompt=True) if number else None
+        starts.append(len(prompt) if prompt and text.startswith(prompt) else contents[number][0])
     return starts
 
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from .arguments import GUIDED_DRAFTS
 from .decoding import Decoder, Rotations, search_beams
 from .files import InputError
 from .generation import Answer, Completion, Delta, Job, Prompter, Request
+from .speculative import Speculation, SpeculativeDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,16 +157,24 @@ class TransformersEngine(DecodingEngine):
         context: int | None = None,
         rotations: Rotations | None = None,
         adapters: Sequence[str] = (),
+        speculation: Speculation | None = None,
     ) -> None:
         """
         Args:
             max_batch_size: requests answered at once.
             context: tokens of prompt and answer together; default: what the model was made for.
             adapters: names of a PeftModel's adapters, each a model of its own beside the base.
+            speculation: what drafts, if anything does.
         """
         own: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.model = model
-        decoders = {name: Decoder(model, max_batch_size, rotations) for name in (BASE, *adapters)}
+        self.model, self._speculation = model, speculation
+
+        def decoder() -> Decoder:
+            if speculation is None:
+                return Decoder(model, max_batch_size, rotations)
+            return SpeculativeDecoder(model, max_batch_size, rotations, speculation)
+
+        decoders = {name: decoder() for name in (BASE, *adapters)}
         super().__init__(decoders, tokenizer, template, min(filter(None, (own, context)), default=None))
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -173,9 +183,27 @@ class TransformersEngine(DecodingEngine):
             return [self._call(partial(search_beams, self.model, self, request)) for request in requests]
         return super().generate(requests)
 
+    def check(self, request: Request) -> int:
+        """See Prompter. Raises: InputError for guidance beside drafts."""
+        if self._speculation and request.settings.guidance_scale > 1:
+            raise InputError(GUIDED_DRAFTS)
+        return super().check(request)
+
+    def statistics(self) -> dict[str, float]:
+        """See generation.Engine; with drafts also drafted, accepted, passes, and speed_up once it is known."""
+        totals = super().statistics()
+        if self._speculation and (speed_up := self._speculation.clock.speed_up):
+            totals["speed_up"] = speed_up
+        return totals
+
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """See generation.Engine."""
-        return self._call(lambda: embed(self.model, prompts))
+
+        def compute() -> Tensor:
+            with self._adapter(BASE):
+                return embed(self.model, prompts)
+
+        return self._call(compute)
 
     @contextlib.contextmanager
     def _adapter(self, name: str) -> Iterator[None]:

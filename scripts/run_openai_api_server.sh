@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# OpenAI 接口服务 / OpenAI-compatible server.  MODEL=... [LORA=...] bash scripts/run_openai_api_server.sh  [any openai_api_server.py flag]
+# 必填 / required: MODEL 合并后的模型或基座 merged model or base
+# 可选 / optional: LORA 适配器目录 adapter folder, HOST=127.0.0.1, PORT=19327, API_KEYS=密钥,... 谁可以用 who may use it, DRY_RUN=0
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+: "${MODEL:?set MODEL to a merged model, or a base (folder or hub id)}"
+CMD=("${PYTHON:-python}" "$HERE/openai_api_server.py" --base_model "$MODEL" --host "${HOST:-127.0.0.1}" --port "${PORT:-19327}")
+[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
+CMD+=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
+exec "${CMD[@]}"
