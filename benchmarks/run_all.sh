@@ -10,6 +10,7 @@ if [[ -d $SHARED ]]; then
   "$PYTHON" benchmarks/sft_packing.py --data "$SHARED/sft/alpaca_zh_10k.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/dpo_step.py --data "$SHARED/preference/dpo_zh_demo.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/merge.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
+  "$PYTHON" benchmarks/long_context.py --shared "$SHARED"
   SHARED=$SHARED PYTHON=$PYTHON bash benchmarks/real_run.sh
 else
   echo "the other measurements need real text: set SHARED to a folder with pt/, sft/ and tokenizers/"

@@ -132,17 +132,21 @@ async def load(url: str, model: str, texts: list[str], tokens: int, together: bo
 
 
 async def chat(url: str, model: str, turns: int) -> list[float]:
-    """Seconds to the first token of each turn of a conversation."""
+    """Seconds to the first token of each turn of a conversation: an answer of one token, so that text which a token
+    of a random model does not complete delays nothing. Then the turn's whole answer is asked for."""
     import httpx
 
     messages: list[dict] = []
     firsts = []
     async with httpx.AsyncClient(timeout=600) as client:
-        for number in range(turns):
-            messages.append({"role": "user", "content": questions(turns)[number]})
-            first, _, text = await stream(client, url, model, messages, 24)
-            firsts.append(first)
-            messages.append({"role": "assistant", "content": text})
+        for text in questions(turns):
+            messages.append({"role": "user", "content": text})
+            body = {"model": model, "messages": messages, "max_tokens": 1, "temperature": 0.0}
+            start = time.perf_counter()
+            (await client.post(f"{url}/v1/chat/completions", json=body)).raise_for_status()
+            firsts.append(time.perf_counter() - start)
+            _, _, answer = await stream(client, url, model, messages, 24)
+            messages.append({"role": "assistant", "content": answer})
     return firsts
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
-GROWTH = 256  # places by which the tensors grow, tokens
+GROWTH = 256  # the tensors have a multiple of so many places, tokens
 
 
 class SlotCache(Cache):
@@ -25,8 +25,10 @@ class SlotCache(Cache):
         tokens: of each slot, the tokens whose keys and values stand in it.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, context: int | None = None) -> None:
+        """`context`: tokens that a slot will have at most, where that is known."""
         super().__init__(layers=[])
+        self._context = context
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self._keys: list[Tensor] = []  # a layer each: (S, heads, places, head width)
         self._values: list[Tensor] = []
@@ -68,12 +70,8 @@ class SlotCache(Cache):
             for tensors, new in ((self._keys, key_states), (self._values, value_states)):
                 tensors.append(new.new_empty(len(self.tokens), new.shape[1], 0, new.shape[3]))
         if self._keys[layer_idx].shape[2] < self._width:
-            places = math.ceil(self._width / GROWTH) * GROWTH
             for tensors in (self._keys, self._values):
-                old = tensors[layer_idx]
-                # Zeros: what a mask hides must be a number, since 0 * nan is nan.
-                tensors[layer_idx] = old.new_zeros(*old.shape[:2], places, old.shape[3])
-                tensors[layer_idx][:, :, : old.shape[2]] = old
+                tensors[layer_idx] = self._grown(tensors[layer_idx])
         window = slice(self._first, self._first + self._count)
         slots, places, written = self._targets_on(key_states.device)
         result = []
@@ -83,6 +81,18 @@ class SlotCache(Cache):
             table[slots, :, places] = flat.flatten(0, 1) if written is None else flat[written]
             result.append(table[window, :, : self._width])
         return tuple(result)
+
+    def _grown(self, old: Tensor) -> Tensor:
+        """A layer's keys or values with room for the pass, twice what there was, so that growing is seldom."""
+        places = (
+            math.ceil(max(self._width, min(2 * old.shape[2], self._context or 2 * old.shape[2])) / GROWTH) * GROWTH
+        )
+        # Zeros: what a mask hides must be a number, since 0 * nan is nan.
+        table = old.new_zeros(*old.shape[:2], places, old.shape[3])
+        for slot, tokens in enumerate(self.tokens):
+            length = min(len(tokens), old.shape[2])
+            table[slot, :, :length] = old[slot, :, :length]
+        return table
 
     def _targets_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         if device not in self._targets:

@@ -579,7 +579,7 @@ def test_the_forerunners_command_is_understood_without_a_warning(caplog):
     assert (model.gpus, model.load_in_kbits, model.system_prompt) == ("0", 8, "s")
     assert model.attn_implementation == "flash_attention_2" and task.with_prompt and settings.samples
     assert "base_model" not in caplog.text and "gpus" not in caplog.text
-    with pytest.raises(InputError, match="--guidance_scale 1.5: it leads away from --negative_prompt; pass both"):
+    with pytest.raises(InputError, match=r"--guidance_scale 1\.5: it leads away from --negative_prompt; pass both"):
         parse_args(InferenceArguments, GenerationArguments, TaskArguments, argv=["--guidance_scale=1.5"])
 
 

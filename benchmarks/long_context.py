@@ -1,0 +1,290 @@
+"""Perplexity against length of a model trained with a window of 512 tokens, under every --rope_scaling.
+
+  python benchmarks/long_context.py --shared ../shared/data
+Trains a small Llama from scratch, on a CPU, on full windows of Chinese text, then scores documents it has not seen, of
+at least 1,024 tokens: the collected lyrics of poets, and the last part of a textbook. The model learns nothing of
+positions after the 512th; without scaling it should fail there, with auto-NTK and YaRN go on as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+WINDOW, LENGTHS = 512, [256, 512, 1024]
+SETTINGS = ["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"]
+HELD_OUT_BOOK, HELD_OUT_POETS = 0.15, 8  # share of the textbook; every so many-th of the long collections
+SMALLEST, LARGEST = 2.0, 1.15  # what the ratio of perplexities is to be: without scaling at least, with it at most
+
+
+# ---------------------------------------------------------------- documents
+
+
+def read_documents(shared: Path) -> tuple[list[list[str]], list[str], list[str]]:
+    """(training corpora, each documents in order; held-out lyrics; held-out text of the book)."""
+
+    def lines(name: str) -> list[str]:
+        return [line for line in (shared / "pt" / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def poet(line: str) -> str:
+        return line.split("：")[0].split()[-1]  # "title poet：text", poet by poet
+
+    collections = ["\n".join(poems) for _, poems in groupby(lines("zh_songci.txt"), poet)]
+    long = [number for number, text in enumerate(collections) if len(text) >= 2000]
+    held_out = set(long[::HELD_OUT_POETS])
+    book = lines("zh_d2l.txt")
+    cut = round(len(book) * (1 - HELD_OUT_BOOK))
+    training = [
+        [text for number, text in enumerate(collections) if number not in held_out],
+        ["\n".join(book[:cut])],
+        ["\n".join(lines("zh_answers.txt"))],
+    ]
+    return training, [collections[number] for number in sorted(held_out)], ["\n".join(book[cut:])]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def train_tokenizer(corpora: list[list[str]], args, folder: Path):
+    import train_tokenizer as script
+
+    from utils.tokenization import load_tokenizer
+
+    paths = [write_jsonl(folder / f"{number}.jsonl", texts) for number, texts in enumerate(corpora)]
+    script.main(
+        script.TokenizerArguments(
+            input=paths,
+            output_dir=str(folder / "tokenizer"),
+            vocab_size=args.vocabulary,
+            character_coverage=0.98,  # rare characters of the lyrics are written as bytes
+        )
+    )
+    return load_tokenizer(folder / "tokenizer")
+
+
+# ---------------------------------------------------------------- training
+
+
+def build(args, tokenizer):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // args.head_dim,
+        max_position_embeddings=WINDOW,
+        rope_theta=args.rope_theta,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def training_rows(corpora: list[list[str]], tokenizer, generator):
+    """Rows (N, WINDOW) of one pass over the text: BOS and the next tokens of a corpus, from a random beginning."""
+    import torch
+
+    from utils.tokenization import encode_texts
+
+    rows = []
+    for texts in corpora:
+        stream = torch.tensor([token for ids in encode_texts(tokenizer, texts) for token in ids])
+        skip = int(torch.randint(0, WINDOW - 1, (), generator=generator))
+        body = stream[skip:]
+        body = body[: len(body) // (WINDOW - 1) * (WINDOW - 1)].view(-1, WINDOW - 1)
+        rows.append(torch.cat([torch.full((len(body), 1), tokenizer.bos_token_id), body], dim=1))
+    every = torch.cat(rows)
+    return every[torch.randperm(len(every), generator=generator)]
+
+
+def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
+    """Train in place; `watched`: rows that are looked at on the way, with --watch."""
+    import torch
+
+    from utils.losses import IGNORED, loss_targets
+    from utils.modeling import bf16_is_supported
+
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    warmup = max(1, args.steps // 20)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    rows, place, passes, started = training_rows(corpora, tokenizer, generator), 0, 0, time.perf_counter()
+    for step in range(args.steps):
+        if place + args.rows > len(rows):
+            rows, place, passes = training_rows(corpora, tokenizer, generator), 0, passes + 1
+        batch, place = rows[place : place + args.rows], place + args.rows
+        targets = torch.cat([batch[:, 1:], torch.full_like(batch[:, :1], IGNORED)], dim=1)
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_supported()),
+            loss_targets(model, targets),
+        ):
+            loss = model(input_ids=batch, use_cache=False).logits / (targets != IGNORED).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            seconds = time.perf_counter() - started
+            print(f"step {step + 1}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+        if args.watch and (step + 1) % args.watch == 0:
+            look(model, watched)
+    seconds = time.perf_counter() - started
+    tokens = args.steps * args.rows * WINDOW
+    return {"seconds": seconds, "tokens": tokens, "passes": tokens / rows.numel()}
+
+
+def look(model, ids) -> None:
+    """Print the ratio of perplexities without scaling, and with NTK for twice the window."""
+    from utils.arguments import RopeArguments
+    from utils.perplexity import token_losses
+    from utils.rope import RowRotary, auto_ntk_frequencies, scale_rope
+
+    config = type(model.config)(**model.config.to_dict())
+    scale_rope(config, RopeArguments("auto-ntk"))
+    original = model.model.rotary_emb
+    model.model.rotary_emb = RowRotary(original, config)
+    model.eval()
+    near, far = slice(255, 511), slice(511, 1023)
+    plain = token_losses(model, ids)
+    model.model.rotary_emb.inv_freq_rows = auto_ntk_frequencies(config, 2 * WINDOW).unsqueeze(0)
+    slowed = token_losses(model, ids)
+    model.model.rotary_emb = original
+    model.train()
+    base = float(plain[:, near].mean())
+    figures = [math.exp(base), *(math.exp(float(losses[:, far].mean()) - base) for losses in (plain, slowed))]
+    print("  perplexity of tokens 257-512 {:.1f}; after them x {:.2f}, with NTK x {:.2f}".format(*figures), flush=True)
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="folder with pt/")
+    parser.add_argument("--vocabulary", type=int, default=3000)
+    parser.add_argument("--hidden_size", type=int, default=192)
+    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rope_theta", type=float, default=500.0)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--rows", type=int, default=2, help="windows a step")
+    parser.add_argument("--learning_rate", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--watch", type=int, help="look at the ratios after every so many steps")
+    parser.add_argument("--max_rows", type=int, default=100, help="documents' stretches scored of each text")
+    parser.add_argument("--output_dir", type=Path, help="keep model, texts, table and picture here")
+    parser.add_argument("--no_record", action="store_true", help="do not write benchmarks/RESULTS.md")
+    args = parser.parse_args()
+    if not (args.shared / "pt").is_dir():
+        parser.error(f"{args.shared}/pt: no such folder; pass --shared")
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(args, args.output_dir or Path(temporary))
+
+
+def measure(args, folder: Path) -> None:
+    import eval_perplexity
+
+    from utils.arguments import InferenceArguments
+    from utils.losses import install_loss_head
+    from utils.perplexity import read_rows
+    from utils.tokenization import save_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    corpora, lyrics, book = read_documents(args.shared)
+    texts = {"lyrics": write_jsonl(folder / "lyrics.jsonl", lyrics), "book": write_jsonl(folder / "book.jsonl", book)}
+    model_folder = folder / "model"
+    tokenizer = train_tokenizer(corpora, args, folder)
+    model = build(args, tokenizer)
+    install_loss_head(model)
+    watched = read_rows([Path(path) for path in texts.values()], tokenizer, LENGTHS[-1], 16).ids
+    trained = train(args, model, tokenizer, corpora, watched)
+    model.save_pretrained(model_folder)
+    save_tokenizer(tokenizer, model_folder)
+    result = eval_perplexity.main(
+        InferenceArguments(model_name_or_path=str(model_folder), dtype="float32", only_cpu=True),
+        eval_perplexity.EvalArguments(
+            texts=[f"{name}={path}" for name, path in texts.items()],
+            lengths=LENGTHS,
+            settings=SETTINGS,
+            max_rows=args.max_rows,
+            output_dir=str(folder / "perplexity"),
+            overwrite=True,
+        ),
+    )
+    report(args, model, trained, result)
+
+
+def report(args, model, trained: dict[str, float], result: dict) -> None:
+    import torch
+
+    rows = {(row["setting"], row["text"], row["tokens"]): row for row in result["rows"]}
+    names = list(result["texts"])
+    buckets = list(dict.fromkeys(row["tokens"] for row in result["rows"]))
+    near, far = buckets[-2:]
+    counts = ", ".join(f"{rows['none', name, far]['rows']} of {LENGTHS[-1]} ({name})" for name in names)
+    lines = [
+        f"{model.num_parameters() / 1e6:.1f}M parameters, {args.layers} layers of width {args.hidden_size}, heads of "
+        f"{args.head_dim}, rotary base {args.rope_theta:g}, {model.config.vocab_size:,} pieces; trained on "
+        f"{trained['tokens'] / 1e6:.1f}M tokens ({trained['passes']:.1f} passes) in windows of {WINDOW}, "
+        f"{trained['seconds']:.0f} s, {torch.get_num_threads()} threads.",
+        "",
+        f"Perplexity by position in documents it has not seen, stretches of tokens: {counts}. Ratio: tokens {far} to "
+        f"tokens {near}, both texts together.",
+        "",
+        f"| scaling | {' | '.join(f'{name}, {bucket}' for name in names for bucket in buckets)} | ratio |",
+        "|---|" + "---|" * (len(names) * len(buckets) + 1),
+    ]
+    ratios = {}
+    for setting in SETTINGS:
+        cells = [f"{rows[setting, name, bucket]['perplexity']:.1f}" for name in names for bucket in buckets]
+        ratios[setting] = math.exp(mean_loss(rows, setting, names, far) - mean_loss(rows, setting, names, near))
+        lines.append(f"| {setting} | {' | '.join(cells)} | {ratios[setting]:.3f} |")
+    lines += ["", f"Aims: none above {SMALLEST}, auto-ntk and yarn at most {LARGEST}: {judge(ratios)}."]
+    print("\n".join(lines))
+    if not args.no_record:
+        from record import describe_run, record
+
+        record("Windows longer than the trained one", "\n".join([describe_run("torch", "transformers"), "", *lines]))
+
+
+def mean_loss(rows, setting: str, names: list[str], bucket: str) -> float:
+    """Nats a token of a bucket in all texts."""
+    found = [rows[setting, name, bucket] for name in names]
+    total = sum(row["scored_tokens"] for row in found)
+    return sum(math.log(row["perplexity"]) * row["scored_tokens"] for row in found) / total
+
+
+def judge(ratios: dict[str, float]) -> str:
+    missed = [name for name in ("auto-ntk", "yarn") if ratios[name] > LARGEST]
+    missed += ["none"] if ratios["none"] < SMALLEST else []
+    return f"missed by {', '.join(missed)}" if missed else "met"
+
+
+if __name__ == "__main__":
+    main()
