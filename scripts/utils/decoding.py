@@ -55,11 +55,12 @@ class Decoder:
         counts: totals of prompt_tokens, cached_tokens, new_tokens, steps.
     """
 
-    def __init__(self, model: Any, num_slots: int, rotations: Rotations | None = None) -> None:
+    def __init__(self, model: Any, num_slots: int, rotations: Rotations | None = None, cache: Any = None) -> None:
+        """`cache`: what holds keys and values; default: a SlotCache."""
         self.model, self.num_slots, self.rotations = model, num_slots, rotations
         self.waiting: deque[Job] = deque()
         self.counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
-        self._cache = SlotCache(num_slots, getattr(model.config, "max_position_embeddings", None))
+        self._cache: Any = cache or SlotCache(num_slots, getattr(model.config, "max_position_embeddings", None))
         self._rows: list[_Row] = []  # row i stands in slot i; those whose prompt is being computed come last
         self._decoding = 0  # how many are past their prompt
         self._used = [0] * num_slots  # the step in which a slot was in use last

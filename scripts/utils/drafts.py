@@ -162,7 +162,7 @@ class ModelDraft(_TokenDraft):
 
     def __init__(self, model: Any, decoder: SpeculativeDecoder) -> None:
         self._model, self._rotations = model, find_row_rotary(_transformers_model(model))
-        self._cache = SlotCache(decoder.num_slots)
+        self._cache = SlotCache(decoder.num_slots, getattr(model.config, "max_position_embeddings", None))
         self._rows, self._vocabulary = model.config.vocab_size, decoder.model.config.vocab_size
         sizes = [one.num_parameters(exclude_embeddings=True) for one in (model, decoder.model)]
         self.cost = sizes[0] / sizes[1]

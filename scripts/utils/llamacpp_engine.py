@@ -232,8 +232,7 @@ class LlamaCppDecoder(Decoder):
     """decoding.Decoder on a GgufModel."""
 
     def __init__(self, model: GgufModel) -> None:
-        super().__init__(model, len(model.tokens))
-        self._cache: Any = model
+        super().__init__(model, len(model.tokens), cache=model)
 
     def _forward(self, first: int, tokens: Sequence[Sequence[int]]) -> Tensor:
         self._forget(sum(map(len, tokens)))
