@@ -66,6 +66,7 @@ def train_tokenizer(corpora: list[list[str]], args, folder: Path):
         script.TokenizerArguments(
             input=paths,
             output_dir=str(folder / "tokenizer"),
+            overwrite=True,
             vocab_size=args.vocabulary,
             character_coverage=0.98,  # rare characters of the lyrics are written as bytes
         )
@@ -254,7 +255,8 @@ def report(args, model, trained: dict[str, float], result: dict) -> None:
         f"{model.num_parameters() / 1e6:.1f}M parameters, {args.layers} layers of width {args.hidden_size}, heads of "
         f"{args.head_dim}, rotary base {args.rope_theta:g}, {model.config.vocab_size:,} pieces; trained on "
         f"{trained['tokens'] / 1e6:.1f}M tokens ({trained['passes']:.1f} passes) in windows of {WINDOW}, "
-        f"{trained['processor']:.0f} processor seconds ({trained['seconds']:.0f} s, {torch.get_num_threads()} threads).",
+        f"{trained['seconds']:.0f} s ({torch.get_num_threads()} threads, {trained['processor']:.0f} processor "
+        "seconds).",
         "",
         f"Perplexity by position in documents it has not seen, stretches of tokens: {counts}. Ratio: tokens {far} to "
         f"tokens {near}, both texts together.",
