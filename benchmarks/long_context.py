@@ -250,13 +250,15 @@ def report(args, model, trained: dict[str, float], result: dict) -> None:
     names = list(result["texts"])
     buckets = list(dict.fromkeys(row["tokens"] for row in result["rows"]))
     near, far = buckets[-2:]
+    times = (
+        f"{trained['seconds']:.0f} s, {trained['processor']:.0f} of the processor, {torch.get_num_threads()} threads"
+    )
     counts = ", ".join(f"{rows['none', name, far]['rows']} of {LENGTHS[-1]} ({name})" for name in names)
     lines = [
         f"{model.num_parameters() / 1e6:.1f}M parameters, {args.layers} layers of width {args.hidden_size}, heads of "
         f"{args.head_dim}, rotary base {args.rope_theta:g}, {model.config.vocab_size:,} pieces; trained on "
         f"{trained['tokens'] / 1e6:.1f}M tokens ({trained['passes']:.1f} passes) in windows of {WINDOW}, "
-        f"{trained['seconds']:.0f} s ({torch.get_num_threads()} threads, {trained['processor']:.0f} processor "
-        "seconds).",
+        f"{times}.",
         "",
         f"Perplexity by position in documents it has not seen, stretches of tokens: {counts}. Ratio: tokens {far} to "
         f"tokens {near}, both texts together.",

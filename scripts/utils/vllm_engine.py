@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Tokens = AsyncGenerator[tuple[int, TokenLogprob | None]]
-ADVICE = "need a vLLM of 2025-09 (0.11) or later"
+ADVICE = "need vLLM 0.11 or later"
 
 
 class Source(Protocol):
