@@ -491,6 +491,7 @@ def test_a_thousand_clients_vanish_and_memory_stays(live, client, endless):
     assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=3).choices
 
 
+@pytest.mark.slow  # six megabytes through a window of four kilobytes
 def test_a_client_that_does_not_read_holds_up_nobody(live, client, endless):
     content = raw_request({"messages": HELLO, "stream": True, "logprobs": True, "top_logprobs": 20, **endless, "n": 8})
     with socket.create_connection(("127.0.0.1", live.port)) as stuck:
