@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 WINDOW, LENGTHS = 512, [256, 512, 1024]
 SETTINGS = ["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"]
-HELD_OUT_BOOK, HELD_OUT_POETS = 0.15, 6  # share of the textbook; every so many-th of the long collections
+HELD_OUT_BOOK, HELD_OUT_POETS = 0.15, 8  # share of the textbook; every so many-th of the long collections
 SMALLEST, LARGEST = 2.0, 1.15  # what the ratio of perplexities is to be: without scaling at least, with it at most
 
 
