@@ -168,7 +168,7 @@ class Decoder:
         self._cache.copy(source, slot, length)
 
     def _planned(self, row: _Row) -> int:
-        return len(row.job.request.prompt) + row.job.room
+        return len(row.job.request.negative_prompt or () if row.guides else row.job.request.prompt) + row.job.room
 
     # ------------------------------------------------------------ forward passes
 

@@ -15,6 +15,7 @@ from .generation import Engine, Prompter
 from .inference import check_inference_request, find_inference_files, load_for_inference
 from .llamacpp_engine import GgufFile
 from .prompts import OWN_TEMPLATE, resolve_template, template_name
+from .rope import find_row_rotary
 from .tokenization import load_tokenizer
 from .transformers_engine import TransformersEngine
 from .vllm_engine import load_vllm
@@ -111,4 +112,5 @@ class EnginePlan(Prompter):
             context=context,
             adapters=list(adapters or ()),
             speculation=self._drafts.load() if self._drafts else None,
+            rotations=find_row_rotary(model),
         )

@@ -167,7 +167,7 @@ class TransformersEngine(DecodingEngine):
             speculation: what drafts, if anything does.
         """
         own: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.model, self._speculation = model, speculation
+        self.model, self._rotations, self._speculation = model, rotations, speculation
 
         def decoder() -> Decoder:
             if speculation is None:
@@ -180,8 +180,13 @@ class TransformersEngine(DecodingEngine):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See generation.Engine. Searches beams too, one request after another."""
         if any(request.settings.num_beams > 1 for request in requests):
-            return [self._call(partial(search_beams, self.model, self, request)) for request in requests]
+            return [self._call(partial(self._search, request)) for request in requests]
         return super().generate(requests)
+
+    def _search(self, request: Request) -> Completion:
+        if self._rotations:
+            self._rotations.rotate([len(request.prompt) + self.check(request)])
+        return search_beams(self.model, self, request)
 
     def check(self, request: Request) -> int:
         """See Prompter. Raises: InputError for guidance beside drafts."""
@@ -200,6 +205,8 @@ class TransformersEngine(DecodingEngine):
         """See generation.Engine."""
 
         def compute() -> Tensor:
+            if self._rotations:
+                self._rotations.rotate([len(prompt) for prompt in prompts])
             with self._adapter(BASE):
                 return embed(self.model, prompts)
 
