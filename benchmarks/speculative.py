@@ -127,8 +127,8 @@ def joint_losses(args, target, draft, batch):
     return own, *(functional.cross_entropy(found.float().flatten(0, 1), wanted) for found in (early, drafted))
 
 
-def train(args, parameters, losses, rows, steps: int, learning_rate: float) -> float:
-    """Train in place what has these parameters; returns seconds. `losses`: of a batch, scalars that are added."""
+def train(args, parameters, losses, rows, steps: int, learning_rate: float) -> None:
+    """Train in place what has these parameters. `losses`: of a batch, scalars that are added."""
     import torch
 
     from utils.modeling import bf16_is_supported
@@ -154,7 +154,6 @@ def train(args, parameters, losses, rows, steps: int, learning_rate: float) -> f
         if (step + 1) % 50 == 0 or step + 1 == steps:
             figures = ", ".join(f"{part.item():.2f}" for part in parts)
             print(f"step {step + 1}: losses {figures}; {time.perf_counter() - started:.0f} s", flush=True)
-    return time.perf_counter() - started
 
 
 def make_pair(args, folder: Path) -> dict:
@@ -170,10 +169,10 @@ def make_pair(args, folder: Path) -> dict:
     rows, unseen = token_rows(args, tokenizer, texts), token_rows(args, tokenizer, held_out)[:32]
     draft = build(args, tokenizer, args.draft_layers)
     parameters = list(draft.parameters())
-    seconds = train(args, parameters, lambda batch: own_loss(draft, batch)[:1], rows, args.small_steps, 3e-3)
+    train(args, parameters, lambda batch: own_loss(draft, batch)[:1], rows, args.small_steps, 3e-3)
     target = grow(args, draft, tokenizer)
     parameters += target.parameters()
-    seconds += train(args, parameters, partial(joint_losses, args, target, draft), rows, args.steps, 1e-3)
+    train(args, parameters, partial(joint_losses, args, target, draft), rows, args.steps, 1e-3)
     with torch.no_grad():
         perplexities = [math.exp(own_loss(model, unseen)[0].item()) for model in (target, draft)]
     for model, name in ((target, "target"), (draft, "draft")):
@@ -187,7 +186,6 @@ def make_pair(args, folder: Path) -> dict:
         "vocabulary": len(tokenizer),
         "perplexities": perplexities,
         "tokens": [steps * args.rows * args.window for steps in (args.small_steps, args.steps)],
-        "seconds": seconds,
     }
     (folder / "pair.json").write_text(json.dumps(pair))
     return pair
@@ -212,6 +210,7 @@ def measure(args, row: str) -> dict:
     prompts = json.loads((folder / "prompts.json").read_text())
     tokenizer = load_tokenizer(folder / "target")
     if row in (GENERATE, ASSISTED):
+        target.generation_config = draft.generation_config = GenerationConfig()  # no token ends a text
         config = GenerationConfig(
             max_new_tokens=args.tokens, do_sample=False, repetition_penalty=args.repetition_penalty,
             pad_token_id=tokenizer.eos_token_id,
@@ -332,9 +331,8 @@ def report(args, pair: dict, results: dict[str, list[dict]]) -> None:
     lines = [
         f"A Llama of {pair['target'] / 1e6:.1f}M parameters ({args.layers} layers of width {args.hidden_size}) and a "
         f"draft model of {pair['draft'] / 1e6:.1f}M ({args.draft_layers} layers), {pair['vocabulary']:,} pieces; "
-        f"trained alone on {pair['tokens'][0] / 1e6:.2f}M tokens, together on {pair['tokens'][1] / 1e6:.2f}M, in "
-        f"{pair['seconds']:.0f} s; perplexity of unseen text "
-        f"{pair['perplexities'][0]:.1f} and {pair['perplexities'][1]:.1f}. "
+        f"trained alone on {pair['tokens'][0] / 1e6:.2f}M tokens, together on {pair['tokens'][1] / 1e6:.2f}M; "
+        f"perplexity of unseen text {pair['perplexities'][0]:.1f} and {pair['perplexities'][1]:.1f}. "
         f"A draft model's token takes {rates[PLAIN] / rates[DRAFT_ALONE]:.2f} of the time of the other's.",
         "",
         f"{args.prompts} answers of {args.tokens} tokens, one after another; greedy, repetition penalty "
