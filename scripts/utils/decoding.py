@@ -106,12 +106,16 @@ class Decoder:
             guided = job.request.settings.guidance_scale > 1 and job.request.negative_prompt is not None
             if len(self._rows) + 1 + guided > self.num_slots or not self._fits(job):
                 return
-            known = max((common_prefix(tokens, job.tokens) for tokens in self._cache.tokens), default=0)
-            coming = [common_prefix(row.tokens, job.tokens) for row in self._rows[self._decoding :]]
-            if max(coming, default=0) >= known + WORTH_SHARING:
+            row = _Row(job, job.tokens)
+            coming = [
+                common_prefix(other.tokens, row.tokens)
+                for slot, other in enumerate(self._rows)
+                if slot >= self._decoding and self._keys[slot] == self._key(row)
+            ]
+            if max(coming, default=0) >= max(self._known(row)) + WORTH_SHARING:
                 return  # another row is computing what this one begins with
             self.waiting.popleft()
-            job.answer.num_cached_tokens = self._enter(_Row(job, job.tokens))
+            job.answer.num_cached_tokens = self._enter(row)
             if guided:
                 self._enter(_Row(job, list(job.request.negative_prompt or ()), guides=True))
             self.counts["prompt_tokens"] += len(job.tokens)
@@ -124,11 +128,7 @@ class Decoder:
     def _enter(self, row: _Row) -> int:
         """Give a row the next slot, with what is known of its tokens; returns how many are."""
         cache, slot = self._cache, len(self._rows)
-        key = self.rotations.key(self._planned(row)) if self.rotations else None
-        shared = [
-            min(common_prefix(tokens, row.tokens), len(row.tokens) - 1) if self._keys[number] == key else 0
-            for number, tokens in enumerate(cache.tokens)
-        ]
+        shared = self._known(row)
         source = max(range(self.num_slots), key=shared.__getitem__)
         length = shared[source] if shared[source] >= WORTH_SHARING or source >= slot else 0
         target = min(range(slot, self.num_slots), key=lambda number: (self._used[number], number))
@@ -143,9 +143,17 @@ class Decoder:
             self._copy(source, slot, length)
         else:
             cache.truncate(slot, 0)
-        self._keys[slot] = key
+        self._keys[slot] = self._key(row)
         self._rows.append(row)
         return length
+
+    def _known(self, row: _Row) -> list[int]:
+        """How many of a row's tokens each slot holds, rotated as it is; at most all but the last."""
+        key = self._key(row)
+        return [
+            min(common_prefix(tokens, row.tokens), len(row.tokens) - 1) if self._keys[slot] == key else 0
+            for slot, tokens in enumerate(self._cache.tokens)
+        ]
 
     def _leave(self, job: Job) -> None:
         for number in reversed([number for number, row in enumerate(self._rows) if row.job is job]):
@@ -166,6 +174,9 @@ class Decoder:
 
     def _copy(self, source: int, slot: int, length: int) -> None:
         self._cache.copy(source, slot, length)
+
+    def _key(self, row: _Row) -> Hashable:
+        return self.rotations.key(self._planned(row)) if self.rotations else None
 
     def _planned(self, row: _Row) -> int:
         return len(row.job.request.negative_prompt or () if row.guides else row.job.request.prompt) + row.job.room

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from utils.arguments import InferenceArguments, RopeArguments, parse_args
+from utils.arguments import GenerationArguments, InferenceArguments, RopeArguments, parse_args
+from utils.engines import EnginePlan
 from utils.files import InputError
+from utils.generation import Request
 from utils.inference import check_inference_request, find_inference_files, load_for_inference
 from utils.llamacpp import is_installed
 from utils.old_flags import NTK_FLAGS
@@ -351,6 +353,41 @@ def test_cached_generation_equals_uncached():
             positions = mask.sum(1, keepdim=True) - 1
     assert torch.cat(cached, dim=1).tolist() == uncached
     torch.testing.assert_close(torch.stack(steps, dim=1), torch.stack(uncached_logits), rtol=1e-4, atol=2e-4)
+
+
+# ---------------------------------------------------------------- requests to an engine
+
+
+@pytest.mark.parametrize("max_batch_size", [4, 3, 1])
+def test_each_request_of_an_engine_has_its_own_rotation(tiny_model_folder, max_batch_size):
+    """Short and long prompts at once, two that begin alike with different and two with equal rotations; a second
+    round finds the first one's keys in the slots. Against plain models with each base, without a cache."""
+    flags = ("--rope_scaling", "auto-ntk", "--rope_factor", "3", "--only_cpu", "--dtype", "float32")
+    (args,) = parse_args(InferenceArguments, argv=["--model_name_or_path", str(tiny_model_folder), *flags])
+    plan, new = EnginePlan(args, chat=False), 12
+    engine = plan.load(max_batch_size=max_batch_size)
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(10, len(plan.tokenizer), (n,), generator=random).tolist() for n in (40, 505, 900)]
+    prompts += [prompts[1][:300] + prompts[2][:700], prompts[2][:400] + prompts[1]]
+    expected = []
+    for prompt, alpha in zip(prompts, (1, 1.5, 3, 3, 3), strict=True):
+        config = AutoConfig.from_pretrained(tiny_model_folder)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": THETA * alpha ** (8 / 6)}  # heads of width 8
+        alone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, config=config, dtype=torch.float32)
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(new):
+                logits = alone(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                logits[plan.stop_ids] = float("-inf")
+                ids.append(int(logits.argmax()))
+        expected.append(ids[len(prompt) :])
+    settings = GenerationArguments(max_new_tokens=new, min_new_tokens=new, temperature=0, repetition_penalty=1.0)
+    for order in (1, -1):
+        found = engine.generate([Request(prompt, settings) for prompt in prompts[::order]])[::order]
+        assert [answer.token_ids for answer in found] == expected
+        assert found[1].num_cached_tokens in (0, 504)  # its own keys from before, never another rotation's
+    assert sum(answer.num_cached_tokens for answer in found) > 0
+    engine.close()
 
 
 # ---------------------------------------------------------------- loading
