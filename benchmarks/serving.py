@@ -3,11 +3,13 @@
   python benchmarks/serving.py --tokenizer ../shared/data/tokenizers/chinese_llama2_55296
 A bfloat16 Llama of 58M parameters with random weights; 16 clients, each of which streams 64 greedy tokens after
 a prompt of its own. Servers are started anew for each repetition, by turns. Also: a chat of ten turns, where only
-what is new should be computed.
+what is new should be computed; and, where llama-cpp-python is installed, the same model as a GGUF file, served with
+--engine llama.cpp and asked in the same process through llama-cpp-python's own class.
 """
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import statistics
@@ -22,6 +24,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 WORDS = tuple("天学中历城河音老孩工时朋生问世大经文山水")
 PORT = 19400
+OURS, ALONE, LLAMA_CPP, BINDING = (
+    "openai_api_server.py",
+    "one after another",
+    "--engine llama.cpp, one after another",
+    "no server: llama-cpp-python, one after another",
+)
+BARE = ("no server: generate", "no server: decoding loop")
 
 
 def make_model(folder: Path, tokenizer_folder: str | None) -> None:
@@ -50,6 +59,16 @@ def make_model(folder: Path, tokenizer_folder: str | None) -> None:
     print(f"{model.num_parameters() / 1e6:.1f}M parameters, {config.vocab_size} rows", flush=True)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+
+
+def make_gguf(folder: Path, path: Path) -> None:
+    """The model as a GGUF file of 8 bits a weight."""
+    from utils.gguf_files import plan_gguf, write_gguf
+    from utils.merge_inputs import open_merge
+
+    with open_merge(str(folder)) as inputs:
+        plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "benchmark")
+        write_gguf(plan, inputs.model, "Q8_0", path)
 
 
 def questions(count: int) -> list[str]:
@@ -156,7 +175,7 @@ def commands(folder: Path, clients: int, port: int) -> dict[str, list[str]]:
     theirs = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu"]
     theirs += ["--dtype", "bfloat16", "--port", str(port), "--host", "127.0.0.1"]
     return {
-        "openai_api_server.py": [*ours, "--port", str(port), "--max_batch_size", str(clients)],
+        OURS: [*ours, "--port", str(port), "--max_batch_size", str(clients)],
         "transformers serve": theirs,
         "transformers serve --continuous-batching": [*theirs, "--continuous-batching"],
     }
@@ -183,10 +202,10 @@ def bare(folder: Path, texts: list[str], tokens: int) -> dict[str, float]:
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = GenerationArguments(max_new_tokens=tokens, temperature=0.0, repetition_penalty=1.0)
     rates = {}
-    for name in ("generate", "decoding loop"):
+    for name in BARE:
         for count in (4, tokens):  # the first is a warm-up
             start = time.perf_counter()
-            if name == "generate":
+            if name == BARE[0]:
                 model.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False
                 )
@@ -195,6 +214,42 @@ def bare(folder: Path, texts: list[str], tokens: int) -> dict[str, float]:
                 generator.generate(prompts, settings)
             rates[name] = len(prompts) * count / (time.perf_counter() - start)
     return rates
+
+
+def bare_llama_cpp(path: Path, texts: list[str], tokens: int) -> dict[str, float]:
+    """Tokens a second of llama-cpp-python's own class, which streams one answer after another."""
+    import llama_cpp
+    import torch
+
+    model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+
+    def ask(text: str, count: int) -> None:
+        messages = [{"role": "user", "content": text}]
+        for _ in model.create_chat_completion(messages, stream=True, max_tokens=count, temperature=0.0):
+            pass
+
+    ask("你好", 4)  # a warm-up
+    start = time.perf_counter()
+    for text in texts:
+        ask(text, tokens)
+    return {BINDING: len(texts) * tokens / (time.perf_counter() - start)}
+
+
+def compare_llama_cpp(args: argparse.Namespace, path: Path, log: Path) -> dict[str, dict[str, float]]:
+    """A GGUF file behind the server, and in llama-cpp-python: the same requests, one after another."""
+    command = [sys.executable, str(ROOT / "scripts" / OURS), "--base_model", str(path), "--engine", "llama.cpp"]
+    with Server([*command, "--port", str(PORT), "--max_batch_size", str(args.clients)], PORT, log) as server:
+        served = asyncio.run(load(server.url, path.stem, questions(args.clients), args.tokens, together=False))
+    return {LLAMA_CPP: served, **run_bare(args, path)}
+
+
+def run_bare(args: argparse.Namespace, model: Path) -> dict[str, dict[str, float]]:
+    """What a fresh process of this script measures without a server."""
+    command = [sys.executable, __file__, "--bare", str(model), "--tokenizer", args.tokenizer]
+    command += ["--clients", str(args.clients), "--tokens", str(args.tokens)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    rates = json.loads(done.stdout.splitlines()[-1])
+    return {name: {"tokens_per_second": rate} for name, rate in rates.items()}
 
 
 def main() -> None:
@@ -209,11 +264,15 @@ def main() -> None:
     args = parser.parse_args()
     texts = questions(args.clients)
     if args.bare:
-        print(json.dumps(bare(Path(args.bare), texts, args.tokens)))
+        model = Path(args.bare)
+        print(json.dumps((bare if model.is_dir() else bare_llama_cpp)(model, texts, args.tokens)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder, log = Path(scratch) / "model", Path(scratch) / "server.log"
         make_model(folder, args.tokenizer)
+        gguf = Path(scratch) / "model.gguf" if importlib.util.find_spec("llama_cpp") else None
+        if gguf:
+            make_gguf(folder, gguf)
         rows: dict[str, list[dict[str, float]]] = {}
         chats: list[list[float]] = []
         for repeat in range(args.repeats):
@@ -225,18 +284,19 @@ def main() -> None:
                     results = {name: asyncio.run(load(server.url, served, texts, args.tokens, together=True))}
                     if not number:
                         alone = asyncio.run(load(server.url, served, texts, args.tokens, together=False))
-                        results["one after another"] = alone
+                        results[ALONE] = alone
                         chats.append(asyncio.run(chat(server.url, served, 10)))
-                for key, result in results.items():
-                    rows.setdefault(key, []).append(result)
-                    print(f"{repeat + 1}. {key}: {result}", flush=True)
-            command = [sys.executable, __file__, "--bare", str(folder), "--tokenizer", args.tokenizer]
-            command += ["--clients", str(args.clients), "--tokens", str(args.tokens)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            for key, rate in json.loads(done.stdout.splitlines()[-1]).items():
-                rows.setdefault(f"no server: {key}", []).append({"tokens_per_second": rate})
-                print(f"{repeat + 1}. {key}: {rate:.0f} tokens/s", flush=True)
+                note(rows, repeat, results)
+            note(rows, repeat, run_bare(args, folder))
+            if gguf:
+                note(rows, repeat, compare_llama_cpp(args, gguf, log))
     report(args, rows, chats)
+
+
+def note(rows: dict[str, list[dict[str, float]]], repeat: int, results: dict[str, dict[str, float]]) -> None:
+    for name, result in results.items():
+        rows.setdefault(name, []).append(result)
+        print(f"{repeat + 1}. {name}: {result}", flush=True)
 
 
 def report(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]], chats: list[list[float]]) -> None:
@@ -255,17 +315,15 @@ def report(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]], ch
         figures = [median(name, key) for key in ("first_median", "first_p95", "slowest", "lost")]
         cells = [f"{median(name, 'tokens_per_second'):.0f}", *(f"{f:.2f}" for f in figures[:3]), f"{figures[3]:.0f}"]
         lines.append(f"| {name} | " + " | ".join(cell.replace("nan", "") for cell in cells) + " |")
-    ours = median("openai_api_server.py", "tokens_per_second")
-    lines += [
-        "",
-        f"Together against one after another: {ours / median('one after another', 'tokens_per_second'):.2f} x.",
-    ]
+    ours = median(OURS, "tokens_per_second")
+    lines += ["", f"Together against one after another: {ours / median(ALONE, 'tokens_per_second'):.2f} x."]
     other = "transformers serve --continuous-batching"
     if other in rows:
         lines.append(f"Against `{other}`: {ours / median(other, 'tokens_per_second'):.2f} x.")
-    for name in ("generate", "decoding loop"):
-        share = 1 - ours / median(f"no server: {name}", "tokens_per_second")
-        lines.append(f"What the server costs against the bare {name}: {share:+.1%}.")
+    pairs = [(OURS, BARE[0]), (OURS, BARE[1]), (LLAMA_CPP, BINDING)]
+    for served, without in (pair for pair in pairs if pair[1] in rows):
+        share = 1 - median(served, "tokens_per_second") / median(without, "tokens_per_second")
+        lines.append(f"What `{served}` costs against `{without}`: {share:+.1%} of its tokens a second.")
     turns = [statistics.median(chat[turn] for chat in chats) for turn in range(10)]
     lines.append(
         f"First token of a chat's turns 2 and 10: {turns[1] * 1000:.0f} and {turns[9] * 1000:.0f} ms, "
