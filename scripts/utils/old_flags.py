@@ -89,6 +89,13 @@ DROPPED = {
     "debug_mode": "use --max_train_samples",
     "fp16_full_eval": "evaluation runs in the training precision",
     "half_precision_backend": "torch's own autocast is used",
+    # The forerunners' page with vLLM, and their server on it.
+    "post_host": "--engine vllm runs in this process; pass --vllm_url for a server that runs already",
+    "post_port": "--engine vllm runs in this process; pass --vllm_url for a server that runs already",
+    "allow_credentials": "keys are sent in a header; --cors_origins says which pages may ask",
+    "allowed_origins": "no other page may ask unless --cors_origins names it",
+    "allowed_methods": "--cors_origins says which pages may ask",
+    "allowed_headers": "--cors_origins says which pages may ask",
 }
 REPLACED_SWITCHES = {
     "use_flash_attention_2": ["--attn_implementation", "flash_attention_2"],
@@ -117,6 +124,7 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
     while tokens:
         token = tokens.pop(0)
         name, equals, inline = token.removeprefix("--").partition("=")
+        name = name.replace("-", "_")  # either spelling
         if not token.startswith("--") or name in known:
             result.append(token)
             continue

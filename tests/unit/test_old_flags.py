@@ -1,4 +1,4 @@
-"""Old flags of DeepSpeed-Chat: translated by the scripts that do its steps, refused by the others."""
+"""Old flags: DeepSpeed-Chat's are translated by the scripts that do its steps and refused by others; A2's commands."""
 
 import logging
 
@@ -78,3 +78,28 @@ def test_one_warning_names_the_config_to_pass(caplog):
         translate_old_flags(["--deepspeed", "--zero_stage", "3", "--offload"], KNOWN)
     (record,) = caplog.records
     assert "ds_zero3_offload.json" in record.getMessage() and "--zero_stage has no effect" in record.getMessage()
+
+
+A2_PAGE = (
+    "--base_model b --lora_model l --tokenizer_path t --gpus 0 --port 19324 --max_memory 1024 --load_in_8bit "
+    "--only_cpu --alpha 2.0 --use_ntk --use_vllm --post_host 0.0.0.0 --post_port 8000 --use_flash_attention_2"
+)
+A2_SERVER = "--base_model b --lora_model l --tokenizer_path t --gpus 0,1 --load_in_4bit --alpha auto --use_ntk"
+A2_VLLM_SERVER = (
+    '--model b --host localhost --port 8000 --served-model-name chinese-llama-alpaca-2 --allow-credentials '
+    '--allowed-origins ["*"] --allowed-methods ["*"] --allowed-headers ["*"] --use_vllm'
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "expected"),
+    [
+        ("gradio_demo.py", A2_PAGE, {"port": 19324, "max_memory": 1024, "engine": "vllm", "rope_scaling": "ntk"}),
+        ("openai_api_server.py", A2_SERVER, {"gpus": "0,1", "load_in_4bit": True, "rope_scaling": "auto-ntk"}),
+        ("openai_api_server.py", A2_VLLM_SERVER, {"served_model_name": ["chinese-llama-alpaca-2"], "port": 8000}),
+    ],
+)
+def test_the_forerunners_own_commands(script, line, expected):
+    parsed = parse_args(*script_types(script), argv=line.split())
+    found = {name: value for part in parsed for name, value in vars(part).items()}
+    assert found["model_name_or_path"] == "b" and expected.items() <= found.items()
