@@ -39,7 +39,7 @@ class Rotations(Protocol):
 
 
 @dataclass
-class _Row:
+class Row:
     """What stands in a slot: a job's own text, or the one it is guided away from."""
 
     job: Job
@@ -61,7 +61,7 @@ class Decoder:
         self.waiting: deque[Job] = deque()
         self.counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
         self._cache: Any = cache or SlotCache(num_slots, getattr(model.config, "max_position_embeddings", None))
-        self._rows: list[_Row] = []  # row i stands in slot i; those whose prompt is being computed come last
+        self._rows: list[Row] = []  # row i stands in slot i; those whose prompt is being computed come last
         self._decoding = 0  # how many are past their prompt
         self._used = [0] * num_slots  # the step in which a slot was in use last
         self._keys: list[Hashable] = [None] * num_slots
@@ -106,7 +106,7 @@ class Decoder:
             guided = job.request.settings.guidance_scale > 1 and job.request.negative_prompt is not None
             if len(self._rows) + 1 + guided > self.num_slots or not self._fits(job):
                 return
-            row = _Row(job, job.tokens)
+            row = Row(job, job.tokens)
             coming = [
                 common_prefix(other.tokens, row.tokens)
                 for slot, other in enumerate(self._rows)
@@ -117,7 +117,7 @@ class Decoder:
             self.waiting.popleft()
             job.answer.num_cached_tokens = self._enter(row)
             if guided:
-                self._enter(_Row(job, list(job.request.negative_prompt or ()), guides=True))
+                self._enter(Row(job, list(job.request.negative_prompt or ()), guides=True))
             self.counts["prompt_tokens"] += len(job.tokens)
             self.counts["cached_tokens"] += job.answer.num_cached_tokens
 
@@ -125,7 +125,7 @@ class Decoder:
         """Whether there is memory for a job beside those that run."""
         return True
 
-    def _enter(self, row: _Row) -> int:
+    def _enter(self, row: Row) -> int:
         """Give a row the next slot, with what is known of its tokens; returns how many are."""
         cache, slot = self._cache, len(self._rows)
         shared = self._known(row)
@@ -147,7 +147,7 @@ class Decoder:
         self._rows.append(row)
         return length
 
-    def _known(self, row: _Row) -> list[int]:
+    def _known(self, row: Row) -> list[int]:
         """How many of a row's tokens each slot holds, rotated as it is; at most all but the last."""
         key = self._key(row)
         return [
@@ -175,10 +175,10 @@ class Decoder:
     def _copy(self, source: int, slot: int, length: int) -> None:
         self._cache.copy(source, slot, length)
 
-    def _key(self, row: _Row) -> Hashable:
+    def _key(self, row: Row) -> Hashable:
         return self.rotations.key(self._planned(row)) if self.rotations else None
 
-    def _planned(self, row: _Row) -> int:
+    def _planned(self, row: Row) -> int:
         return len(row.job.request.negative_prompt or () if row.guides else row.job.request.prompt) + row.job.room
 
     # ------------------------------------------------------------ forward passes

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .decoding import Decoder, Rotations, _Row
+from .decoding import Decoder, Rotations, Row
 from .generation import Job
 from .sampling import Chooser, TokenLogprob, adjust, candidates, choose, draw
 
@@ -251,7 +251,7 @@ class SpeculativeDecoder(Decoder):
 
     # ------------------------------------------------------------ slots
 
-    def _enter(self, row: _Row) -> int:
+    def _enter(self, row: Row) -> int:
         length = super()._enter(row)
         self._draft.truncate(len(self._rows) - 1, length)
         return length
