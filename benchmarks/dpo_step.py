@@ -32,7 +32,7 @@ class MadePairs:
     def __getitem__(self, number: int):
         import numpy as np
 
-        from utils.preferences import Pair
+        from utils.preference_files import Pair
 
         rng = np.random.default_rng(number)
         ids = (rng.integers(3, self.vocabulary, size=count) for count in self.lengths[number])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from utils.dpo_trainer import Objective
     from utils.pairs import PairSet
-    from utils.preferences import PreferenceFile
+    from utils.preference_files import PreferenceFile
     from utils.training import RunArguments
 
 logger = logging.getLogger("dpo")

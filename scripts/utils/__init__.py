@@ -2,14 +2,14 @@
 
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
-engines > drafts > llamacpp_engine > gguf_tokenizer > perplexity > serving > serving_arguments > serving_http >
-serving_queue > serving_replies > openai_responses > serving_requests > grammar > openai_protocol > tool_calls >
-vllm_engine > transformers_engine > speculative > vllm_options > web_page > web_files > web_chat > web_style >
-web_texts > report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment >
-ppo_trainer > rollout_trainer > decoding > slots > rewards > rollouts > reward_trainer > dpo_trainer > reference >
-pair_trainer > trainer > runs > training > predictions > inference > rope > export > ollama > verification >
-comparison > merge_writer > manifest > merge_inputs > formats > quantization > generation > sampling > data > pairs >
-preferences > preference_records > samples > documents > token_cache > parallel > actor_critic > reward_model >
+serving > serving_arguments > serving_http > serving_queue > serving_replies > openai_responses > serving_requests >
+grammar > openai_protocol > tool_calls > web_page > web_files > web_chat > web_style > web_texts > engines > drafts >
+llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options > transformers_engine > speculative > perplexity >
+report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment > ppo_trainer >
+rollout_trainer > decoding > slots > rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer >
+trainer > runs > training > predictions > inference > rope > export > ollama > verification > comparison >
+merge_writer > manifest > merge_inputs > formats > quantization > generation > sampling > data > pairs > preferences >
+preference_files > preference_records > samples > documents > token_cache > parallel > actor_critic > reward_model >
 modeling > sharding > losses > rl > llamacpp > gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files >
 meta > base_record > shards > checkpoints > streams > adapters > prompts > efficiency > vocabulary > tokenization >
 pieces > corpus > lora > arguments > old_flags > files > json_stream

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, Sampler
 
 from .documents import parse_corpora, split_documents
 from .files import RECORD_SUFFIXES, InputError
-from .preferences import Pair, PreferenceFile, PromptFile, group_by_length, load_preferences
+from .preference_files import Pair, PreferenceFile, PromptFile, group_by_length
+from .preferences import load_preferences
 from .prompts import IGNORE_INDEX
 
 if TYPE_CHECKING:

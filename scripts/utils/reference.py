@@ -23,7 +23,7 @@ from .files import InputError, atomic_file, hash_json
 from .losses import loss_targets
 from .modeling import build_training_model, check_extends, check_vocabulary, find_tokenizer, load_config
 from .pairs import Example, PairCollator, model_inputs, sum_by_answer
-from .preferences import PreferenceFile
+from .preference_files import PreferenceFile
 from .prompts import IGNORE_INDEX
 from .sharding import whole_models_loaded
 from .token_cache import hash_files

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from utils.losses import install_loss_head, loss_targets
 from utils.pairs import Example, LengthGroupedOrder, PairCollator, model_inputs, sum_by_answer
-from utils.preferences import Pair
+from utils.preference_files import Pair
 
 
 def some_examples(count: int = 4, vocabulary: int = 97) -> list[Example]:

@@ -11,8 +11,9 @@ import pytest
 from utils import preferences, prompts
 from utils.documents import split_documents
 from utils.files import InputError, iter_records
+from utils.preference_files import group_by_length
 from utils.preference_records import Preference, read_preference, read_prompt
-from utils.preferences import encode_answers, group_by_length, load_preferences, load_prompts
+from utils.preferences import encode_answers, load_preferences, load_prompts
 from utils.prompts import CHAT_TEMPLATES, encode_conversation, encode_prompt
 from utils.tokenization import load_tokenizer
 

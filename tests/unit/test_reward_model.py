@@ -16,7 +16,7 @@ from conftest import train_sentencepiece, write_sentencepiece
 
 from utils.files import InputError
 from utils.pairs import Example, PairCollator, model_inputs
-from utils.preferences import Pair
+from utils.preference_files import Pair
 from utils.prompts import CHAT_TEMPLATES
 from utils.reward_model import (
     RewardModel,
