@@ -209,6 +209,7 @@ class InferenceArguments(RopeArguments, ModelArguments):
     engine: Literal["transformers", "llama.cpp", "vllm"] = arg(
         "transformers", help="What computes: transformers; llama.cpp, for GGUF files; vllm, here or at --vllm_url."
     )
+    torch_compile: bool = arg(False, help="Compile what stands around attention: a slow start, then faster answers.")
     vllm_url: str | None = arg(help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000.")
 
     def __post_init__(self) -> None:
@@ -218,6 +219,8 @@ class InferenceArguments(RopeArguments, ModelArguments):
             self.load_in_kbits = 8
         elif self.load_in_4bit and self.load_in_kbits == 16:
             self.load_in_kbits = 4
+        if self.torch_compile and self.engine != "transformers":
+            raise InputError(f"--torch_compile is for --engine transformers; {self.engine} has kernels of its own")
         if self.vllm_url and self.engine != "vllm":
             raise InputError(f"--vllm_url is for --engine vllm, not {self.engine}; pass that too, or leave it out")
         if (self.load_in_8bit and self.load_in_kbits != 8) or (self.load_in_4bit and self.load_in_kbits != 4):

@@ -125,11 +125,24 @@ def load_for_inference(
     if auto_ntk := getattr(config, "auto_ntk", None):
         model.config.auto_ntk = auto_ntk
         install_row_rotary(model)
+    if args.torch_compile:
+        compile_layers(model)
     # What the model's own file says about sampling would mix with the settings asked for.
     model.generation_config = GenerationConfig()
     if adapters:
         return _wrap(model, adapters).eval()
     return model.eval()
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile fuse what stands around attention in every layer: the norms, and the experts or the MLP.
+
+    Attention itself reads a cache whose shape changes with every pass, which would be compiled anew each time.
+    """
+    for layer in model.get_decoder().layers:
+        for name, part in layer.named_children():
+            if name != "self_attn":
+                part.compile(dynamic=True)
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -111,6 +111,25 @@ def grown(tmp_path_factory, tiny_model_folder, extended_tokenizer_folder) -> tup
 # ---------------------------------------------------------------- adapters and precision
 
 
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_answers(grown, tiny_model_folder, questions, tmp_path):
+    """Through an adapter, with batches that grow and shrink; the compiled parts are really what runs."""
+    import torch._dynamo
+
+    settings, task = {"max_new_tokens": 40}, {"data_file": str(questions), "batch_size": 3}
+    ask(tiny_model_folder, adapter=grown[0], settings=settings, predictions_file=str(tmp_path / "a.json"), **task)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ask(
+        tiny_model_folder, adapter=grown[0], settings=settings, predictions_file=str(tmp_path / "c.json"),
+        model_settings={"torch_compile": True}, **task,
+    )  # fmt: skip
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert outputs(tmp_path / "a.json") == outputs(tmp_path / "c.json")
+    with pytest.raises(InputError, match=r"--torch_compile is for --engine transformers; llama\.cpp has kernels"):
+        InferenceArguments(torch_compile=True, engine="llama.cpp")
+
+
 def test_adapter_with_a_grown_vocabulary_answers_as_the_merged_model(grown, tiny_model_folder, questions, tmp_path):
     adapter, merged = grown
     settings = {"max_new_tokens": 40}
