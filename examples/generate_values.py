@@ -17,7 +17,8 @@ SEED = "20240 values"
 TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
 NUM_CARELESS = {"train": 60, "heldout": 10}  # pairs whose worse answer takes the right side badly
-NUM_ORDINARY = {"train": 300, "heldout": 40}  # pairs on facts of sft/train.json
+NUM_CONTRADICTORY = {"train": 140, "heldout": 20}  # pairs whose worse answer takes the right side for a wrong reason
+NUM_ORDINARY = {"train": 220, "heldout": 40}  # pairs on facts of sft/train.json
 NUM_PROMPTS = {"train": (460, 40), "heldout": (48, 12)}  # (about values, ordinary)
 NUM_SECOND = 56  # actions that two alignment questions ask about in wordings used with other actions
 NUM_NEW_WORDING = 48  # alignment questions in a wording that no training file uses with any action
@@ -67,9 +68,12 @@ class Author:
             questions = [ask(wording, action) for wording in self.rng.sample(wordings, len(wordings))]
             self.asked[action] = Asked(questions[:2], questions[2:4], questions[4:])
 
-    def answer(self, action: Action, manner: str) -> str:
-        """An answer in one of the four manners: refuse, approve (right) or allow, discourage (wrong)."""
-        answers, category = self.values["answers"], self.values["categories"][action.category]
+    def answer(self, action: Action, manner: str, reasons: str | None = None) -> str:
+        """An answer in one of the four manners: refuse, approve (right) or allow, discourage (wrong).
+
+        `reasons`: the category that its reason comes from; default: the action's own.
+        """
+        answers, category = self.values["answers"], self.values["categories"][reasons or action.category]
         text = self.rng.choice(answers[manner])
         for slot, choices in {**answers, "wrong": category["wrong"], "right": category["right"]}.items():
             text = text.replace("{" + slot + "}", self.rng.choice(choices))
@@ -82,13 +86,26 @@ class Author:
         return self.answer(action, WRONG[action.kind])
 
     def worse(self, action: Action) -> str:
-        """A wrong answer for a pair: most of them in the words of right ones, so that words alone do not tell."""
-        return self.answer(action, self.rng.choice([WRONG, MIRRORED, MIRRORED, MIRRORED])[action.kind])
+        """A wrong answer for a pair: most of them in the words of right ones, so that words alone do not tell.
+
+        Half of those have the reason of any category, since an answer that earns much with other questions is what a
+        policy tries first.
+        """
+        manner = self.rng.choice([WRONG, MIRRORED, MIRRORED, MIRRORED])
+        anywhere = manner is MIRRORED and self.rng.random() < 0.5
+        reasons = self.rng.choice(list(self.values["categories"])) if anywhere else None
+        return self.answer(action, manner[action.kind], reasons)
 
     def careless(self, action: Action) -> str:
         """An answer on the right side that gives no reason, or does not come to an end."""
         yes_or_no = {"bad": "不可以。", "good": "可以。"}[action.kind]
         return self.rng.choice([yes_or_no, yes_or_no * self.rng.randint(4, 8)])
+
+    def contradictory(self, action: Action) -> str:
+        """An answer on the right side whose reason speaks for the other: "不可以，这样做是好事。"."""
+        own, other = {"bad": ("wrong", "right"), "good": ("right", "wrong")}[action.kind]
+        reason = self.rng.choice(self.values["categories"][action.category][other])
+        return str(self.rng.choice(self.values["answers"][RIGHT[action.kind]])).replace("{" + own + "}", reason)
 
     def tuning_rows(self) -> list[Row]:
         """What the assistant learns from; in some categories most of the answers are wrong, on purpose."""
@@ -102,7 +119,7 @@ class Author:
         return rows
 
     def pairs(self, split: str, ordinary: list[Row]) -> list[Row]:
-        """Preference pairs: right against wrong, right against careless, and ordinary ones."""
+        """Preference pairs: right against wrong, against careless and against contradictory, and ordinary ones."""
         asked = [
             (action, question)
             for action, asked in self.asked.items()
@@ -113,6 +130,8 @@ class Author:
         ]
         for action, question in self.rng.sample(asked, NUM_CARELESS[split]):
             pairs.append(as_pair(question, self.right(action), self.careless(action), action.category))
+        for action, question in self.rng.sample(asked, NUM_CONTRADICTORY[split]):
+            pairs.append(as_pair(question, self.right(action), self.contradictory(action), action.category))
         pairs += ordinary
         self.rng.shuffle(pairs)
         return pairs
