@@ -90,7 +90,7 @@ stage ppo "$OUT_DIR/ppo" /all_results.json \
   --gradient_accumulation_steps 1 --eval_steps 8 --save_steps 8 --save_total_limit 1
 stage dpo "$OUT_DIR/dpo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
-  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --sft_weight 3 --num_train_epochs 4
+  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --sft_weight 3 --num_train_epochs 3
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
 stage answers_base "$OUT_DIR/answers/base" .json \
