@@ -87,7 +87,7 @@ stage ppo "$OUT_DIR/ppo" /all_results.json \
   PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \
   bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 32 --ppo_epochs 1 --lam 1 \
   --sft_data "$DATA_DIR/sft/train.json" --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
-  --gradient_accumulation_steps 1 --eval_steps 8 --save_steps 8 --save_total_limit 1
+  --gradient_accumulation_steps 1 --eval_steps 16 --save_steps 16 --save_total_limit 1
 stage dpo "$OUT_DIR/dpo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
   bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --sft_weight 3 --num_train_epochs 3

@@ -107,10 +107,11 @@ class Decoder:
             if len(self._rows) + 1 + guided > self.num_slots or not self._fits(job):
                 return
             row = Row(job, job.tokens)
+            key = self._key(row)
             coming = [
                 common_prefix(other.tokens, row.tokens)
                 for slot, other in enumerate(self._rows)
-                if slot >= self._decoding and self._keys[slot] == self._key(row)
+                if slot >= self._decoding and self._keys[slot] == key
             ]
             if max(coming, default=0) >= max(self._known(row)) + WORTH_SHARING:
                 return  # another row is computing what this one begins with
