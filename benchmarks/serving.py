@@ -239,7 +239,7 @@ def compare_llama_cpp(args: argparse.Namespace, path: Path, log: Path) -> dict[s
     """A GGUF file behind the server, and in llama-cpp-python: the same requests, one after another."""
     command = [sys.executable, str(ROOT / "scripts" / OURS), "--base_model", str(path), "--engine", "llama.cpp"]
     with Server([*command, "--port", str(PORT), "--max_batch_size", str(args.clients)], PORT, log) as server:
-        served = asyncio.run(load(server.url, path.stem, questions(args.clients), args.tokens, together=False))
+        served = asyncio.run(load(server.url, path.name, questions(args.clients), args.tokens, together=False))
     return {LLAMA_CPP: served, **run_bare(args, path)}
 
 
