@@ -209,7 +209,7 @@ class InferenceArguments(RopeArguments, ModelArguments):
     engine: Literal["transformers", "llama.cpp", "vllm"] = arg(
         "transformers", help="What computes: transformers; llama.cpp, for GGUF files; vllm, here or at --vllm_url."
     )
-    torch_compile: bool = arg(False, help="Let torch.compile fuse what stands around attention, before the first answer.")
+    torch_compile: bool = arg(False, help="Let torch.compile fuse what stands around attention; a slow start.")
     vllm_url: str | None = arg(help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000.")
 
     def __post_init__(self) -> None:
