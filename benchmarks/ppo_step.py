@@ -149,8 +149,9 @@ def sample_plainly(trainer: Any, prompts: list[list[int]], tokens: int) -> None:
 
 def tune_with_value_head(trainer: Any, experience: Any, batch_size: int) -> None:
     """The same tokens, learned as in tuning: mean loss of the answers' tokens, and squared errors of the values."""
-    from utils.actor_critic import causal_model, hidden_states
+    from utils.actor_critic import hidden_states
     from utils.losses import loss_targets
+    from utils.modeling import causal_model
     from utils.rollouts import make_batch, minibatches
 
     model = trainer.model_wrapped

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import loss_targets
+from .modeling import causal_model
 
 CRITIC_FILE = "critic.safetensors"
 CRITIC_ADAPTER = "critic"
@@ -43,11 +44,6 @@ class Critic(nn.Module):
         """hidden (B, T, H) -> values (B, T) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value(hidden.to(self.value.weight.dtype)).squeeze(-1).float()
-
-
-def causal_model(policy: nn.Module) -> Any:
-    """The causal language model inside a PEFT model, or the model itself."""
-    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .decoding import compute
 from .files import InputError
 from .generation import Job, encode_raw
 from .inference import check_inference_request, find_inference_files, load_for_inference
+from .modeling import causal_model
 from .rope import find_row_rotary
 from .sampling import Chooser, adjust, draw
 from .slots import SlotCache, common_prefix
@@ -132,7 +133,7 @@ class LayerDraft(_TokenDraft):
 
     def __init__(self, num_layers: int, decoder: SpeculativeDecoder) -> None:
         self._decoder = decoder
-        self._backbone = _transformers_model(decoder.model).get_decoder()
+        self._backbone = causal_model(decoder.model).get_decoder()
         self._layers = self._backbone.layers[:num_layers]
         config = decoder.model.config
         head = config.hidden_size * config.vocab_size
@@ -161,7 +162,7 @@ class ModelDraft(_TokenDraft):
     """Drafts with another model of the same vocabulary, whose slots are those of the decoder."""
 
     def __init__(self, model: Any, decoder: SpeculativeDecoder) -> None:
-        self._model, self._rotations = model, find_row_rotary(_transformers_model(model))
+        self._model, self._rotations = model, find_row_rotary(causal_model(model))
         self._cache = SlotCache(decoder.num_slots, getattr(model.config, "max_position_embeddings", None))
         self._rows, self._vocabulary = model.config.vocab_size, decoder.model.config.vocab_size
         sizes = [one.num_parameters(exclude_embeddings=True) for one in (model, decoder.model)]
@@ -262,11 +263,6 @@ def _text(tokens: Sequence[int], surfaces: Sequence[bytes]) -> str:
 def _until_stop(tokens: list[int], chooser: Chooser) -> list[int]:
     """The tokens up to the first that ends the answer."""
     return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in chooser.stop_ids), None)]
-
-
-def _transformers_model(model: Any) -> Any:
-    """The model inside PEFT's, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # ---------------------------------------------------------------- from the flags

@@ -370,6 +370,12 @@ def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
             )
 
 
+def causal_model(model: nn.Module) -> Any:
+    """The causal language model inside a PEFT model, or the model itself."""
+    # Not by peft_config: PEFT leaves that on the inner model too.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def count_weights(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for, also where 4-bit weights are packed or ZeRO-3 has spread them."""
     count = full_shape(parameter).numel()

@@ -16,12 +16,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .actor_critic import causal_model, token_logprobs, use_adapter
+from .actor_critic import token_logprobs, use_adapter
 from .arguments import GenerationArguments
 from .data import Collator
 from .decoding import Generator
 from .files import InputError, atomic_file
 from .generation import Completion
+from .modeling import causal_model
 from .rewards import Rewards
 from .rl import AdaptiveKL, FixedKL, explained_variance
 from .rollouts import Experience, Rollout, build_experience, collate, rollout_seed, score_moments, take

@@ -17,6 +17,7 @@ from .arguments import GUIDED_DRAFTS
 from .decoding import Decoder, Rotations, search_beams
 from .files import InputError
 from .generation import Answer, Completion, Delta, Job, Prompter, Request
+from .modeling import causal_model
 from .speculative import Speculation, SpeculativeDecoder
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class TransformersEngine(DecodingEngine):
 @torch.no_grad()
 def embed(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The mean of the last layer's states (after its norm) over each prompt's tokens, of length 1: (N, H) float32."""
-    backbone = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    backbone = causal_model(model).model
     length = max(map(len, prompts))
     ids = torch.tensor([list(prompt) + [prompt[0]] * (length - len(prompt)) for prompt in prompts])
     inside = torch.arange(length) < torch.tensor([[len(prompt)] for prompt in prompts])

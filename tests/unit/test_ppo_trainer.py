@@ -10,10 +10,11 @@ import torch
 from test_actor_critic import make_policy, merged, oracle, perturb
 from test_rollouts import plain_experience
 
-from utils.actor_critic import CRITIC_ADAPTER, causal_model, is_critic_parameter, use_adapter
+from utils.actor_critic import CRITIC_ADAPTER, is_critic_parameter, use_adapter
 from utils.arguments import GenerationArguments
 from utils.files import InputError
 from utils.generation import TextDecoder
+from utils.modeling import causal_model
 from utils.ppo_trainer import PPOTrainer, Sums
 from utils.prompts import CHAT_TEMPLATES, encode_prompt
 from utils.rewards import Rewards
