@@ -4,7 +4,7 @@ Layers, a module imports only from its right (tests/test_repo.py checks it):
 
 serving > serving_arguments > serving_http > serving_queue > serving_replies > openai_responses > serving_requests >
 grammar > openai_protocol > tool_calls > web_page > web_files > web_chat > web_style > web_texts > engines > drafts >
-llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options > transformers_engine > speculative > perplexity >
+llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options > choice_scoring > transformers_engine > speculative > perplexity >
 report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment > ppo_trainer >
 rollout_trainer > decoding > slots > rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer >
 trainer > runs > training > predictions > inference > rope > export > ollama > verification > comparison >
