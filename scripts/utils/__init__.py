@@ -3,7 +3,8 @@
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
 serving > serving_arguments > serving_http > serving_queue > serving_replies > openai_responses > serving_requests >
-grammar > openai_protocol > tool_calls > web_page > web_files > web_chat > web_style > web_texts > engines > drafts >
+grammar > openai_protocol > tool_calls > arena_page > judging > players > endpoints > battles > ratings > web_page >
+web_access > web_base > web_files > web_chat > web_style > web_texts > engines > drafts >
 llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options > choice_scoring > transformers_engine > speculative > perplexity >
 report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment > ppo_trainer >
 rollout_trainer > decoding > slots > rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer >
@@ -12,5 +13,5 @@ merge_writer > manifest > merge_inputs > formats > quantization > generation > s
 preference_files > preference_records > samples > documents > token_cache > parallel > actor_critic > reward_model >
 modeling > sharding > losses > rl > llamacpp > gguf_files > gguf_metadata > gguf_vocabulary > merging > meta_files >
 meta > base_record > shards > checkpoints > streams > adapters > prompts > efficiency > vocabulary > tokenization >
-pieces > corpus > lora > arguments > old_flags > files > json_stream
+pieces > contamination > ngrams > corpus > lora > arguments > old_flags > files > json_stream
 """
