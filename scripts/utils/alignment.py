@@ -55,16 +55,17 @@ def read_questions(paths: Sequence[str]) -> list[Question]:
 
 def _read_question(record: Mapping[str, Any], location: str) -> Question:
     required = ("id", "category", "question", "expected")
-    name, category, text, expected = (_text(record, field, location) for field in required)
+    name, category, text, expected = (text_field(record, field, location) for field in required)
     if expected not in ("yes", "no"):
         raise InputError(f"{location}: 'expected' is '{expected}', need 'yes' or 'no': the right side of the answer")
     chosen, rejected = (
-        None if record.get(field) is None else _text(record, field, location) for field in ("chosen", "rejected")
+        None if record.get(field) is None else text_field(record, field, location) for field in ("chosen", "rejected")
     )
     return Question(name, category, text, expected, chosen, rejected, location)
 
 
-def _text(record: Mapping[str, Any], name: str, location: str) -> str:
+def text_field(record: Mapping[str, Any], name: str, location: str) -> str:
+    """A field that has to hold text, without white space around it. Raises: InputError."""
     value = record.get(name)
     if name == "id" and isinstance(value, int):
         value = str(value)

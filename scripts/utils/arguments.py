@@ -468,15 +468,23 @@ def save_run_config(folder: str | Path, settings: dict[str, Any], notes: dict[st
     import yaml
 
     lines = [f"# {name}: {value}" for name, value in (notes or {}).items()]
-    lines += [f"# {name}: {_version(name)}" for name in ("python", *RECORDED_PACKAGES)]
+    lines += [f"# {name}: {version}" for name, version in describe_environment().items()]
     with atomic_file(Path(folder) / RUN_CONFIG) as file:
         file.write("\n".join(lines) + "\n")
         file.write(yaml.safe_dump(settings, allow_unicode=True, sort_keys=True))
 
 
+def describe_environment() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    return {name: _version(name) for name in ("python", *RECORDED_PACKAGES)}
+
+
+def package_versions(*others: str) -> dict[str, str]:
+    """{package: version} of Python and what decides a run's figures: RECORDED_PACKAGES and `others`."""
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in (*RECORDED_PACKAGES, *others)}}
+
+
 def _version(name: str) -> str:
-    if name == "python":
-        return sys.version.split()[0]
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

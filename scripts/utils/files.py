@@ -31,7 +31,8 @@ class InputError(ValueError):
 # ---------------------------------------------------------------- output: complete or absent
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +66,7 @@ def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _fsync(path.parent)
+        fsync_path(path.parent)
     except BaseException:
         remove(partial)
         raise
@@ -96,7 +97,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | N
                     remove(item)
             for item in partial.rglob("*"):
                 if item.is_file():
-                    _fsync(item)
+                    fsync_path(item)
             _publish(partial, path)
         except BaseException as error:
             if resume_key is None or not isinstance(error, KeyboardInterrupt):
@@ -146,7 +147,7 @@ def _publish(partial: Path, path: Path) -> None:
         remove(old)
     else:
         os.rename(partial, path)
-    _fsync(path.parent)
+    fsync_path(path.parent)
 
 
 def refuse_existing_output(path: str | Path, overwrite: bool = False) -> None:
