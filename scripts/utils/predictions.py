@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,23 @@ class Predictions:
     """The answers to a list of questions: rows of a .jsonl file as they come, or a .json list once all are there.
 
     Until then a .json list is a .partial.jsonl. Beside it stands <name>.settings.json, all that decided the answers.
+    A subclass may write rows of another form.
     """
 
-    def __init__(self, path: Path, questions: list[Question], settings: dict[str, Any], overwrite: bool) -> None:
+    flag = "--predictions_file"  # that the path comes from, for errors
+
+    def __init__(self, path: Path, questions: Sequence[Any], settings: dict[str, Any], overwrite: bool) -> None:
         """Open it; `overwrite` lets a finished file go, or one with other answers, while an unfinished one goes on.
 
         Raises: InputError if the file holds answers to other questions, or of another model or settings.
         """
-        self.path, self.questions = path, questions
+        self.path, self.questions = path, list(questions)
         self.rows_path = path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.partial.jsonl")
         self.settings_path = path.with_name(f"{path.name}.settings.json")
         self.settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
         if path.is_dir():
-            raise InputError(f"--predictions_file {path} is a folder; pass the name of a file")
+            raise InputError(f"{self.flag} {path} is a folder; pass the name of a file")
         if existing := next((file for file in (self.rows_path, path) if file.exists()), None):
             try:
                 self._resume(existing)
@@ -47,14 +51,22 @@ class Predictions:
                 remove(self.rows_path)
             write_json(self.settings_path, {"settings": self.settings})
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise InputError(f"--predictions_file {path}: cannot write there: {error.strerror}") from None
+            raise InputError(f"{self.flag} {path}: cannot write there: {error.strerror}") from None
+
+    def make_row(self, question: Any, output: str) -> dict[str, Any]:
+        """What the file has of an answer."""
+        return {"Input": question, "Output": output}
+
+    def question_of(self, row: dict[str, Any]) -> Any:
+        """The question of such a row. Raises: KeyError or TypeError for another one."""
+        return row["Input"]
 
     @property
     def is_complete(self) -> bool:
         return len(self.rows) == len(self.questions)
 
     def _resume(self, existing: Path) -> None:
-        remedy = "pass another --predictions_file, or --overwrite to replace it"
+        remedy = f"pass another {self.flag}, or --overwrite to replace it"
         content = existing.read_bytes()
         whole = len(content) if existing.suffix == ".json" else content.rfind(b"\n") + 1
         try:
@@ -64,7 +76,7 @@ class Predictions:
                 if existing.suffix == ".json"
                 else [json.loads(line) for line in text.split("\n") if line]
             )
-            inputs = [row["Input"] for row in rows]
+            inputs = [self.question_of(row) for row in rows]
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{existing} holds no predictions; {remedy}") from None
         for number, (old, new) in enumerate(zip(inputs, self.questions, strict=False), 1):
@@ -87,7 +99,7 @@ class Predictions:
     def append(self, outputs: list[str]) -> None:
         """Write the next answers through to the file."""
         questions = self.questions[len(self.rows) :]
-        new = [{"Input": question, "Output": output} for question, output in zip(questions, outputs, strict=False)]
+        new = [self.make_row(question, output) for question, output in zip(questions, outputs, strict=False)]
         try:
             with open(self.rows_path, "ab") as file:
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new).encode())
