@@ -474,13 +474,8 @@ def save_run_config(folder: str | Path, settings: dict[str, Any], notes: dict[st
         file.write(yaml.safe_dump(settings, allow_unicode=True, sort_keys=True))
 
 
-def describe_environment() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    return {name: _version(name) for name in ("python", *RECORDED_PACKAGES)}
-
-
-def package_versions(*others: str) -> dict[str, str]:
-    """{package: version} of Python and what decides a run's figures: RECORDED_PACKAGES and `others`."""
+def describe_environment(*others: str) -> dict[str, str]:
+    """Versions of Python and of the packages that decide results: RECORDED_PACKAGES and `others`."""
     return {"python": sys.version.split()[0], **{name: _version(name) for name in (*RECORDED_PACKAGES, *others)}}
 
 
