@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the example data of this project: English and Chinese text, instructions and held-out questions.
 
-Reads facts.json, tasks.json, stories_{zh,en}.json and (in generate_values.py) values.json beside this file; writes
---output_dir (default: data/ beside it).
+Reads facts.json, tasks.json, stories_{zh,en}.json and (in generate_values.py and generate_arena.py) values.json and arena.json beside
+this file; writes --output_dir (default: data/ beside it).
 Seeded and made of the standard library alone: every run writes the same bytes.
 
     python examples/generate_data.py
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from generate_arena import write_arena
 from generate_values import describe_characters, write_values
 
 HERE = Path(__file__).resolve().parent
@@ -384,7 +385,7 @@ def check_heldout(train: list[Row], heldout: list[Row]) -> None:
 def generate(output_dir: Path) -> dict[str, int]:
     """Write all files below output_dir and return {file: bytes}."""
     files = write_corpus("en") | write_corpus("zh") | write_instructions()
-    files |= write_values(json.loads(files["sft/train.json"]))
+    files |= write_values(json.loads(files["sft/train.json"])) | write_arena()
     for name, text in files.items():
         path = output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -173,15 +173,15 @@ class Conversation:
                 request, dropped = plan_request(
                     engine, self._history(number), settings, seed, system_prompt, max_memory
                 )
-                running.append(engine.submit(request, partial(_put, news, number)))
+                running.append(engine.submit(request, partial(put_news, news, number)))
                 replies.append(Reply(seed=seed, num_prompt_tokens=len(request.prompt), num_dropped=dropped))
             if turn.replies:
                 return  # stopped meanwhile
             turn.replies = replies
             self._drawn += 1
             while not _is_settled(turn):
-                for number, delta in _next_news(news):
-                    _add(turn.replies[number], delta, running[number], time.perf_counter() - start)
+                for number, delta in next_news(news):
+                    add_delta(turn.replies[number], delta, running[number], time.perf_counter() - start)
                 yield
         finally:
             for answer in running:
@@ -196,11 +196,12 @@ def _is_settled(turn: Turn) -> bool:
     return bool(turn.replies) and all(reply.finish_reason for reply in turn.replies)
 
 
-def _put(news: queue.SimpleQueue[tuple[int, Delta]], number: int, delta: Delta) -> None:
+def put_news(news: queue.SimpleQueue[tuple[int, Delta]], number: int, delta: Delta) -> None:
+    """Called by engines: what came of answer `number`."""
     news.put((number, delta))
 
 
-def _next_news(news: queue.SimpleQueue[tuple[int, Delta]]) -> Iterator[tuple[int, Delta]]:
+def next_news(news: queue.SimpleQueue[tuple[int, Delta]]) -> Iterator[tuple[int, Delta]]:
     """Wait for one delta, then for a moment more, and give all that came."""
     yield news.get()
     time.sleep(REFRESH_SECONDS)
@@ -208,7 +209,8 @@ def _next_news(news: queue.SimpleQueue[tuple[int, Delta]]) -> Iterator[tuple[int
         yield news.get()
 
 
-def _add(reply: Reply, delta: Delta, answer: Answer, seconds: float) -> None:
+def add_delta(reply: Reply, delta: Delta, answer: Answer, seconds: float) -> None:
+    """What came, into the reply. Raises: what went wrong in the engine."""
     if delta.error is not None:
         raise delta.error
     if not reply.num_tokens:

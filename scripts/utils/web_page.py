@@ -13,10 +13,11 @@ import gradio as gr
 from .arguments import GenerationArguments
 from .files import InputError
 from .generation import Engine
+from .web_base import TranslatedPage
 from .web_chat import Conversation, describe_context, describe_reply, read_controls, read_stops, show_stops
 from .web_files import load_chat, save_chat
-from .web_style import DARK_TOGGLE, DOWNLOAD, LATEX_DELIMITERS, escape_answer, escape_question, unescape_question
-from .web_texts import LANGUAGES, TEXTS, translate
+from .web_style import DOWNLOAD, LATEX_DELIMITERS, escape_answer, escape_question, unescape_question
+from .web_texts import TEXTS, translate
 
 STOPPED = "■"  # stands for an answer that was stopped before it began
 SLIDERS: dict[str, tuple[float, float, float]] = {  # lowest, highest, step
@@ -34,7 +35,7 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")
 MORE_SAMPLING = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-class ChatPage:
+class ChatPage(TranslatedPage):
     """The page of one or several engines; what users say is in their own sessions."""
 
     def __init__(
@@ -56,11 +57,10 @@ class ChatPage:
             language: "zh", "en", or "auto": what the browser asks for.
             max_answers: conversations answered at once; further ones wait, and see their place in the queue.
         """
+        super().__init__(language)
         self.engines, self.cards, self.settings = engines, cards, settings
         self.first_system_prompt, self.max_memory, self.max_answers = system_prompt, max_memory, max_answers
-        self.first_language = language
         self.models = [card["card_name"] for card in cards]
-        self.texts: list[tuple[gr.blocks.Block, dict[str, str]]] = []  # components and the names of their texts
         self.controls: dict[str, gr.components.Component] = {}
         name = title or " / ".join(self.models)
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
@@ -70,22 +70,8 @@ class ChatPage:
 
     # ------------------------------------------------------------ layout
 
-    def _add(self, kind: type, texts: dict[str, str], **options: Any) -> Any:
-        """A component with texts ({attribute: name of the text}), which change with the language."""
-        component = kind(**options, **{name: translate(text, self._start_language) for name, text in texts.items()})
-        self.texts.append((component, texts))
-        return component
-
-    @property
-    def _start_language(self) -> str:
-        return "zh" if self.first_language == "auto" else self.first_language
-
     def _lay_out(self, name: str) -> None:
-        with gr.Row(elem_id="header"):
-            gr.HTML(f"<h1>{html.escape(name)}</h1>", elem_id="title")
-            choices = [(text, code) for code, text in LANGUAGES.items()]
-            self.language = gr.Radio(choices, value=self._start_language, container=False, elem_id="language")
-            self.dark = self._add(gr.Button, {"value": "dark"}, size="sm", elem_id="dark")
+        self._lay_out_header(name)
         with gr.Row():
             with gr.Column(scale=7, min_width=320, elem_id="chat-column"):
                 self._lay_out_chat()
@@ -250,11 +236,9 @@ class ChatPage:
         saved = self.save.click(self._save, [self.conversation, *settings], [self.saved], **quick)
         saved.success(None, [self.saved], None, js=DOWNLOAD)
         self.load.upload(self._load, [*common, self.load], [*settings, *views], **telling)
-        self.dark.click(None, None, None, js=DARK_TOGGLE)
-        translated = [component for component, _ in self.texts]
-        self.language.change(self._translate, common, [self.card, *self.notes, self.context, *translated], **quick)
-        if self.first_language == "auto":
-            self.blocks.load(self._browser_language, None, [self.language], **quick)
+        views = [self.card, *self.notes, self.context, *self._translated]
+        self.language.change(self._translate, common, views, **quick)
+        self._listen_to_header(quick)
 
     def _send(self, conversation: Conversation, language: str, text: str) -> list[Any]:
         with _reported(language):
@@ -326,14 +310,8 @@ class ChatPage:
         return [system, *values, *self._redraw(conversation, language)]
 
     def _translate(self, conversation: Conversation, language: str) -> list[Any]:
-        updates: list[dict[str, Any]] = [
-            {name: translate(text, language) for name, text in texts.items()} for _, texts in self.texts
-        ]
         views = self._show(conversation, language)[len(self.chatbots) :]
-        return [self._card_html(language), *views, *(gr.update(**update) for update in updates)]
-
-    def _browser_language(self, request: gr.Request) -> str:
-        return "zh" if request.headers.get("accept-language", "zh").lower().startswith("zh") else "en"
+        return [self._card_html(language), *views, *self._translations(language)]
 
     def _system_prompt(self, text: str) -> str | None:
         """An empty box: no system prompt if the command line said so, else the template's own."""

@@ -18,6 +18,7 @@ import pytest
 from utils.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
 from utils.files import InputError
 from utils.prompts import CHAT_TEMPLATES, encode_prompt
+from utils.web_access import AUTH_VARIABLE, WebArguments, is_welcome, read_accounts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -537,15 +538,11 @@ def test_a_taken_port_is_named_at_once():
 
 
 def test_accounts_from_the_environment(monkeypatch):
-    import gradio_demo
-
-    monkeypatch.setenv(gradio_demo.AUTH_VARIABLE, "ann:pass:word")
-    accounts = gradio_demo.read_accounts(gradio_demo.DemoArguments())
+    monkeypatch.setenv(AUTH_VARIABLE, "ann:pass:word")
+    accounts = read_accounts(WebArguments())
     assert accounts == {"ann": "pass:word"}
-    assert gradio_demo.is_welcome(accounts, "ann", "pass:word")
-    assert not any(
-        gradio_demo.is_welcome(accounts, *pair) for pair in (("ann", "pass"), ("bob", ""), ("", ""), ("ann", ""))
-    )
+    assert is_welcome(accounts, "ann", "pass:word")
+    assert not any(is_welcome(accounts, *pair) for pair in (("ann", "pass"), ("bob", ""), ("", ""), ("ann", "")))
 
 
 def test_flags_of_the_forerunners_are_accepted():

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# 模型竞技场 / Arena: blind battles, side by side.  MODELS="a=DIR b=DIR" bash scripts/run_arena.sh [any arena.py flag]
+# 两个以上的参赛者 / two or more contestants, NAME=PLACE, 空格分开 separated by spaces: MODELS 模型或适配器目录 folders of models or adapters,
+#   ANSWERS 已有的答案文件 files of answers, SERVERS 服务地址 addresses of servers
+# 可选 / optional: JUDGE=URL#MODEL 由模型评判 a model judges, OUT=output/arena, PORT=7860, DRY_RUN=0; --report 只算分 ratings only
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ " $* " != *" --report "* && -z ${ANSWERS:-}${SERVERS:-} ]]; then
+  : "${MODELS:?set MODELS, ANSWERS or SERVERS to the contestants, each as NAME=PLACE}"
+fi
+read -ra MODELS <<<"${MODELS:-}"
+read -ra ANSWERS <<<"${ANSWERS:-}"
+read -ra SERVERS <<<"${SERVERS:-}"
+CMD=("${PYTHON:-python}" "$HERE/arena.py" --output_dir "${OUT:-output/arena}" --port "${PORT:-7860}")
+[[ ${#MODELS[@]} -gt 0 ]] && CMD+=(--models "${MODELS[@]}")
+[[ ${#ANSWERS[@]} -gt 0 ]] && CMD+=(--answers "${ANSWERS[@]}")
+[[ ${#SERVERS[@]} -gt 0 ]] && CMD+=(--servers "${SERVERS[@]}")
+[[ -n ${JUDGE:-} ]] && CMD+=(--judge "$JUDGE")
+CMD+=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
+exec "${CMD[@]}"
