@@ -165,8 +165,8 @@ def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
 def look(model, ids) -> None:
     """Print the ratio of perplexities without scaling, and with NTK for twice the window."""
     from utils.arguments import RopeArguments
-    from utils.perplexity import token_losses
     from utils.rope import RowRotary, auto_ntk_frequencies, scale_rope
+    from utils.windows import token_losses
 
     config = type(model.config)(**model.config.to_dict())
     scale_rope(config, RopeArguments("auto-ntk"))

@@ -21,7 +21,6 @@ from .arguments import ModelArguments
 from .checkpoints import open_checkpoint
 from .files import InputError, iter_document_batches, list_data_files
 from .llamacpp import compute_logits, describe_file, open_model, require_llama_cpp
-from .losses import IGNORED, install_loss_head, loss_targets
 from .modeling import load_model
 from .quantization import (
     METHODS,
@@ -35,6 +34,7 @@ from .quantization import (
     stored_dtype,
 )
 from .tokenization import encode_texts, token_bytes
+from .windows import LlamaCppScorer, ModelScorer, Window, cut_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,48 +88,20 @@ def read_scored_text(
 def _cut(file: Path, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[tuple[list[int], int]]:
     """Rows of a file and the bytes of their scored tokens."""
     start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    sizes, step = token_bytes(tokenizer), window - len(start)
+    sizes = token_bytes(tokenizer)
     for batch in iter_document_batches(file):
         for text, ids in zip(batch, encode_texts(tokenizer, batch), strict=True):
             extra = len(text.encode()) - int(sizes[ids].sum())  # the space before a text, which is no part of it
-            for begin in range(0, len(ids), step):
-                row = start + ids[begin : begin + step]
-                if len(row) > 1:
-                    yield row, int(sizes[row[1:]].sum()) + (extra if begin == 0 else 0)
+            for number, piece in enumerate(cut_windows(ids, start, window)):
+                yield list(piece.ids), int(sizes[piece.ids[1:]].sum()) + (extra if number == 0 else 0)
 
 
 # ---------------------------------------------------------------- transformers
 
 
-@torch.no_grad()
 def model_nll(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> float:
     """Negative log-likelihood, in nats, of all tokens of `rows` but the first ones; takes the model's lm_head over."""
-    install_loss_head(model)
-    total = 0.0
-    for batch in _batches(rows):
-        length = max(map(len, batch))
-        ids, targets = torch.zeros(len(batch), length, dtype=torch.long), torch.full((len(batch), length), IGNORED)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(batch):
-            ids[index, : len(row)] = torch.tensor(row)
-            targets[index, : len(row) - 1] = torch.tensor(row[1:])
-            mask[index, : len(row)] = 1
-        ids, targets, mask = (tensor.to(model.device) for tensor in (ids, targets, mask))
-        with loss_targets(model, targets):
-            losses: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        total += float(losses.double().sum())
-    return total
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Rows of like length together, about BATCH_TOKENS at a time."""
-    batch: list[Sequence[int]] = []
-    for row in sorted(rows, key=len):
-        if batch and (len(batch) + 1) * len(row) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+    return sum(ModelScorer(model, BATCH_TOKENS).window_losses([Window(row, 1) for row in rows]))
 
 
 @torch.no_grad()
@@ -152,11 +124,7 @@ def model_milliseconds(model: PreTrainedModel, ids: Sequence[int]) -> float:
 
 def gguf_nll(model: Any, rows: Sequence[Sequence[int]]) -> float:
     """As model_nll."""
-    total = 0.0
-    for row in rows:
-        logits = torch.from_numpy(compute_logits(model, row[:-1]))
-        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum"))
-    return total
+    return sum(LlamaCppScorer(model).window_losses([Window(row, 1) for row in rows]))
 
 
 def gguf_milliseconds(model: Any, ids: Sequence[int]) -> float:

@@ -62,11 +62,15 @@ def last_error() -> str:
 
 
 @contextlib.contextmanager
-def open_model(path: Path, threads: int, context: int | None = None) -> Iterator[Any]:
+def open_model(
+    path: Path, threads: int, context: int | None = None, batch: int | None = None, **others: Any
+) -> Iterator[Any]:
     """llama-cpp-python's Llama, closed at the end; it keeps the logits of every position.
 
     Args:
         context: tokens it can hold; None: the vocabulary alone is loaded, for `tokenize`.
+        batch: tokens computed at once, and memory with them; None: all.
+        others: further settings of Llama, such as rope.llama_cpp_rope_parameters.
     Raises: InputError if llama.cpp cannot read the file.
     """
     import llama_cpp
@@ -74,12 +78,13 @@ def open_model(path: Path, threads: int, context: int | None = None) -> Iterator
     listen()
     settings: dict[str, Any] = {"vocab_only": True}
     if context is not None:
-        settings = {"n_ctx": context, "n_batch": context, "n_ubatch": context, "logits_all": True}
+        batch = min(context, batch or context)
+        settings = {"n_ctx": context, "n_batch": batch, "n_ubatch": batch, "logits_all": True}
         settings |= {"n_threads": threads, "n_threads_batch": threads}
         # The binding's own defaults would override what the file says about YaRN.
         settings |= {"yarn_attn_factor": -1.0, "yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0}
         # Keys and values in float32: their rounding is no property of the file.
-        settings |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        settings |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, **others}
     try:
         model = llama_cpp.Llama(str(path), verbose=False, **settings)
     except (ValueError, RuntimeError):

@@ -1,35 +1,197 @@
-"""Perplexity: how well a model predicts texts, by the position of the predicted token.
+"""Perplexity: how well a model predicts texts, by document or by the position of the predicted token.
 
-Texts are rows of one length, so that a batch has no padding; each row is a stretch of one document with BOS before it.
-An engine turns rows into the losses of their tokens (`model_losses` does for transformers' models); everything else is
-made of those.
+Documents are cut into windows that score each of their tokens once (utils.windows). For curves by position, texts are
+rows of one length; each is a stretch of one document with BOS before it. A windows.Scorer knows the losses of tokens;
+everything else is made of those.
 
-Shapes: N rows, L their length in tokens. Tokens are counted from 1; the first one, BOS, is given and not scored.
+Shapes: N rows, L their length in tokens; D documents. Tokens of a row are counted from 1; the first one, BOS, is given
+and not scored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .files import InputError, atomic_file, iter_document_batches
-from .losses import IGNORED, loss_targets
-from .rope import find_row_rotary, rotary_key
+from .files import InputError, iter_document_batches
 from .tokenization import encode_texts, token_bytes
+from .windows import Window, cut_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-BATCH_TOKENS = 4096  # scored at once; logits are made in smaller pieces, see utils.losses
+MIN_DOCUMENTS = 10  # an interval from fewer would be a guess
+LARGEST_EXPONENT = 700.0  # exp(710) is no float64
+GROUP_TOKENS = 1 << 16  # of documents that are scored together: what a killed run has to do again
 
 
-# ---------------------------------------------------------------- texts
+# ---------------------------------------------------------------- whole documents
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Some documents as a tokenizer writes them.
+
+    Attributes:
+        ids: the tokens of each, without BOS.
+        start: BOS, or nothing for tokenizers that have none.
+        num_scored: (D,) tokens with a loss: all, or all but the first one where there is no BOS.
+        num_bytes: (D,) their UTF-8 bytes.
+        left_out: documents of the files that are not among them, as only some were asked for.
+    """
+
+    ids: list[np.ndarray]
+    start: list[int]
+    num_scored: np.ndarray
+    num_bytes: np.ndarray
+    left_out: int
+
+    def groups(self) -> Iterator[range]:
+        """The documents in order, in parts of about GROUP_TOKENS."""
+        begin = size = 0
+        for number, ids in enumerate(self.ids):
+            size += len(ids)
+            if size >= GROUP_TOKENS or number == len(self.ids) - 1:
+                yield range(begin, number + 1)
+                begin, size = number + 1, 0
+
+    def windows(self, group: range, length: int, stride: int | None) -> list[list[Window]]:
+        """Of each document of a group, see windows.cut_windows."""
+        return [cut_windows(self.ids[number].tolist(), self.start, length, stride) for number in group]
+
+
+def read_documents(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_documents: int | None = None,
+    document_separator: str | None = None,
+    text_column: str = "text",
+) -> Documents:
+    """Tokenise every document of some files, however short or long; blank ones are none.
+
+    Args:
+        max_documents: so many are kept, spread evenly over the files; None: all.
+        document_separator: in txt files, the line that ends a document; None makes every line one.
+    Raises: InputError if there is no document, or none with a token to score.
+    """
+    start, surfaces = _start(tokenizer), token_bytes(tokenizer)
+    ids: list[np.ndarray] = []
+    scored: list[int] = []
+    num_bytes: list[int] = []
+    for file in files:
+        for texts in iter_document_batches(file, text_column=text_column, document_separator=document_separator):
+            for text, found in zip(texts, encode_texts(tokenizer, texts), strict=True):
+                given = [] if start else found[:1]
+                ids.append(np.array(found, np.int32))
+                scored.append(len(found) - len(given))
+                num_bytes.append(len(text.encode()) - sum(surfaces[given].tolist()))
+    count = len(ids) if max_documents is None else min(max_documents, len(ids))
+    kept = [rank * len(ids) // count for rank in range(count)]
+    if not any(scored[number] for number in kept):
+        raise InputError(f"no text to score in {', '.join(map(str, files))}")
+    return Documents(
+        [ids[number] for number in kept],
+        start,
+        np.array([scored[number] for number in kept]),
+        np.array([num_bytes[number] for number in kept]),
+        len(ids) - len(kept),
+    )
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def document_figures(losses: Sequence[float], documents: Documents) -> dict[str, Any]:
+    """Perplexity and bits a byte of all documents together, with 95 % intervals over documents.
+
+    Args:
+        losses: of each document, in nats. Long documents weigh more, as every token weighs the same.
+    """
+    total = np.asarray(losses, np.float64)
+    bits = total / math.log(2)
+    tokens, sizes = documents.num_scored, documents.num_bytes
+    mean, spread = total.sum() / tokens.sum(), ratio_spread(total, tokens)
+    per_byte, byte_spread = bits.sum() / sizes.sum(), ratio_spread(bits, sizes)
+    return {
+        "documents": len(total),
+        "scored_tokens": int(tokens.sum()),
+        "unscored_tokens": sum(map(len, documents.ids)) - int(tokens.sum()),
+        "bytes": int(sizes.sum()),
+        "perplexity": _exp(mean),
+        "perplexity_interval": None if spread is None else [_exp(mean - spread), _exp(mean + spread)],
+        "bits_per_byte": float(per_byte),
+        "bits_per_byte_interval": (
+            None if byte_spread is None else [float(per_byte - byte_spread), float(per_byte + byte_spread)]
+        ),
+    }
+
+
+def compare_documents(
+    losses: Sequence[float], documents: Documents, base_losses: Sequence[float], base_documents: Documents
+) -> dict[str, Any]:
+    """How bits a byte differ from another model's on the same documents, in pairs: positive is worse.
+
+    What all models find hard in a document does not count, so the interval is much narrower than each model's own.
+    """
+    bits = [np.asarray(values, np.float64) / math.log(2) for values in (losses, base_losses)]
+    sizes = [documents.num_bytes, base_documents.num_bytes]
+    ratios = [float(one.sum() / size.sum()) for one, size in zip(bits, sizes, strict=True)]
+    parts = [(one - ratio * size) / size.sum() for one, ratio, size in zip(bits, ratios, sizes, strict=True)]
+    difference, spread = ratios[0] - ratios[1], _spread(parts[0] - parts[1])
+    return {
+        "bits_per_byte_difference": difference,
+        "bits_per_byte_difference_interval": None if spread is None else [difference - spread, difference + spread],
+    }
+
+
+def ratio_spread(values: np.ndarray, weights: np.ndarray) -> float | None:
+    """Half of the 95 % interval of sum(values) / sum(weights) over documents; None if there are too few of them.
+
+    Source: Cochran 1977, "Sampling Techniques", chapter 6 (the variance of a ratio); here with Student's t.
+    """
+    ratio = values.sum() / weights.sum()
+    return _spread((values - ratio * weights) / weights.sum())
+
+
+def _spread(parts: np.ndarray) -> float | None:
+    """Half of the 95 % interval of a sum of independent parts whose mean is 0."""
+    count = len(parts)
+    if count < MIN_DOCUMENTS:
+        return None
+    return student_quantile(count - 1) * math.sqrt(count / (count - 1) * float((parts**2).sum()))
+
+
+def student_quantile(freedom: int, probability: float = 0.975) -> float:
+    """A quantile of Student's t; within 0.02 % from 9 degrees of freedom on.
+
+    Source: Abramowitz and Stegun 1964, 26.7.5.
+    """
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        z**3 + z,
+        5 * z**5 + 16 * z**3 + 3 * z,
+        3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z,
+        79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z,
+    )
+    factors = (4, 96, 384, 92160)
+    powers = range(1, 5)
+    return z + sum(t / (f * freedom**power) for t, f, power in zip(terms, factors, powers, strict=True))
+
+
+def _exp(mean: float) -> float:
+    return math.exp(min(float(mean), LARGEST_EXPONENT))
+
+
+# ---------------------------------------------------------------- rows of one length
 
 
 @dataclass(frozen=True)
@@ -55,7 +217,7 @@ def read_rows(
         document_separator: in txt files, the line that ends a document; None makes every line one.
     Raises: InputError if no document is long enough.
     """
-    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    start = _start(tokenizer)
     surfaces, step = token_bytes(tokenizer), length - len(start)
     ids: list[list[int]] = []
     num_bytes: list[list[int]] = []
@@ -73,65 +235,19 @@ def read_rows(
     if not ids:
         raise InputError(
             f"no document of {length} tokens in {', '.join(map(str, files))}; the longest has {longest}: pass longer "
-            "texts (--document_separator joins the lines of a txt file), or smaller --lengths"
+            "texts (--document_separator joins the lines of a txt file), smaller --lengths, or none to score whole "
+            "documents"
         )
     count = len(ids) if max_rows is None else min(max_rows, len(ids))
     kept = [rank * len(ids) // count for rank in range(count)]
     return TextRows(torch.tensor([ids[rank] for rank in kept]), torch.tensor([num_bytes[rank] for rank in kept]))
 
 
-# ---------------------------------------------------------------- losses
-
-
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihoods, in nats, of the tokens after the first: (N, L) -> (N, L - 1) float64 on the CPU.
-
-    The model has its LossHead (losses.install_loss_head). Raises: InputError if one is no number.
-    """
-    parts = []
-    for rows in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
-        rows = rows.to(model.device)
-        targets = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], IGNORED)], dim=1)
-        with loss_targets(model, targets):
-            losses: Tensor = model(input_ids=rows, use_cache=False).logits
-        parts.append(losses[:, :-1].double().cpu())
-    found = torch.cat(parts)
-    if not bool(torch.isfinite(found).all()):
-        raise InputError(
-            "the model's losses are not finite: its weights are damaged, or float16 is too narrow for it; "
-            "try --dtype bfloat16 or float32"
-        )
-    return found
-
-
-def model_losses(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
-    """The losses of the rows' beginnings: {length: (N, length - 1) float64}, each as in a text of that length.
-
-    Without auto-NTK a token's loss does not depend on what follows it: the longest length is computed, the others are
-    its beginnings. With it, lengths that have a rotation of their own are computed by themselves.
-    """
-    rotary = find_row_rotary(model)
-    groups: dict[int | None, list[int]] = {}
-    for length in lengths:
-        groups.setdefault(rotary_key(model.config, length), []).append(length)
-    found: dict[int, Tensor] = {}
-    for members in groups.values():
-        if rotary is not None:
-            rotary.rotate([max(members)])
-        losses = token_losses(model, ids[:, : max(members)])
-        found |= {length: losses[:, : length - 1] for length in members}
-    return found
-
-
-# ---------------------------------------------------------------- figures
-
-
 def perplexity_by_length(losses: Mapping[int, Tensor], num_bytes: Tensor) -> list[dict[str, Any]]:
     """A row for every length: perplexity and bits a byte of the tokens after the length before, and of all to here.
 
     Args:
-        losses: of model_losses.
+        losses: of windows.Scorer.row_losses.
         num_bytes: (N, L), of the rows' tokens.
     """
     rows = []
@@ -155,46 +271,8 @@ def perplexity_by_length(losses: Mapping[int, Tensor], num_bytes: Tensor) -> lis
 
 
 def _perplexity(losses: Tensor) -> float:
-    return math.exp(min(float(losses.mean()), 700.0))  # exp(710) is no float64
+    return _exp(float(losses.mean()))
 
 
 def _bits_per_byte(losses: Tensor, sizes: Tensor) -> float:
     return float(losses.sum()) / math.log(2) / float(sizes.sum())
-
-
-# ---------------------------------------------------------------- the picture
-
-
-def plot_perplexity(rows: Sequence[Mapping[str, Any]], path: Path, windows: Sequence[int] = ()) -> None:
-    """Draw perplexity against length into a png: a panel for each text, a line for each model and setting.
-
-    Args:
-        rows: those of perplexity_by_length, with `text` and `label`.
-        windows: trained windows in tokens, drawn as upright lines.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogFormatter, NullLocator
-
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-    figure, grid = pyplot.subplots(1, len(texts), figsize=(1 + 5.5 * len(texts), 4), squeeze=False)
-    for axes, text in zip(grid[0], texts, strict=True):
-        for label in dict.fromkeys(row["label"] for row in rows):
-            points = [row for row in rows if (row["text"], row["label"]) == (text, label)]
-            axes.plot([p["length"] for p in points], [p["perplexity"] for p in points], marker="o", label=label)
-        for window in sorted(set(windows)):
-            axes.axvline(window, color="#52606d", linestyle=":", linewidth=1)
-        axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=text)
-        ticks = sorted({row["length"] for row in rows})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
