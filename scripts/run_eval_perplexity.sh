@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# 困惑度随长度的曲线 / Perplexity against length.  MODEL=... TEXTS=... bash scripts/run_eval_perplexity.sh [any eval_perplexity.py flag]
-# 必填 / required: MODEL 合并后的模型或基座 merged model or base; TEXTS 长文本的文件或目录 file or folder of long documents
-# 可选 / optional: LORA 适配器目录 adapter folder, OUT=output/perplexity, LENGTHS="256 512 1024", SETTINGS="none auto-ntk yarn", DRY_RUN=0
+# 文本的困惑度与 bits/byte / Perplexity and bits a byte of texts.  MODEL=... TEXTS=... bash scripts/run_eval_perplexity.sh [any eval_perplexity.py flag]
+# 必填 / required: MODEL 模型或 GGUF 文件 model or GGUF file; TEXTS 文本的文件或目录 file or folder of documents
+# 可选 / optional: LORA 适配器目录 adapter folder, OUT=output/perplexity, OTHERS="比较的模型 models to compare", KBITS="16 4",
+#   WINDOW, STRIDE 整篇文档的窗口与步长 of whole documents, LENGTHS="256 512 1024" 改画长度曲线 a curve instead,
+#   SETTINGS="none auto-ntk yarn" 比较的缩放 scalings to compare, DRY_RUN=0
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-: "${MODEL:?set MODEL to a merged model or a base}" "${TEXTS:?set TEXTS to a file or folder of long documents}"
-read -ra LENGTHS <<<"${LENGTHS:-256 512 1024}"
-read -ra SETTINGS <<<"${SETTINGS:-}"
+: "${MODEL:?set MODEL to a merged model, a base or a GGUF file}" "${TEXTS:?set TEXTS to a file or folder of documents}"
 CMD=("${PYTHON:-python}" "$HERE/eval_perplexity.py" --base_model "$MODEL" --texts "$TEXTS"
-     --output_dir "${OUT:-output/perplexity}" --lengths "${LENGTHS[@]}")
-[[ ${#SETTINGS[@]} -gt 0 ]] && CMD+=(--settings "${SETTINGS[@]}")
+     --output_dir "${OUT:-output/perplexity}")
 [[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
+[[ -n ${WINDOW:-} ]] && CMD+=(--window "$WINDOW")
+[[ -n ${STRIDE:-} ]] && CMD+=(--stride "$STRIDE")
+# 词与词之间用空格 / words between spaces
+for FLAG in lengths:LENGTHS settings:SETTINGS other_models:OTHERS kbits:KBITS; do
+  NAME=${FLAG#*:}
+  read -ra WORDS <<<"${!NAME:-}"
+  [[ ${#WORDS[@]} -gt 0 ]] && CMD+=("--${FLAG%%:*}" "${WORDS[@]}")
+done
 CMD+=("$@")
 [[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
 exec "${CMD[@]}"
