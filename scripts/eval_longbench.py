@@ -1,0 +1,321 @@
+"""LongBench: questions about long texts in 21 datasets -> scores in percent by dataset, group and language.
+
+  python scripts/eval_longbench.py --base_model MODEL --data_dir LONGBENCH --predict_on zh,code
+  python scripts/eval_longbench.py --base_model MODEL --data_dir LONGBENCH --e --rope_scaling auto-ntk
+  python scripts/eval_longbench.py --output_dir output/longbench
+Output: longbench.json, longbench.png, a table, and the answers, a .jsonl file a dataset in pred (LongBench-E: pred_e).
+The third command scores answers that stand there already. An interrupted run goes on when it is run again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from utils.arguments import (
+    GenerationArguments,
+    InferenceArguments,
+    arg,
+    describe_arguments,
+    describe_environment,
+    raise_problems,
+    run,
+    select_gpus,
+)
+from utils.files import InputError, hash_file, read_json, remove, write_json
+from utils.longbench_samples import HUB_ID, find_data, find_files, read_samples
+from utils.longbench_tasks import GROUPS, select_tasks
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from utils.engines import EnginePlan
+    from utils.generation import Answer, Engine
+    from utils.longbench_prompts import PromptWriter
+    from utils.longbench_results import LongBenchPredictions
+    from utils.longbench_samples import Sample
+    from utils.longbench_tasks import Task
+
+    Waiting = tuple[LongBenchPredictions, dict[str, int], Answer]  # for an answer, what was cut of the prompts so far
+
+logger = logging.getLogger("eval_longbench")
+
+METRIC_PACKAGES = ("jieba", "rouge", "rapidfuzz")
+AHEAD = 3  # prompts written for each that is being answered, so that whoever ends first is followed at once
+
+
+@dataclass
+class AnswerArguments(GenerationArguments):
+    """How answers are drawn: as LongBench prescribes, always the likeliest token, and no penalties."""
+
+    max_new_tokens: int = arg(512, help="Longest answer; each dataset has its own length, which may be shorter.")
+    do_sample: bool = arg(False, help="Draw each token at random; off: always the likeliest.")
+    repetition_penalty: float = arg(1.0, help="Above 1 makes tokens that the prompt or the answer has less likely.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_beams > 1 or self.guidance_scale > 1:
+            raise InputError(
+                "LongBench is answered without beams and guidance; leave out --num_beams, --guidance_scale"
+            )
+
+
+@dataclass
+class EvalArguments:
+    """What is asked, how prompts are made, and where the result goes."""
+
+    data_dir: str = arg(HUB_ID, help="Folder with <dataset>.jsonl, or for --e <dataset>_e.jsonl; or a hub id.")
+    predict_on: str = arg("zh,en,code", help="Languages (zh, en, code) and datasets, separated by commas.")
+    e: bool = arg(False, help="LongBench-E: 13 datasets, scored by length too (0-4k, 4-8k, 8k+ words).")
+    max_length: int | None = arg(
+        help="Tokens of prompt, template and answer together; longer prompts lose their middle. Default: the model's "
+        "window."
+    )
+    with_inst: Literal["auto", "true", "false"] = arg(
+        "auto",
+        help="Whether questions are put into the chat template; auto: but in trec, triviaqa, samsum, lsht, lcc and "
+        "repobench-p.",
+    )
+    max_samples: int | None = arg(help="Ask only this many samples of each dataset, spread evenly over it.")
+    output_dir: str = arg("output/longbench", help="Folder for longbench.json, longbench.png and the answers.")
+    batch_size: int = arg(8, help="Samples answered at once; memory grows with it, answers do not change.")
+    overwrite: bool = arg(False, help="Replace a finished result, or answers of another model.")
+
+    def __post_init__(self) -> None:
+        self.predict_on = ",".join(name.strip() for name in self.predict_on.split(",") if name.strip())
+        checks = {
+            "--predict_on: need zh, en, code or names of datasets, separated by commas": bool(self.predict_on),
+            f"--max_length {self.max_length}: need at least 2": self.max_length is None or self.max_length >= 2,
+            f"--max_samples {self.max_samples}: need at least 1": self.max_samples is None or self.max_samples >= 1,
+            f"--batch_size {self.batch_size}: need at least 1": self.batch_size >= 1,
+        }
+        raise_problems([problem for problem, holds in checks.items() if not holds])
+
+    @property
+    def result(self) -> Path:
+        """The file with the figures."""
+        return Path(self.output_dir) / ("longbench_e.json" if self.e else "longbench.json")
+
+    @property
+    def predictions(self) -> Path:
+        """The folder of the answers, named as the forerunners name it."""
+        return Path(self.output_dir) / ("pred_e" if self.e else "pred")
+
+
+def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> dict[str, Any]:
+    """Evaluate; returns what longbench.json holds."""
+    select_gpus(model_args)  # before torch is imported
+    from utils.longbench_results import plot_longbench, read_predictions, summarise
+
+    tasks = select_tasks(args.predict_on.split(","), args.e)
+    if model_args.model_name_or_path or model_args.adapter_name_or_path:
+        refuse_finished(args, [task.name for task in tasks])
+        rows, source = answer_samples(model_args, settings, args, tasks)
+    else:
+        rows, source = read_predictions(args.predictions, tasks)
+        refuse_finished(args, list(rows))
+    figures = summarise(rows, args.e)
+    result = {
+        "kind": "longbench",
+        "settings": describe_arguments(model_args, settings, args),
+        **source,
+        "e": args.e,
+        "environment": describe_environment(*METRIC_PACKAGES),
+        **figures,
+    }
+    write_json(args.result, result)
+    plot_longbench(figures, args.result.with_suffix(".png"), "LongBench-E" if args.e else "LongBench")
+    print_tables(figures)
+    report(result, args)
+    return result
+
+
+def refuse_finished(args: EvalArguments, names: list[str]) -> None:
+    """Raises: InputError if there is a result that has these datasets already, or others; more may be added to it."""
+    if not args.result.is_file() or args.overwrite:
+        return
+    there = list(read_json(args.result).get("datasets", {}))
+    others = [name for name in there if name not in names]
+    if set(names) <= set(there):
+        raise InputError(f"{args.result} is finished; pass another --output_dir, or --overwrite to replace it")
+    if others:
+        raise InputError(
+            f"{args.result} has {', '.join(others)} too; name them in --predict_on to add to it (what is answered "
+            "stays), or pass another --output_dir, or --overwrite to replace it"
+        )
+
+
+# ---------------------------------------------------------------- answering
+
+
+def answer_samples(
+    model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments, tasks: list[Task]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """{dataset: its answers}, and what made them; answers are written as they come, so that a killed run goes on."""
+    from utils.engines import EnginePlan
+    from utils.longbench_prompts import PromptWriter
+    from utils.longbench_results import open_predictions
+
+    files = find_files(find_data(args.data_dir), tasks, args.e)
+    samples = {task.name: read_samples(files[task.name], task, args.max_samples) for task in tasks}
+    plan = EnginePlan(model_args, chat=args.with_inst != "false")
+    writer = PromptWriter(
+        plan, settings, args.with_inst, model_args.system_prompt, choose_length(plan, args), plan.args.engine != "vllm"
+    )
+    for task in tasks:
+        writer.check(task, samples[task.name])
+    label, source = describe_source(plan, writer)
+    record = {**describe_arguments(plan.args, settings), **source}
+    record.pop("gpus", None)  # where it is computed does not decide the answers
+    data = {name: {"file": str(path), "sha256": hash_file(path)} for name, path in files.items()}
+    anew = args.overwrite and args.result.is_file()
+    predictions = {
+        name: open_predictions(
+            args.predictions / f"{name}.jsonl", found, {**record, "data": data[name]["sha256"]}, args.overwrite, anew
+        )
+        for name, found in samples.items()
+    }
+    if anew:
+        remove(args.result)  # from here on an interrupted run goes on
+    cut = ask_all(plan, writer, tasks, samples, predictions, args.batch_size)
+    return {name: found.rows for name, found in predictions.items()}, {
+        "models": {label: source},
+        "data": {name: {**found, **cut[name]} for name, found in data.items()},
+    }
+
+
+def choose_length(plan: EnginePlan, args: EvalArguments) -> int | None:
+    """Tokens that prompt and answer may have together. Raises: InputError for more than the model's window."""
+    if plan.context is not None and args.max_length is not None and args.max_length > plan.context:
+        raise InputError(
+            f"--max_length {args.max_length}: the model's window has {plan.context} tokens; pass less, or lengthen "
+            "the window with --rope_scaling and --rope_factor"
+        )
+    return plan.context if args.max_length is None else args.max_length
+
+
+def describe_source(plan: EnginePlan, writer: PromptWriter) -> tuple[str, dict[str, Any]]:
+    """A name for the model, and what decides its answers: weights, template, length."""
+    from utils.base_record import weights_fingerprint
+    from utils.checkpoints import open_checkpoint
+    from utils.llamacpp_engine import find_gguf_file
+
+    names = [name for name in (plan.args.model_name_or_path, plan.args.adapter_name_or_path) if name]
+    weights: dict[str, str] = {}
+    for name in names:
+        if plan.args.engine == "llama.cpp":
+            weights[name] = hash_file(find_gguf_file(name))
+        else:
+            with open_checkpoint(name) as checkpoint:
+                weights[name] = weights_fingerprint(checkpoint)
+    template = {"template": plan.template_name, "with_inst": writer.with_inst, "max_length": writer.max_length}
+    return Path(names[-1]).absolute().name, {"weights": weights, **template}
+
+
+def ask_all(
+    plan: EnginePlan,
+    writer: PromptWriter,
+    tasks: list[Task],
+    samples: Mapping[str, list[Sample]],
+    predictions: Mapping[str, LongBenchPredictions],
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Complete the predictions. Returns: {dataset: how many prompts, and tokens of them, were cut}."""
+    from tqdm import tqdm
+
+    done = {name: len(found.rows) for name, found in predictions.items()}
+    unfinished = [task for task in tasks if not predictions[task.name].metrics]
+    engine: Engine | None = None
+    waiting: deque[Waiting] = deque()
+    try:
+        if any(not found.is_complete for found in predictions.values()):
+            engine = plan.load(batch_size, writer.max_length)
+        total = sum(len(found.questions) for found in predictions.values())
+        with tqdm(total=total, initial=sum(done.values()), unit="answer", desc="answering") as bar:
+            for task in unfinished:
+                found, cut = predictions[task.name], {"prompts_cut": 0, "tokens_cut": 0}
+                for number, sample in enumerate(samples[task.name]):
+                    request, tokens = writer.request(task, sample, writer.settings.seed + number)
+                    cut["prompts_cut"] += tokens > 0
+                    cut["tokens_cut"] += tokens
+                    if engine is not None and number >= done[task.name]:
+                        waiting.append((found, cut, engine.submit(request)))
+                        take(waiting, bar, AHEAD * batch_size)
+                if found.is_complete and not found.metrics:  # killed when only the record was missing
+                    found.finish(cut)
+            take(waiting, bar, 0)
+    finally:
+        if engine is not None:
+            engine.close()
+    return {name: found.metrics for name, found in predictions.items()}
+
+
+def take(waiting: deque[Waiting], bar: tqdm, most: int) -> None:
+    """Write the oldest answers down, waiting for them, until at most so many are left."""
+    while len(waiting) > most:
+        predictions, cut, answer = waiting.popleft()
+        predictions.append([answer.wait().text])
+        bar.update()
+        if predictions.is_complete:
+            predictions.finish(cut)
+
+
+# ---------------------------------------------------------------- reporting
+
+
+def print_tables(figures: Mapping[str, Any]) -> None:
+    """Scores in percent on standard output: by dataset, then by language and group."""
+    datasets, averages = figures["datasets"], figures["averages"]
+    buckets = list(averages["all"].get("buckets", {}))
+    headings = "".join(f" {bucket:>7}" for bucket in buckets)
+    print(f"{'dataset':22} {'group':14} {'score':>7}  {'95 % interval':>13} {'samples':>8}{headings}")
+    for name, found in datasets.items():
+        low, high = found["interval"]
+        lengths = "".join(cell(found["buckets"].get(bucket)) for bucket in buckets)
+        interval = f"{low:5.1f} - {high:5.1f}"
+        print(f"{name:22} {found['group']:14}{cell(found)}  {interval:>13} {found['samples']:8}{lengths}")
+    groups = list(averages["all"]["groups"])
+    print("\n" + f"{'average':10} {'all':>7}" + "".join(f" {group:>13}" for group in groups))
+    for language, whole in averages.items():
+        if language == "all" and len(averages) == 2:
+            continue  # the same as the one language
+        for bucket, part in {"": whole, **whole.get("buckets", {})}.items():
+            scores = "".join(f" {cell(part['groups'].get(group)):>13}" for group in groups)
+            print(f"{f'{language} {bucket}':10}{cell(part)}{scores}")
+
+
+def cell(part: Mapping[str, Any] | None) -> str:
+    """A score in a table; empty where there is none."""
+    return f" {part['score']:7.2f}" if part else " " * 8
+
+
+def report(result: Mapping[str, Any], args: EvalArguments) -> None:
+    """The summary, the files and the next command, in the log."""
+    whole, datasets, data = result["averages"]["all"], result["datasets"], result.get("data", {})
+    cut = ""
+    if prompts := sum(found.get("prompts_cut", 0) for found in data.values()):
+        tokens = sum(found.get("tokens_cut", 0) for found in data.values())
+        cut = f"\n  {prompts} prompts were longer than --max_length and lost {tokens} tokens from their middle"
+    logger.info(
+        "LongBench: %.2f (%.1f - %.1f) over %d of %d groups, %d datasets, %d answers%s\n"
+        "  files in %s: %s, %s, answers in %s\n"
+        "  next: MODEL=ANOTHER DATA=%s OUT=ANOTHER_FOLDER bash scripts/run_eval_longbench.sh",
+        *(whole["score"], *whole["interval"], len(whole["groups"]), len(GROUPS), len(datasets)),
+        *(sum(found["samples"] for found in datasets.values()), cut, args.output_dir, args.result.name),
+        *(args.result.with_suffix(".png").name, args.predictions.name, args.data_dir),
+    )
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        InferenceArguments,
+        AnswerArguments,
+        EvalArguments,
+        documented=("base_model", "lora_model", "tokenizer_path"),
+        description=__doc__,
+    )

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# 长文本评测 LongBench / LongBench, long texts.  MODEL=... DATA=... bash scripts/run_eval_longbench.sh [any eval_longbench.py flag]
+# 必填 / required: MODEL 合并后的模型或基座 merged model or base
+# 可选 / optional: DATA 数据目录，默认从 hub 下载 folder of the data, default: the hub's; LORA 适配器目录 adapter folder,
+#   TASKS=zh,en,code, OUT=output/longbench, MAX_LENGTH 默认模型的窗口 default: the model's window, DRY_RUN=0
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+: "${MODEL:?set MODEL to a merged model or a base}"
+CMD=("${PYTHON:-python}" "$HERE/eval_longbench.py" --base_model "$MODEL" --predict_on "${TASKS:-zh,en,code}"
+     --output_dir "${OUT:-output/longbench}")
+[[ -n ${DATA:-} ]] && CMD+=(--data_dir "$DATA")
+[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
+[[ -n ${MAX_LENGTH:-} ]] && CMD+=(--max_length "$MAX_LENGTH")
+CMD+=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
+exec "${CMD[@]}"
