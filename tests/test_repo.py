@@ -29,6 +29,7 @@ NEEDS = {
     "run_dpo.sh": {"MODEL": "m", "DATA": "d"},
     "run_eval_alignment.sh": {"MODEL": "m"},
     "run_eval_perplexity.sh": {"MODEL": "m", "TEXTS": "t"},
+    "run_eval_longbench.sh": {"MODEL": "m"},
     "run_arena.sh": {"MODELS": "a=b c=d"},
     "run_merge.sh": {"MODEL": "m", "LORA": "l"},
     "run_export_gguf.sh": {"MODEL": "m"},
