@@ -84,13 +84,18 @@ def test_the_nearest_answer_counts_and_of_some_tasks_the_first_line():
     assert score_answer(TASKS["lsht"], "体育\n财经", ["体育"], ["体育", "财经"]) == 1.0
 
 
-def test_a_text_of_many_words_without_a_full_stop_is_scored():
-    """Upstream's recursion ends at 1,000 calls, and its score is then 0."""
-    words = [f"w{number}" for number in range(1050)]
-    assert rouge_l(" ".join(words), " ".join(words)) == pytest.approx(1.0)
-    assert sys.getrecursionlimit() < 3000
+def test_a_text_of_more_words_than_calls_are_allowed_is_scored():
+    """Upstream's score is 0 there; 1,000 calls are allowed by default."""
+    text, before = " ".join(f"w{number}" for number in range(400)), sys.getrecursionlimit()
+    sys.setrecursionlimit(390)
+    try:
+        assert rouge_l(text, text) == pytest.approx(1.0)
+        assert sys.getrecursionlimit() == 390
+    finally:
+        sys.setrecursionlimit(before)
 
 
+@pytest.mark.slow
 def test_jieba_is_quiet_and_leaves_nothing_behind(tmp_path):
     code = (
         "import sys, tempfile; sys.path.insert(0, sys.argv[1])\n"
