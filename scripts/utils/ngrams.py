@@ -63,27 +63,31 @@ def _tables() -> _Tables:
     """Made from Python's Unicode tables, in some tenths of a second."""
     kinds: np.ndarray = np.zeros(LARGEST, np.uint8)
     values: np.ndarray = np.random.default_rng(SEED).integers(1, 2**64, LARGEST, np.uint64)
-    composing = _composing_characters()
+    composing, single_codes = _composing_characters(), _single_codes()
     for first, last in UNCHANGED:
         kinds[first : last + 1] = SINGLE
     rare = (*range(0x2F800, 0x2FA20), *range(0xE0000, 0xE0200))  # other forms, and marks that choose a form
     for code in (*range(0x4E00), *range(0xA000, 0xAC00), *range(0xD7A4, LISTED), *rare):
         folded = fold(chr(code))
-        classes = {_kind(letter) for letter in folded}
+        classes = {_kind(letter, single_codes) for letter in folded}
         if classes == {SEPARATOR}:
             kinds[code] = SEPARATOR
         elif len(folded) != 1 or folded in composing or chr(code) in composing:
-            kinds[code] = _kind(chr(code)) | COMPLEX
+            kinds[code] = _kind(chr(code), single_codes) | COMPLEX
         else:
-            kinds[code], values[code] = _kind(folded), values[ord(folded)]
+            (kinds[code],), values[code] = classes, values[ord(folded)]
     kinds[ord(BOUNDARY)] = SINGLE
     return _Tables(kinds, values)
 
 
-def _kind(letter: str) -> int:
+def _single_codes() -> set[int]:
+    return {code for first, last in SINGLE_SCRIPTS for code in range(first, last + 1)}
+
+
+def _kind(letter: str, single_codes: set[int]) -> int:
     if unicodedata.category(letter)[0] not in "LNM":
         return SEPARATOR
-    return SINGLE if any(first <= ord(letter) <= last for first, last in SINGLE_SCRIPTS) else WORD
+    return SINGLE if ord(letter) in single_codes else WORD
 
 
 def _composing_characters() -> set[str]:
