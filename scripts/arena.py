@@ -119,7 +119,6 @@ def start(
     accounts = read_accounts(web)
     check_port(web.host, web.port)
     select_gpus(model_args)  # before torch is imported
-    from utils.arena_page import ARENA_CSS, ArenaPage
     from utils.battles import Arena, VoteFile, read_bank
     from utils.players import find_players
 
@@ -130,6 +129,8 @@ def start(
     try:
         arena = Arena(list(by_name), votes, bank, lambda name, question: by_name[name].can_answer(question))
         record_sources(votes.path, players, describe_arguments(model_args, settings))
+        from utils.arena_page import ARENA_CSS, ArenaPage  # gradio takes seconds
+
         for player in players:
             player.load(web.max_batch_size)
         figures = partial(summarise_votes, rounds=args.bootstrap_rounds, k=args.elo_k, seed=settings.seed)

@@ -34,8 +34,9 @@ ARENA_CSS = """
 #votes button { min-width: 110px; padding: 6px 10px; }
 #status .prose { font-size: 0.95rem; text-align: center; min-height: 1.5em; }
 #status .html-container { padding: 0; }
-#asking { align-items: stretch; gap: 8px; flex: 0 0 auto; }
-#category, #results-category { flex: 0 0 170px; min-width: 150px; }
+#asking { align-items: center; gap: 8px; flex: 0 0 auto; }
+#category { flex: 0 0 150px; min-width: 130px; }
+#results-category { flex: 0 0 auto; width: 240px; align-self: flex-start; margin-left: 12px; }
 #next { flex: 0 0 auto; min-width: 120px; }
 .standings { border-collapse: collapse; font-size: 0.86rem; margin: 4px 0 14px; }
 .standings th, .standings td { padding: 5px 12px !important; text-align: right; white-space: nowrap; }
@@ -102,22 +103,21 @@ class ArenaPage(TranslatedPage):
         self.arena, self.settings, self.max_answers = arena, settings, max_answers
         self._summarise = summarise
         name = title or translate("arena", self._start_language)
+        categories = self._category_choices(self._start_language, self.arena.categories)
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             self.visit = gr.State(Visit())
             self._lay_out_header(name)
             with gr.Tabs():
                 with self._add(gr.Tab, {"label": "arena_battle"}):
-                    self._lay_out_battle()
+                    self._lay_out_battle(categories)
                 with self._add(gr.Tab, {"label": "arena_results"}) as self.results_tab:
-                    categories = self._category_choices(self._start_language, self.arena.categories)
-                    options = {"choices": categories, "value": "", "elem_id": "results-category"}
-                    self.results_category = self._add(gr.Dropdown, {"label": "arena_category"}, **options)
+                    self.results_category = self._category_choice(categories, "results-category")
                     self.results = gr.HTML(elem_id="results")
             self._listen()
 
     # ------------------------------------------------------------ layout
 
-    def _lay_out_battle(self) -> None:
+    def _lay_out_battle(self, categories: Sequence[tuple[str, str]]) -> None:
         self.chatbots = []
         with gr.Column(elem_id="arena-column"):
             with gr.Row(elem_id="chats"):
@@ -142,9 +142,6 @@ class ArenaPage(TranslatedPage):
                     for verdict in BUTTONS
                 }
             with gr.Row(elem_id="asking"):
-                choices = self._category_choices(self._start_language, self.arena.categories)
-                options = {"choices": choices, "value": "", "elem_id": "category", "container": True}
-                self.category = self._add(gr.Dropdown, {"label": "arena_category"}, **options)
                 self.box = self._add(
                     gr.Textbox,
                     {"placeholder": "arena_question"},
@@ -154,7 +151,11 @@ class ArenaPage(TranslatedPage):
                     submit_btn=True,
                     elem_id="question",
                 )
+                self.category = self._category_choice(categories, "category")
                 self.next = self._add(gr.Button, {"value": "arena_next"}, variant="primary", elem_id="next")
+
+    def _category_choice(self, choices: Sequence[tuple[str, str]], name: str) -> Any:
+        return gr.Dropdown(choices, value="", container=False, show_label=False, min_width=130, elem_id=name)
 
     def _category_choices(self, language: str, categories: Sequence[str]) -> list[tuple[str, str]]:
         named = [(describe_category(name, language), name) for name in categories]
@@ -221,7 +222,7 @@ class ArenaPage(TranslatedPage):
                 api_visibility="private",
             ).then(self._show, common, self._views, **quick)
         for verdict, button in self.buttons.items():
-            button.click(partial(self._vote, verdict), common, self._views, **telling)
+            button.click(self._vote, [*common, gr.State(verdict)], self._views, **telling)
         results = [self.results_category, self.results]
         shown = [self.language, self.results_category]
         self.results_tab.select(self._show_results, shown, results, **quick)
@@ -273,7 +274,7 @@ class ArenaPage(TranslatedPage):
             if visit.battle is battle and any(reply.finish_reason in (None, "cancelled") for reply in replies):
                 visit.failed = True  # half an answer is not voted on
 
-    def _vote(self, verdict: Verdict, visit: Visit, language: str, request: gr.Request) -> list[Any]:
+    def _vote(self, visit: Visit, language: str, verdict: Verdict, request: gr.Request) -> list[Any]:
         battle = visit.battle
         if battle is not None and visit.is_answered and visit.vote is None:
             vote = Vote(

@@ -86,13 +86,17 @@ class Endpoint:
         """
         import openai
 
+        ended = None
         try:
             with self._create(messages, options, stream=True) as chunks:
                 for chunk in chunks:
                     for choice in chunk.choices[:1]:
+                        ended = choice.finish_reason or ended
                         yield choice.delta.content or "", choice.finish_reason
         except openai.APIError as error:
             raise EndpointError(_describe(error)) from None
+        if ended is None:
+            raise EndpointError("the connection broke off in the middle of the answer")
 
     def _create(self, messages: Sequence[Message], options: Mapping[str, Any], stream: bool) -> Any:
         """Ask; a parameter that the server refuses goes by its other name, or is left out from then on."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from .arguments import GenerationArguments, InferenceArguments, describe_arguments
 from .base_record import weights_fingerprint
@@ -165,6 +166,7 @@ class ServerPlayer:
         self.name, self._endpoint, self._system_prompt = name, Endpoint(name, address), system_prompt
         self.source = {"from": self._endpoint.url, "model": self._endpoint.model}
         self._threads: ThreadPoolExecutor | None = None
+        self._answers: WeakSet[Answer] = WeakSet()
 
     def can_answer(self, question: Question) -> bool:
         return True
@@ -177,6 +179,7 @@ class ServerPlayer:
     ) -> Answer:
         assert self._threads is not None, "load first"
         answer = Answer(0, on_delta)
+        self._answers.add(answer)
         self._threads.submit(self._answer, answer, question, settings, seed)
         return answer
 
@@ -199,6 +202,8 @@ class ServerPlayer:
             answer.push(Delta(error=error))
 
     def close(self) -> None:
+        for answer in list(self._answers):
+            answer.cancel()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         self._threads = None

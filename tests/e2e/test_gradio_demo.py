@@ -20,22 +20,8 @@ from utils.files import InputError
 from utils.prompts import CHAT_TEMPLATES, encode_prompt
 from utils.web_access import AUTH_VARIABLE, WebArguments, is_welcome, read_accounts
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 LONG = GenerationArguments(max_new_tokens=350, min_new_tokens=350)
 SHORT = GenerationArguments(max_new_tokens=8)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
-    if not Path(CHROMIUM).is_file():
-        pytest.skip("needs Chromium (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @contextlib.contextmanager

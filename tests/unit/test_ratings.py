@@ -137,9 +137,9 @@ def test_bootstrap_draws_votes_with_replacement():
     names = list(TRUE)
     left, right = (np.array([names.index(battle[side]) for battle in battles]) for side in (0, 1))
     scores = np.array([float(battle.verdict == "left") for battle in battles])
-    strengths, elos = bootstrap(left, right, scores, 5, rounds=6, k=8, seed=9)
+    strengths, elos = bootstrap(left, right, scores, 5, rounds=3, k=8, seed=9)
     rng = np.random.default_rng(9)
-    for number, drawn in enumerate(rng.integers(40, size=(6, 40))):
+    for number, drawn in enumerate(rng.integers(40, size=(3, 40))):
         chosen = [battles[place] for place in drawn]
         assert strengths[number] == pytest.approx(list(ascend(chosen, names).values()), abs=1e-3)
         assert elos[number] == pytest.approx([plain_elo(chosen, 8).get(name, 1500) for name in names])
@@ -209,6 +209,7 @@ def test_no_battle_is_no_error():
     assert summarise([]) == {"battles": 0, "models": [], "pairs": [], "groups": []}
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path):
     battles = [*simulate(80, 7), Battle("模型", "a", "tie")]  # Chinese names, and a pair without a win
     figures = summarise(battles, rounds=20)
