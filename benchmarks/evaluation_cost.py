@@ -1,0 +1,215 @@
+"""What an evaluation costs beside the model's bare forward passes over the same tokens.
+
+  python benchmarks/evaluation_cost.py --part longbench
+A Llama with random weights answers LongBench's questions, in the published layout, about texts longer than its window.
+`bare` gives the same token ids to transformers' model: a pass over the prompt, then one for each new token but the
+last, one sample after another, nothing else: no text, no file. Ours is all of eval_longbench.main: reading, encoding,
+cutting, loading, answering, scoring, the picture. Every repetition is a fresh process; torch and transformers are
+imported before the clock starts.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+AIM = 1.10
+BARE = "bare forward passes"
+OURS = {"eval_longbench.py, one at a time": 1, "eval_longbench.py, eight at once (default)": 8}
+DATASETS = ("hotpotqa", "multifieldqa_en", "qasper", "lcc")  # answers of 32, 64, 128 and 64 tokens
+
+
+# ---------------------------------------------------------------- the model and the questions
+
+
+def make_model(args, folder: Path) -> int:
+    """Save a tokenizer of the example texts and a random model; returns its parameters."""
+    import torch
+    import train_tokenizer as script
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from utils.tokenization import load_tokenizer, save_tokenizer
+
+    script.main(
+        script.TokenizerArguments(
+            input=[str(ROOT / "examples" / "data" / "pretrain" / "en_train.txt")],
+            output_dir=str(folder / "tokenizer"),
+            vocab_size=args.vocabulary,
+        )
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        max_position_embeddings=args.window,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # the end is never the likeliest, so every answer has its full length
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder / "model")
+    save_tokenizer(tokenizer, folder / "model")
+    return model.num_parameters()
+
+
+def make_data(args, folder: Path) -> None:
+    """LongBench's layout: questions about stretches of the example texts, most of them longer than the window."""
+    text = (ROOT / "examples" / "data" / "pretrain" / "en_train.txt").read_text(encoding="utf-8")
+    folder.mkdir()
+    for name in DATASETS:
+        rows = []
+        for number in range(args.samples):
+            start = (number * 7919 * 31 + len(name) * 4001) % (len(text) - args.window * 8)
+            length = args.window * (2 + number % 5)  # characters; about four make a token
+            row = {"input": f"What is said of {number}?", "context": text[start : start + length]}
+            rows.append(
+                row | {"answers": ["yes, it is so"], "length": length // 5, "dataset": name, "all_classes": None}
+            )
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_prompts(folder: Path) -> None:
+    """The token ids that eval_longbench.py gives to the model, and how many it wants, for the bare passes."""
+    from eval_longbench import AnswerArguments
+
+    from utils.arguments import InferenceArguments
+    from utils.engines import EnginePlan
+    from utils.longbench_prompts import PromptWriter
+    from utils.longbench_samples import read_samples
+    from utils.longbench_tasks import TASKS
+
+    plan = EnginePlan(InferenceArguments(model_name_or_path=str(folder / "model")))
+    writer = PromptWriter(plan, AnswerArguments(), max_length=plan.context)
+    rows = []
+    for name in DATASETS:
+        task = TASKS[name]
+        for sample in read_samples(folder / "data" / f"{name}.jsonl", task):
+            rows.append((writer.encode(task, sample)[0], writer.answer_length(task)))
+    (folder / "prompts.json").write_text(json.dumps(rows))
+
+
+# ---------------------------------------------------------------- one row of the table, in a process of its own
+
+
+def measure(row: str, folder: Path) -> dict:
+    """Seconds, and the tokens that were given to the model."""
+    prompts = json.loads((folder / "prompts.json").read_text())
+    counts = {"prompt_tokens": sum(len(ids) for ids, _ in prompts), "new_tokens": sum(new for _, new in prompts)}
+    if row == BARE:
+        return {"seconds": time_bare(folder, prompts), **counts}
+    return {"seconds": time_ours(folder, OURS[row]), **counts}
+
+
+def time_bare(folder: Path, prompts) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for ids, new_tokens in prompts:
+            cache, given = None, torch.tensor([ids])
+            for _ in range(new_tokens):
+                output = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, given = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+    return time.perf_counter() - start
+
+
+def time_ours(folder: Path, batch_size: int) -> float:
+    import eval_longbench as script
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    from utils.arguments import InferenceArguments
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        script.main(
+            InferenceArguments(model_name_or_path=str(folder / "model"), dtype="float32"),
+            script.AnswerArguments(),
+            script.EvalArguments(
+                data_dir=str(folder / "data"), predict_on=",".join(DATASETS), output_dir=out, batch_size=batch_size
+            ),
+        )
+        return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["longbench"], default="longbench")
+    parser.add_argument("--vocabulary", type=int, default=4000)
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=10, help="of each of four datasets")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--no_record", action="store_true", help="do not write benchmarks/RESULTS.md")
+    parser.add_argument("--row", choices=[BARE, *OURS], help=argparse.SUPPRESS)  # a fresh process of this script
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if args.row:
+        print(json.dumps(measure(args.row, args.folder)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        parameters = make_model(args, folder)
+        make_data(args, folder / "data")
+        write_prompts(folder)
+        results: dict[str, list[dict]] = {row: [] for row in (BARE, *OURS)}
+        for _ in range(args.repeats):
+            for row in results:
+                command = [sys.executable, __file__, "--row", row, "--folder", temporary]
+                finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+                results[row].append(json.loads(finished.stdout.splitlines()[-1]))
+                print(f"{row}: {results[row][-1]['seconds']:.1f} s", flush=True)
+    report(args, parameters, results)
+
+
+def report(args, parameters: int, results: dict[str, list[dict]]) -> None:
+    import torch
+    from record import describe_run, record
+
+    seconds = {row: statistics.median(found["seconds"] for found in rows) for row, rows in results.items()}
+    counts = results[BARE][0]
+    lines = [
+        describe_run("torch", "transformers"),
+        f"- random Llama, {parameters / 1e6:.1f} million parameters, float32, {torch.get_num_threads()} threads, "
+        f"window {args.window}; {len(DATASETS) * args.samples} questions of {', '.join(DATASETS)}: "
+        f"{counts['prompt_tokens']:,} tokens in prompts, {counts['new_tokens']:,} new ones",
+        f"- median of {args.repeats}, every row in a fresh process",
+        "",
+        "| | seconds | of the bare passes |",
+        "|---|---|---|",
+        *(f"| {row} | {found:.1f} | {found / seconds[BARE]:.3f} |" for row, found in seconds.items()),
+        "",
+        f"Aim: at most {AIM:.2f}. Below 1 is possible where several are answered at once: they share the reading of "
+        "the weights, which the bare passes, one after another, repeat for each.",
+    ]
+    text = "\n".join(lines)
+    print(text)
+    if not args.no_record:
+        record("Cost of an evaluation: LongBench", text)
+
+
+if __name__ == "__main__":
+    main()
