@@ -3,10 +3,11 @@
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
 serving > serving_arguments > serving_http > serving_queue > serving_replies > openai_responses > serving_requests >
-grammar > openai_protocol > tool_calls > arena_page > judging > players > endpoints > battles > ratings > web_page >
-web_access > web_base > web_files > web_chat > web_style > web_texts > engines > drafts >
-perplexity_models > llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options > choice_scoring > transformers_engine > speculative >
-perplexity > perplexity_pictures > parts >
+grammar > openai_protocol > tool_calls >
+choice_targets > arena_page > arena_results > judging > players > endpoints > matches >
+battles > ratings > web_page > web_access > web_base > web_files > web_chat > web_style > web_texts > engines >
+drafts > perplexity_models > llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options >
+choice_scoring > transformers_engine > speculative > perplexity > perplexity_pictures > parts >
 longbench_results > longbench_metrics > longbench_prompts > longbench_samples > longbench_tasks >
 report > answers_report > rlhf_report > recipe > quantization_report > pages > charts > alignment > ppo_trainer >
 rollout_trainer > decoding > slots > rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer >
