@@ -1,11 +1,14 @@
 """What an evaluation costs beside the model's bare forward passes over the same tokens.
 
   python benchmarks/evaluation_cost.py --part longbench
+  python benchmarks/evaluation_cost.py --part perplexity
 A Llama with random weights answers LongBench's questions, in the published layout, about texts longer than its window.
 `bare` gives the same token ids to transformers' model: a pass over the prompt, then one for each new token but the
 last, one sample after another, nothing else: no text, no file. Ours is all of eval_longbench.main: reading, encoding,
 cutting, loading, answering, scoring, the picture. Every repetition is a fresh process; torch and transformers are
 imported before the clock starts.
+Perplexity likewise: `bare` gives the windows of documents short and long to transformers' model, padded in the same
+batches, and drops the logits; ours is all of eval_perplexity.main, loading the model included.
 """
 
 import argparse
@@ -26,6 +29,16 @@ sys.path.insert(0, str(ROOT / "scripts"))
 AIM = 1.10
 BARE = "bare forward passes"
 OURS = {"eval_longbench.py, one at a time": 1, "eval_longbench.py, eight at once (default)": 8}
+# Whether it is ours, and the stride as a part of the window.
+SCORED = {
+    "bare forward passes over blocks": (False, 1.0),
+    "eval_perplexity.py, blocks": (True, 1.0),
+    "bare forward passes over sliding windows": (False, 0.5),
+    "eval_perplexity.py, windows that slide by half": (True, 0.5),
+}
+PARTS = {"longbench": (BARE, *OURS), "perplexity": tuple(SCORED)}
+SCORED_CHARACTERS = 400_000
+BATCH_TOKENS = 4096
 DATASETS = ("hotpotqa", "multifieldqa_en", "qasper", "lcc")  # answers of 32, 64, 128 and 64 tokens
 
 
@@ -109,6 +122,8 @@ def write_prompts(folder: Path) -> None:
 
 def measure(row: str, folder: Path) -> dict:
     """Seconds, and the tokens that were given to the model."""
+    if row in SCORED:
+        return measure_perplexity(row, folder)
     prompts = json.loads((folder / "prompts.json").read_text())
     counts = {"prompt_tokens": sum(len(ids) for ids, _ in prompts), "new_tokens": sum(new for _, new in prompts)}
     if row == BARE:
@@ -150,20 +165,106 @@ def time_ours(folder: Path, batch_size: int) -> float:
         return time.perf_counter() - start
 
 
+# ---------------------------------------------------------------- perplexity
+
+
+def make_documents(folder: Path) -> None:
+    """The example texts: a line a document, then forty lines a document."""
+    lines = (ROOT / "examples" / "data" / "pretrain" / "en_train.txt").read_text(encoding="utf-8").splitlines()
+    documents, size = [], 0
+    while size < SCORED_CHARACTERS:
+        documents += [*lines[:40], " ".join(lines[40:80])]
+        size += sum(map(len, lines[:80]))
+        lines = lines[80:]
+    (folder / "documents.txt").write_text("\n".join(documents) + "\n", encoding="utf-8")
+
+
+def measure_perplexity(row: str, folder: Path) -> dict:
+    """Seconds, and the tokens that were given to the model, padding not counted."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from utils.tokenization import encode_texts, load_tokenizer
+
+    ours, share = SCORED[row]
+    window = AutoConfig.from_pretrained(folder / "model").max_position_embeddings
+    stride = int((window - 1) * share)
+    tokenizer = load_tokenizer(folder / "model")
+    rows = []
+    for ids in encode_texts(tokenizer, (folder / "documents.txt").read_text(encoding="utf-8").splitlines()):
+        starts = [0, *(start for start in range(stride, len(ids), stride) if start - stride + window - 1 < len(ids))]
+        rows += [[tokenizer.bos_token_id, *ids[start : start + window - 1]] for start in starts]
+    tokens = sum(map(len, rows))
+    if ours:
+        return {"seconds": time_scored(folder, stride), "tokens": tokens}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    rows.sort(key=len, reverse=True)
+    start = time.perf_counter()
+    with torch.no_grad():
+        while rows:
+            count = max(1, BATCH_TOKENS // len(rows[0]))
+            batch, rows = rows[:count], rows[count:]
+            padded = [ids + [0] * (len(batch[0]) - len(ids)) for ids in batch]
+            model(input_ids=torch.tensor(padded), use_cache=False)
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def time_scored(folder: Path, stride: int) -> float:
+    import eval_perplexity as script
+
+    from utils.arguments import InferenceArguments
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        script.main(
+            InferenceArguments(model_name_or_path=str(folder / "model"), dtype="float32", only_cpu=True),
+            script.EvalArguments(
+                texts=[str(folder / "documents.txt")], stride=stride, batch_tokens=BATCH_TOKENS, output_dir=out
+            ),
+        )
+        return time.perf_counter() - start
+
+
+def report_perplexity(args, parameters: int, results: dict[str, list[dict]]) -> None:
+    import torch
+    from record import describe_run, record
+
+    seconds = {row: statistics.median(found["seconds"] for found in rows) for row, rows in results.items()}
+    lines = [
+        describe_run("torch", "transformers"),
+        f"- random Llama, {parameters / 1e6:.1f} million parameters, float32, {torch.get_num_threads()} threads, "
+        f"window {args.window}; {SCORED_CHARACTERS:,} characters of documents short and long; median of "
+        f"{args.repeats}, every row in a fresh process",
+        "",
+        "| | tokens | seconds | of the bare passes |",
+        "|---|---|---|---|",
+    ]
+    for row, found in seconds.items():
+        bare = next(other for other, (ours, share) in SCORED.items() if not ours and share == SCORED[row][1])
+        lines.append(f"| {row} | {results[row][0]['tokens']:,} | {found:.1f} | {found / seconds[bare]:.3f} |")
+    lines += ["", f"Aim: at most {AIM:.2f}. Logits are made for scored tokens alone, of sliding windows for half."]
+    text = "\n".join(lines)
+    print(text)
+    if not args.no_record:
+        record("Cost of an evaluation: perplexity", text)
+
+
 # ---------------------------------------------------------------- all of it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["longbench"], default="longbench")
+    parser.add_argument("--part", choices=list(PARTS), default="longbench")
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=10, help="of each of four datasets")
+    parser.add_argument("--samples", type=int, default=6, help="of each of four datasets")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no_record", action="store_true", help="do not write benchmarks/RESULTS.md")
-    parser.add_argument("--row", choices=[BARE, *OURS], help=argparse.SUPPRESS)  # a fresh process of this script
+    parser.add_argument(
+        "--row", choices=[BARE, *OURS, *SCORED], help=argparse.SUPPRESS
+    )  # a fresh process of this script
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -173,16 +274,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         parameters = make_model(args, folder)
-        make_data(args, folder / "data")
-        write_prompts(folder)
-        results: dict[str, list[dict]] = {row: [] for row in (BARE, *OURS)}
+        if args.part == "longbench":
+            make_data(args, folder / "data")
+            write_prompts(folder)
+        else:
+            make_documents(folder)
+        results: dict[str, list[dict]] = {row: [] for row in PARTS[args.part]}
         for _ in range(args.repeats):
             for row in results:
                 command = [sys.executable, __file__, "--row", row, "--folder", temporary]
                 finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
                 results[row].append(json.loads(finished.stdout.splitlines()[-1]))
                 print(f"{row}: {results[row][-1]['seconds']:.1f} s", flush=True)
-    report(args, parameters, results)
+    (report if args.part == "longbench" else report_perplexity)(args, parameters, results)
 
 
 def report(args, parameters: int, results: dict[str, list[dict]]) -> None:

@@ -161,15 +161,15 @@ def answer_samples(
     from utils.longbench_results import open_predictions
 
     files = find_files(find_data(args.data_dir), tasks, args.e)
-    samples = {task.name: read_samples(files[task.name], task, args.max_samples) for task in tasks}
     plan = EnginePlan(model_args, chat=args.with_inst != "false")
+    samples = {task.name: read_samples(files[task.name], task, args.max_samples) for task in tasks}
     writer = PromptWriter(
         plan, settings, args.with_inst, model_args.system_prompt, choose_length(plan, args), plan.args.engine != "vllm"
     )
     for task in tasks:
         writer.check(task, samples[task.name])
     label, source = describe_source(plan, writer)
-    record = {**describe_arguments(plan.args, settings), **source}
+    record = {**describe_arguments(plan.args, settings), **source, "max_samples": args.max_samples}
     record.pop("gpus", None)  # where it is computed does not decide the answers
     data = {name: {"file": str(path), "sha256": hash_file(path)} for name, path in files.items()}
     anew = args.overwrite and args.result.is_file()

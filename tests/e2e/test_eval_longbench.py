@@ -347,6 +347,29 @@ def test_the_launcher_passes_everything_on(model_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gguf_file_answers_as_its_model(model_folder, data, tmp_path):
+    pytest.importorskip("llama_cpp")
+    import export_gguf
+
+    out = tmp_path / "gguf"
+    export_gguf.main(
+        export_gguf.ExportArguments(str(model_folder), output_dir=str(out), types=["f32"], self_test="none", threads=1)
+    )
+    (file,) = out.glob("*.gguf")
+    ours = evaluate(model_folder, data, tmp_path / "a", model_settings={"dtype": "float32"})
+    theirs = evaluate(file, data, tmp_path / "b", model_settings={"engine": "llama.cpp"})
+    (model,) = theirs["models"].values()
+    assert model["weights"] == {str(file): hash_file(file)} and model["max_length"] == WINDOW
+    pairs = [
+        (row["pred"], other["pred"])
+        for name, rows in answers(tmp_path / "a").items()
+        for row, other in zip(rows, answers(tmp_path / "b")[name], strict=True)
+    ]
+    assert sum(one == other for one, other in pairs) >= len(pairs) - 1  # but for a tie that rounding decides
+    assert ours["data"] == theirs["data"]
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on(model_folder, data, tmp_path):
     command = [sys.executable, str(SCRIPTS / "eval_longbench.py"), "--base_model", str(model_folder)]
     command += ["--data_dir", str(data), "--max_new_tokens", "24", "--batch_size", "1"]
