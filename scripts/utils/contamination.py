@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ NUM_WORDS, NUM_CHARACTERS = 13, 20
 # A question of fewer units than that must agree as a whole; one of fewer than these is too short to tell.
 SHORTEST_WORDS, SHORTEST_CHARACTERS = 8, 12
 LINE_END = "\n"
+MAX_PLACES = 50  # in a benchmark; stretches that it has more often are its formulas, and no sign of anything
 MAX_HITS = 5  # kept of each question
 BLOCK = 1 << 18  # characters of data that are looked at together: arrays that fit into a processor's cache
 FILTER_BITS = 6  # the filter is open to one stretch in 2**6 that no question has
@@ -58,7 +59,7 @@ class Overlap:
         hits: the longest stretches, longest first, at most `max_hits`.
         num_hits: how many there are in all.
         share: of the question's units that stand in any of them, 0-1.
-        too_short: the question is too short to tell.
+        too_short: the question is too short to tell, or has no stretch but formulas of the benchmark.
     """
 
     hits: list[Hit]
@@ -238,11 +239,11 @@ class _Search:
         self._questions: np.ndarray = np.repeat(np.arange(len(texts)), self._sizes + 1)  # (U,)
         characters = np.bincount(self._questions[self._units.singles], minlength=len(texts)) - 1  # no BOUNDARY
         is_chinese = 2 * characters > self._sizes
-        self.too_short = self._sizes < np.where(is_chinese, SHORTEST_CHARACTERS, SHORTEST_WORDS)
+        is_short = self._sizes < np.where(is_chinese, SHORTEST_CHARACTERS, SHORTEST_WORDS)
         wanted = np.minimum(self._sizes, np.where(is_chinese, num_characters, num_words))
         self._covered: np.ndarray = np.zeros(len(self._questions), bool)
         self._found = [_Found() for _ in texts]
-        self._indices = self._build_indices(np.where(self.too_short, 0, wanted))
+        self._indices = self._build_indices(np.where(is_short, 0, wanted))
         # What a block leaves for the next one of its file: longer than any stretch, so that each is seen whole.
         self._kept = int(self._sizes.max(initial=0)) + 1
         self._tail: _Block | None = None
@@ -253,14 +254,20 @@ class _Search:
         hashes = StretchHashes(self._units.values)
         place: np.ndarray = np.arange(len(self._questions)) - self._starts[self._questions]
         room = self._sizes[self._questions] - place  # units from here to the question's end
+        told: np.ndarray = np.zeros(len(self._sizes), bool)
         indices = {}
         first = []
         for length in sorted({int(length) for length in wanted} - {0}):
             places = np.flatnonzero((wanted[self._questions] == length) & (room >= length))
             found = hashes.at(places, length)
+            _, numbers, counts = np.unique(found, return_inverse=True, return_counts=True)
+            rare = counts[numbers] <= MAX_PLACES
+            found, places = found[rare], places[rare]
             order = np.argsort(found, kind="stable")
             indices[length] = _Index(found[order], places[order])
             first.append(hashes.at(places, SHORTEST_WORDS))
+            told[self._questions[places]] = True
+        self.too_short = ~told
         self._beginnings = np.unique(np.concatenate(first)) if first else np.zeros(0, np.uint64)
         bits = min(max(len(self._beginnings) - 1, 1).bit_length() + FILTER_BITS, LARGEST_FILTER)
         self._shift = np.uint64(64 - bits)
@@ -307,9 +314,26 @@ class _Search:
         new: np.ndarray = np.ones(len(first), bool)
         new[1:] = (diagonal[1:] != diagonal[:-1]) | (first[1:] > (first + length)[:-1])
         starts = np.flatnonzero(new)
-        stops: np.ndarray = np.append(starts[1:], len(first)) - 1
-        sizes = first[stops] + length[stops] - first[starts]
-        yield from zip(first[starts].tolist(), sizes.tolist(), (diagonal + first)[starts].tolist(), strict=True)
+        ends = (first + length)[np.append(starts[1:], len(first)) - 1]
+        yield from self._extend(
+            values, zip(diagonal[starts].tolist(), first[starts].tolist(), ends.tolist(), strict=True)
+        )
+
+    def _extend(self, values: np.ndarray, runs: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+        """Stretches (diagonal, first unit, end) as long as they can be, into formulas too, each once."""
+        ours, last = self._units.values, (0, -1)
+        for diagonal, first, end in runs:
+            if last[0] == diagonal and first <= last[1]:
+                continue  # a stretch before reaches as far
+            question = self._questions[first + diagonal]
+            start = int(self._starts[question])
+            stop = start + int(self._sizes[question])
+            while first and first + diagonal > start and values[first - 1] == ours[first + diagonal - 1]:
+                first -= 1
+            while end < len(values) and end + diagonal < stop and values[end] == ours[end + diagonal]:
+                end += 1
+            last = (diagonal, end)
+            yield first, end - first, first + diagonal
 
     def _add(self, length: int, place: int, location: str) -> None:
         self._covered[place : place + length] = True

@@ -117,7 +117,7 @@ def _to_gradient(logits: Tensor, targets: Tensor, with_entropy: bool = False) ->
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     entropies = torch.zeros_like(losses)
-    step = CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    step = _softmax_rows(logits)
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
         part, target = logits[rows], targets[rows].unsqueeze(1)
@@ -131,6 +131,11 @@ def _to_gradient(logits: Tensor, targets: Tensor, with_entropy: bool = False) ->
         probabilities.scatter_add_(1, target, torch.full_like(chosen, -1.0))
         part.copy_(probabilities)
     return losses, entropies
+
+
+def _softmax_rows(logits: Tensor) -> int:
+    """How many rows of logits have their softmax at once, see CPU_SOFTMAX_ROWS."""
+    return CPU_SOFTMAX_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
 
 
 def chunks(count: int, width: int) -> list[slice]:
@@ -165,9 +170,11 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     result = torch.zeros(flat_targets.shape, dtype=torch.float32, device=hidden.device)
     kept = (flat_targets != IGNORED).nonzero().squeeze(1)
     for rows in chunks(len(kept), weight.shape[0]):
-        index = kept[rows]
-        logits = (flat_hidden[index] @ weight.T).float()
-        result[index] = torch.logsumexp(logits, 1) - logits.gather(1, flat_targets[index].unsqueeze(1)).squeeze(1)
+        logits = flat_hidden[kept[rows]] @ weight.T
+        step = _softmax_rows(logits)
+        for part, index in zip(logits.split(step), kept[rows].split(step), strict=True):
+            part, target = part.float(), flat_targets[index].unsqueeze(1)
+            result[index] = torch.logsumexp(part, 1) - part.gather(1, target).squeeze(1)
     return result.view(targets.shape)
 
 

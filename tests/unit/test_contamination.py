@@ -235,6 +235,21 @@ def test_disjoint_text_has_no_hits(tmp_path, caplog):
     assert "0 of 1000 questions share a stretch with" in caplog.text
 
 
+def test_formulas_of_a_benchmark_are_no_sign(tmp_path):
+    """Instructions that stand in each of its questions; a question that is there is found with them, as a whole."""
+    rng = random.Random(1)
+    letters = [chr(0x4E00 + number) for number in range(500)]
+    formula = "请根据下面的材料回答问题，每题只有一个正确的选项，把它的字母写在答案里。"
+    texts = [formula + random_text(rng, 30, letters) + "，请回答。" for _ in range(60)]
+    zeros = "0 1 " * 100  # repeats itself more often than that
+    (tmp_path / "a.txt").write_text(f"{formula * 9}\n{zeros * 9}\n好：{texts[7]}\n", encoding="utf-8")
+    found = find_contaminated([*texts, zeros, "two 2 " + zeros], [tmp_path])
+    assert [number for number, overlap in enumerate(found) if overlap.is_contaminated] == [7]
+    assert (found[7].share, found[7].num_hits, found[7].hits[0].location) == (1, 1, f"{tmp_path / 'a.txt'}:3")
+    assert [overlap.too_short for overlap in found[-3:]] == [False, True, False]
+    assert find_contaminated(texts[:40], [tmp_path])[0].num_hits == 9 + 1  # it is part of each of forty
+
+
 # ---------------------------------------------------------------- files
 
 
