@@ -73,7 +73,7 @@ class ArenaArguments:
     votes: list[str] = list_arg(
         help="With --report, files of votes; default: votes.jsonl and verdicts.jsonl of --output_dir."
     )
-    bootstrap_rounds: int = arg(1000, help="Times that the votes are drawn anew for the 95 % intervals.")
+    bootstrap_rounds: int = arg(1000, help="Times that the votes are drawn anew for the intervals.")
     elo_k: float = arg(16.0, help="Points of Elo that a vote moves at most: more follows faster, and is less sure.")
     output_dir: str = arg("output/arena", help="Folder for votes, answers, arena.json and pictures.")
     overwrite: bool = arg(False, help="With --judge, replace answers and verdicts of other models or settings.")
@@ -119,7 +119,8 @@ def start(
     accounts = read_accounts(web)
     check_port(web.host, web.port)
     select_gpus(model_args)  # before torch is imported
-    from utils.battles import Arena, VoteFile, read_bank
+    from utils.battles import VoteFile
+    from utils.matches import Arena, read_bank
     from utils.players import find_players
 
     bank = read_bank(args.questions or [str(QUESTIONS)], args.categories)
@@ -130,6 +131,7 @@ def start(
         arena = Arena(list(by_name), votes, bank, lambda name, question: by_name[name].can_answer(question))
         record_sources(votes.path, players, describe_arguments(model_args, settings))
         from utils.arena_page import ARENA_CSS, ArenaPage  # gradio takes seconds
+        from utils.arena_results import RESULTS_CSS
 
         for player in players:
             player.load(web.max_batch_size)
@@ -143,7 +145,7 @@ def start(
             language=web.language,
             max_answers=web.max_batch_size,
         )
-        launch(page.blocks, web, accounts, ARENA_CSS)
+        launch(page.blocks, web, accounts, ARENA_CSS + RESULTS_CSS)
     except BaseException:
         close(players, votes)
         raise
@@ -181,9 +183,10 @@ def judge(
 ) -> dict[str, Any]:
     """Every pair of models on every question, in both orders; what was done before is not asked again."""
     select_gpus(model_args)  # before torch is imported
-    from utils.battles import VoteFile, read_bank
+    from utils.battles import VoteFile
     from utils.endpoints import Endpoint
     from utils.judging import Judge, judge_bouts, list_bouts, read_judge_prompt
+    from utils.matches import read_bank
     from utils.players import LocalPlayer, answer_bank, find_players
 
     prompt = read_judge_prompt(args.judge_prompt)
@@ -239,8 +242,9 @@ def report(
     args: ArenaArguments, seed: int, paths: Sequence[Path], counts: dict[str, int] | None = None
 ) -> dict[str, Any]:
     """Write arena.json and pictures, print the table; they are made of the votes, so older ones are replaced."""
-    from utils.battles import check_categories, read_votes
+    from utils.battles import read_votes
     from utils.judging import describe_judges
+    from utils.matches import check_categories
     from utils.ratings import plot_pairs, plot_ratings
 
     log = read_votes(paths)
@@ -253,9 +257,13 @@ def report(
     figures = summarise_votes(counted, **how)
     names = list(dict.fromkeys(vote.category for vote in counted))
     sources: dict[str, Any] = {}
+    answering: dict[str, Any] = {}
     for path in paths:
         beside = path.with_name(f"{path.name}.settings.json")
-        sources |= read_json(beside)["models"] if beside.is_file() else {}
+        if beside.is_file():
+            recorded = read_json(beside)
+            sources |= recorded["models"]
+            answering[str(path)] = recorded["settings"]
     result = {
         "kind": "arena",
         "settings": describe_arguments(args),
@@ -263,6 +271,7 @@ def report(
         "left_out": {"unparsed": len(chosen) - len(counted), "duplicates": log.duplicates, "torn": log.torn},
         **({"judging": counts} if counts else {}),
         "sources": sources,
+        "answering": answering,
         "environment": describe_environment(),
         **figures,
         "categories": {

@@ -14,13 +14,15 @@ from typing import Any
 
 import gradio as gr
 
+from .arena_results import results_html
 from .arguments import GenerationArguments
-from .battles import Arena, OpenBattle, Vote
+from .battles import Vote
 from .endpoints import EndpointError
 from .files import InputError
 from .generation import Answer, Delta
+from .matches import Arena, OpenBattle
 from .players import Player
-from .ratings import Verdict, pair_rates
+from .ratings import Verdict
 from .web_base import TranslatedPage
 from .web_chat import Reply, add_delta, next_news, put_news
 from .web_style import LATEX_DELIMITERS, escape_answer, escape_question
@@ -29,6 +31,7 @@ from .web_texts import TEXTS, translate
 logger = logging.getLogger(__name__)
 
 BUTTONS: tuple[Verdict, ...] = ("left", "tie", "both_bad", "right")
+AHEAD = 8  # characters that the quicker answer may show more than the slower one has
 ARENA_CSS = """
 #arena-column { height: calc(100vh - 112px); min-height: 480px; flex-wrap: nowrap; }
 #votes button { min-width: 110px; padding: 6px 10px; }
@@ -38,16 +41,6 @@ ARENA_CSS = """
 #category { flex: 0 0 150px; min-width: 130px; }
 #results-category { flex: 0 0 auto; width: 240px; align-self: flex-start; margin-left: 12px; }
 #next { flex: 0 0 auto; min-width: 120px; }
-.standings { border-collapse: collapse; font-size: 0.86rem; margin: 4px 0 14px; }
-.standings th, .standings td { padding: 5px 12px !important; text-align: right; white-space: nowrap; }
-.standings th:nth-child(2), .standings td:nth-child(2) { text-align: left; }
-.standings small { color: var(--body-text-color-subdued); }
-.track { position: relative; width: 190px; height: 14px; }
-.track i { position: absolute; top: 6px; height: 2px; background: #52606d; }
-.track b { position: absolute; top: 2px; width: 10px; height: 10px; margin-left: -5px; border-radius: 5px;
-  background: var(--color-accent); }
-.heat td { width: 76px; height: 46px; text-align: center !important; white-space: pre; line-height: 1.15; }
-.heat td:first-child { text-align: right !important; width: auto; }
 @media (max-width: 768px) { #arena-column { height: auto; } #asking { flex-wrap: wrap; } }
 """
 
@@ -102,6 +95,7 @@ class ArenaPage(TranslatedPage):
         self.players = {player.name: player for player in players}
         self.arena, self.settings, self.max_answers = arena, settings, max_answers
         self._summarise = summarise
+        self._known: dict[str, tuple[int, Mapping[str, Any]]] = {}  # figures by category, and of how many votes
         name = title or translate("arena", self._start_language)
         categories = self._category_choices(self._start_language, self.arena.categories)
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
@@ -180,9 +174,8 @@ class ArenaPage(TranslatedPage):
             if visit.vote is not None:
                 label += f": {visit.battle.models[side]}"
             shown.append({"role": "user", "content": _text(escape_question(visit.battle.question.text))})
-        for reply in visit.replies[side : side + 1]:
-            if reply.text or reply.finish_reason:
-                shown.append({"role": "assistant", "content": _text(escape_answer(reply.text) or "■")})
+        if visit.replies and ((text := in_step(visit.replies, side)) or visit.replies[side].finish_reason):
+            shown.append({"role": "assistant", "content": _text(escape_answer(text) or "■")})
         return gr.update(value=shown, label=label)
 
     def _status(self, visit: Visit, language: str) -> str:
@@ -298,7 +291,13 @@ class ArenaPage(TranslatedPage):
     def _show_results(self, language: str, category: str) -> list[Any]:
         categories = [*self.arena.categories, *(vote.category for vote in self.arena.votes.log.votes)]
         choices = self._category_choices(language, list(dict.fromkeys(categories)))
-        return [gr.update(choices=choices), results_html(self._summarise(category or None), language)]
+        return [gr.update(choices=choices), results_html(self._figures(category), language)]
+
+    def _figures(self, category: str) -> Mapping[str, Any]:
+        count = len(self.arena.votes.log.votes)
+        if category not in self._known or self._known[category][0] != count:
+            self._known[category] = count, self._summarise(category or None)
+        return self._known[category][1]
 
     def _translate(self, visit: Visit, language: str) -> list[Any]:
         choices = self._category_choices(language, self.arena.categories)
@@ -316,6 +315,12 @@ def _reported(language: str) -> Iterator[None]:
         raise gr.Error(message, print_exception=False) from None
 
 
+def in_step(replies: Sequence[Reply], side: int) -> str:
+    """What is shown of an answer: little more than of the other one while that is written; speed would tell names."""
+    own, other = replies[side], replies[1 - side]
+    return own.text if other.finish_reason else own.text[: len(other.text) + AHEAD]
+
+
 def _text(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
@@ -323,63 +328,3 @@ def _text(text: str) -> list[dict[str, str]]:
 def describe_category(name: str, language: str) -> str:
     """The name of a category of the bank on the page."""
     return translate(f"category_{name}", language) if f"category_{name}" in TEXTS else name
-
-
-# ---------------------------------------------------------------- results
-
-
-def results_html(figures: Mapping[str, Any], language: str) -> str:
-    """Standings with their intervals, and the pairs as a heat map. All text is escaped."""
-    if not figures["models"]:
-        return f"<p>{translate('arena_empty', language)}</p>"
-    parts = [f"<p><b>{translate('arena_battles', language, count=figures['battles'])}</b></p>"]
-    if len(figures["groups"]) > 1:
-        groups = " | ".join(", ".join(map(html.escape, group)) for group in figures["groups"])
-        parts.append(f"<p>⚠ {translate('arena_groups', language, groups=groups)}</p>")
-    parts += [_standings(figures["models"], language), f"<p><small>{translate('arena_about', language)}</small></p>"]
-    parts += [f"<p>{translate('arena_pairs', language)}</p>", _heat_map(figures)]
-    return "".join(parts)
-
-
-def _standings(models: Sequence[Mapping[str, Any]], language: str) -> str:
-    low = min(model["rating_interval"][0] for model in models)
-    span = max(model["rating_interval"][1] for model in models) - low or 1.0
-    head = [translate(f"column_{name}", language) for name in ("rank", "model", "rating")]
-    head += ["", *(translate(f"column_{name}", language) for name in ("elo", "win_rate", "record"))]
-    rows = []
-    for model in models:
-        start, middle, end = ((value - low) / span for value in _with_value(model, "rating"))
-        track = f'<i style="left:{start:.1%};width:{end - start:.1%}"></i><b style="left:{middle:.1%}"></b>'
-        record = " / ".join(str(model[name]) for name in ("wins", "losses", "ties", "both_bad"))
-        cells = [model["rank"], html.escape(model["name"]), _figure(model, "rating", 0)]
-        cells += [f'<div class="track">{track}</div>', _figure(model, "elo", 0), _figure(model, "win_rate", 1), record]
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    lines = ["".join(f"<th>{name}</th>" for name in head), *rows]
-    return f'<table class="standings">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
-
-
-def _with_value(model: Mapping[str, Any], kind: str) -> list[float]:
-    low, high = model[f"{kind}_interval"]
-    return [min(low, model[kind]), model[kind], max(high, model[kind])]
-
-
-def _figure(model: Mapping[str, Any], kind: str, digits: int) -> str:
-    if model[kind] is None:
-        return "–"
-    low, high = model[f"{kind}_interval"]
-    return f"{model[kind]:.{digits}f} <small>[{low:.{digits}f}, {high:.{digits}f}]</small>"
-
-
-def _heat_map(figures: Mapping[str, Any]) -> str:
-    """Blue where the row wins, red where it loses."""
-    names = [html.escape(model["name"]) for model in figures["models"]]
-    rates, labels = pair_rates(figures)
-    rows = ["<th></th>" + "".join(f"<th>{name}</th>" for name in names)]
-    for name, line, texts in zip(names, rates, labels, strict=True):
-        cells = [f"<td>{name}</td>"]
-        for rate, text in zip(line.tolist(), texts, strict=True):
-            color = "" if rate != rate else f"background:rgba({'42,111,151' if rate >= 50 else '178,58,72'}"
-            color += f",{abs(rate - 50) / 62:.2f})" if color else ""
-            cells.append(f'<td style="{color}">{text}</td>')
-        rows.append("".join(cells))
-    return f'<table class="standings heat">{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'

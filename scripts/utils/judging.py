@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .battles import HUMAN, Question, Vote, VoteFile
+from .battles import HUMAN, Vote, VoteFile
 from .endpoints import Endpoint, EndpointError
 from .files import InputError, hash_json
+from .matches import Question
 from .ratings import Verdict
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from weakref import WeakSet
 
 from .arguments import GenerationArguments, InferenceArguments, describe_arguments
 from .base_record import weights_fingerprint
-from .battles import Question
 from .checkpoints import open_checkpoint
 from .endpoints import Endpoint, EndpointError
 from .engines import EnginePlan
 from .files import InputError, hash_file, hash_json, iter_records
 from .generation import Answer, Delta, Engine, FinishReason, Request, check_room
 from .lora import ADAPTER_CONFIG
+from .matches import Question
 from .predictions import Predictions
 from .prompts import Message
 

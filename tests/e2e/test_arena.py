@@ -175,6 +175,18 @@ def test_a_battle_from_the_question_to_the_results(browser, two_models, english_
     assert sources["alpha"]["weights"] != sources["beta"]["weights"]
 
 
+def test_the_quicker_answer_waits_for_the_slower_one():
+    """Files answer at once, small models quickly: what is shown does not tell."""
+    from utils.arena_page import AHEAD, in_step
+    from utils.web_chat import Reply
+
+    file, slow = Reply("x" * 500, "stop"), Reply("y" * 30)
+    assert in_step([file, slow], 0) == "x" * (30 + AHEAD) and in_step([file, slow], 1) == slow.text
+    assert in_step([slow, Reply("")], 0) == "y" * AHEAD
+    slow.finish_reason = "length"
+    assert in_step([file, slow], 0) == file.text and in_step([slow, file], 0) == slow.text
+
+
 # ---------------------------------------------------------------- a judge, and reports
 
 

@@ -1,4 +1,4 @@
-"""utils.battles: votes that survive kills and torn lines, each counted once; fair pairs, sides and questions."""
+"""utils.battles, utils.matches: votes that survive kills, each counted once; fair pairs, sides and questions."""
 
 import itertools
 import json
@@ -12,8 +12,9 @@ from collections import Counter
 import pytest
 from conftest import EXAMPLES, SCRIPTS
 
-from utils.battles import Arena, Question, Vote, VoteFile, new_id, read_bank, read_votes
+from utils.battles import Vote, VoteFile, read_votes
 from utils.files import InputError
+from utils.matches import Arena, Question, new_id, read_bank
 
 BANK = [Question(f"question {number}", "ab"[number % 2], f"q{number}") for number in range(6)]
 

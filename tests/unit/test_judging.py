@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
+from conftest import ROOT
 from openai_stand_in import StandIn
 
 from utils.arguments import GenerationArguments, InferenceArguments
-from utils.battles import Question, Vote, VoteFile, read_votes
+from utils.battles import Vote, VoteFile, read_votes
 from utils.endpoints import Endpoint, EndpointError
 from utils.files import InputError
 from utils.judging import (
@@ -22,6 +23,7 @@ from utils.judging import (
     read_judge_prompt,
     read_verdict,
 )
+from utils.matches import Question
 from utils.players import AnswersPlayer, ServerPlayer, answer_bank, check_sources, find_players, split_name
 
 QUESTIONS = [Question(f"问题 {number}", "c", f"q{number}", "42" if number else None) for number in range(3)]
@@ -96,6 +98,11 @@ def test_the_prompt_takes_texts_as_they_are():
     assert prompt == "问题 1|{answer_b} {question}|\\1 [[A]] {x}|42|{other}"
     prompt = fill_judge_prompt(JUDGE_PROMPT, QUESTIONS[0], ("x", " \n"))
     assert shown(prompt) == ["x", NO_ANSWER] and "【参考答案】\n（没有）" in prompt and "问题 0" in prompt
+
+
+@pytest.mark.parametrize("name", ["arena.md", "arena_EN.md"])
+def test_the_documents_show_the_prompt(name):
+    assert f"```text\n{JUDGE_PROMPT}```" in (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
 def test_a_prompt_of_ones_own(tmp_path):
