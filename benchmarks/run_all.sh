@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python} SHARED=${SHARED:-../shared/data}
 "$PYTHON" benchmarks/train_step.py
 "$PYTHON" benchmarks/ppo_step.py
+"$PYTHON" benchmarks/evaluation_cost.py
 if [[ -d $SHARED ]]; then
   "$PYTHON" benchmarks/prepare_data.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296" --text "$SHARED"/pt/zh_*.txt
   "$PYTHON" benchmarks/sft_packing.py --data "$SHARED/sft/alpaca_zh_10k.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"

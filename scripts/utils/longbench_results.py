@@ -20,6 +20,7 @@ from .longbench_tasks import GROUPS, TASKS, Task
 from .predictions import Predictions
 
 BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": math.inf}  # of LongBench-E: below so many words
+FIELDS = ("answers", "all_classes", "length")  # that an answer's line repeats of its sample
 COLORS = ("#2a6f97", "#d9822b", "#4d9078", "#8e6c8a", "#b23a48", "#7b6d3f")  # of the groups
 
 
@@ -54,7 +55,7 @@ class LongBenchPredictions(Predictions):
 
     def question_of(self, row: dict[str, Any]) -> Any:
         """See Predictions."""
-        return {name: row[name] for name in ("answers", "all_classes", "length") if isinstance(row["pred"], str)}
+        return {name: row[name] for name in FIELDS if isinstance(row["pred"], str)}
 
 
 def open_predictions(
@@ -108,12 +109,17 @@ def read_predictions(folder: Path, tasks: Sequence[Task]) -> tuple[dict[str, lis
 
 
 def _read_row(row: dict[str, Any], location: str, name: str) -> dict[str, Any]:
-    answers, classes = row.get("answers"), row.get("all_classes")
-    if not isinstance(row.get("pred"), str) or not isinstance(answers, list) or not answers:
-        raise InputError(f"{location}: need 'pred', 'answers' and 'all_classes'; the record has {sorted(row)}")
-    if TASKS[name].metric == "classification" and not isinstance(classes, list):
-        raise InputError(f"{location}: need the list 'all_classes' for {name}; the record has {sorted(row)}")
-    return row
+    needs_classes = TASKS[name].metric == "classification"
+    checks = {
+        "pred": isinstance(row.get("pred"), str),
+        "answers": isinstance(row.get("answers"), list) and bool(row["answers"]),
+        "all_classes": isinstance(row.get("all_classes"), list) or not needs_classes,
+        "length": isinstance(row.get("length"), int),
+    }
+    if wrong := [field for field, holds in checks.items() if not holds]:
+        fields = ", ".join(sorted(row))
+        raise InputError(f"{location}: {', '.join(wrong)}: missing or wrong for {name}; the record has {fields}")
+    return {"all_classes": None, **row}
 
 
 # ---------------------------------------------------------------- figures
@@ -230,7 +236,9 @@ def plot_longbench(figures: Mapping[str, Any], path: Path, title: str) -> None:
     axes.set(xlim=(0, 100), xlabel="score (%), 95 % interval", title=title)
     axes.grid(axis="x", alpha=0.3)
     used = [group for group in GROUPS if group in {group for _, group, _ in bars}]
-    axes.legend(handles=[Patch(color=colors[group], label=group) for group in used], fontsize=8, loc="lower right")
+    axes.margins(y=0.01)
+    patches = [Patch(color=colors[group], label=group) for group in used]
+    axes.legend(handles=patches, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

@@ -181,9 +181,9 @@ def test_answers_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"lcc\.jsonl and hotpotqa\.jsonl are of different models"):
         read_predictions(tmp_path, tasks)
     for name, rows, message in (
-        ("lcc", [{"pred": "x"}], r"lcc\.jsonl:1: need 'pred', 'answers' and 'all_classes'; the record has \['pred'\]"),
-        ("lcc", [row(None, "x")], "need 'pred', 'answers'"),
-        ("trec", [row("x", "x")], r"trec\.jsonl:1: need the list 'all_classes'"),
+        ("lcc", [{"pred": "x"}], r"lcc\.jsonl:1: answers, length: missing or wrong for lcc; the record has pred"),
+        ("lcc", [row(None, "x")], "jsonl:1: pred: missing or wrong"),
+        ("trec", [row("x", "x")], r"trec\.jsonl:1: all_classes: missing or wrong for trec"),
         ("lcc", [], "no answers in"),
     ):
         write(tmp_path, name, rows)
