@@ -13,6 +13,7 @@ if [[ -d $SHARED ]]; then
   "$PYTHON" benchmarks/serving.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/merge.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/long_context.py --shared "$SHARED"
+  "$PYTHON" benchmarks/multiple_choice.py --shared "$SHARED"
   SHARED=$SHARED PYTHON=$PYTHON bash benchmarks/real_run.sh
 else
   echo "the other measurements need real text: set SHARED to a folder with pt/, sft/ and tokenizers/"
