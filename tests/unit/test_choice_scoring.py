@@ -64,7 +64,9 @@ def plain_logprobs(model, request):
     for ids in request.continuations:
         logits = model(input_ids=torch.tensor([[*request.prompt, *ids]])).logits[0].double()
         places = range(len(request.prompt) - 1, len(request.prompt) + len(ids) - 1)
-        found.append(sum(float(logits[i][t] - torch.logsumexp(logits[i], 0)) for i, t in zip(places, ids, strict=True)))
+        found.append(
+            sum(float(logits[i][t] - torch.logsumexp(logits[i], 0)) for i, t in zip(places, ids, strict=True))
+        )
     return found
 
 
@@ -87,7 +89,9 @@ def test_scores_are_those_of_plain_passes(name, tail):
     model, requests = model_of(CONFIGS[name]), questions(tail=tail)
     scorer = PrefixScorer(model, batch_tokens=100)
     assert_scores(scorer.score(requests), requests, model)
-    assert scorer.counts["computed_tokens"] < sum(len(request.prompt) for request in requests) / (2 if tail == 1 else 1)
+    assert scorer.counts["computed_tokens"] < sum(len(request.prompt) for request in requests) / (
+        2 if tail == 1 else 1
+    )
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 7, 64, 10**6])
