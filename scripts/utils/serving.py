@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -214,7 +215,8 @@ class AnswerResponse(Response):
         """Raises: ApiError before anything was sent; ClientLeft."""
         service, record = self._service, self._record
         record.model, record.prompt_tokens = self._plan.model, self._plan.num_prompt_tokens
-        answers = Answers(service.engine, service.queue, self._client, self._plan.requests)
+        interval = service.settings.stream_interval if self._stream else math.inf
+        answers = Answers(service.engine, service.queue, self._client, self._plan.requests, interval)
         service.active.add(answers)
         watching = asyncio.create_task(_fail_when_gone(receive, answers))
         try:

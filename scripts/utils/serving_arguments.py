@@ -35,6 +35,9 @@ class ServingArguments:
     max_queue: int = arg(64, help="Answers that may wait for their turn; beyond it the server replies 429.")
     max_context: int | None = arg(help="Tokens of prompt and answer together; default: the model's context.")
     max_body_bytes: int = arg(1 << 20, help="Largest request body in bytes.")
+    stream_interval: float = arg(
+        0.05, help="Least seconds between two events of a stream, which then carry several tokens; 0: an event each."
+    )
     request_timeout: float = arg(600.0, help="Seconds that a request may take altogether, waiting included.")
     shutdown_grace: float = arg(30.0, help="Seconds that running answers have to finish after SIGTERM or Ctrl-C.")
     completions_template: bool = arg(
@@ -48,6 +51,7 @@ class ServingArguments:
             f"--max_queue {self.max_queue}: need 0 or more": self.max_queue >= 0,
             f"--max_context {self.max_context}: need at least 2": self.max_context is None or self.max_context >= 2,
             f"--max_body_bytes {self.max_body_bytes}: need at least 1024": self.max_body_bytes >= 1024,
+            f"--stream_interval {self.stream_interval}: need 0 or more": self.stream_interval >= 0,
             f"--request_timeout {self.request_timeout}: need more than 0": self.request_timeout > 0,
             f"--shutdown_grace {self.shutdown_grace}: need 0 or more": self.shutdown_grace >= 0,
         }

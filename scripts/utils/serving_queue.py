@@ -113,11 +113,22 @@ class Answers:
         completed: how many have ended.
     """
 
-    def __init__(self, engine: Engine, queue: FairQueue, client: str, requests: Sequence[Request]) -> None:
-        """Raises: ApiError if the queue is full."""
+    def __init__(
+        self, engine: Engine, queue: FairQueue, client: str, requests: Sequence[Request], interval: float
+    ) -> None:
+        """
+        Args:
+            interval: seconds between two readings at least, the first and the last apart; infinite: only those two.
+        Raises: ApiError if the queue is full.
+        """
         queue.check_room(len(requests))
-        self._engine, self._queue, self._requests = engine, queue, requests
+        self._engine, self._queue, self._requests, self._interval = engine, queue, requests, interval
         self._loop = asyncio.get_running_loop()
+        # Waking the event loop takes time from the engine's thread: what comes within the interval waits here.
+        self._arrived: deque[tuple[int, Delta]] = deque()
+        self._woken = False
+        self._collected: float | None = None  # when, by the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._deltas: dict[int, list[Delta]] = {}  # not read yet, by number
         self._answers: dict[int, Answer] = {}
@@ -134,14 +145,33 @@ class Answers:
         self.begun = True
 
         def hand_over(delta: Delta) -> None:
-            # The loop is closed if the server had to end before the engine did.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._take, number, delta)
+            ended = delta.finish_reason is not None or delta.error is not None
+            self._arrived.append((number, delta))
+            if ended or not self._woken:
+                self._woken = True
+                # The loop is closed if the server had to end before the engine did.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._wake, ended)
 
         try:
             self._answers[number] = self._engine.submit(self._requests[number], hand_over)
         except Exception as error:
             self._loop.call_soon(self._take, number, Delta(error=error))
+
+    def _wake(self, ended: bool) -> None:
+        if ended or self._collected is None:
+            self._collect()
+        elif self._timer is None and math.isfinite(self._interval):
+            self._timer = self._loop.call_at(self._collected + self._interval, self._collect)
+
+    def _collect(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._collected = self._loop.time()
+        self._woken = False  # before reading, so that whatever comes from now on wakes the loop again
+        while self._arrived:
+            self._take(*self._arrived.popleft())
 
     def _take(self, number: int, delta: Delta) -> None:
         self._deltas.setdefault(number, []).append(delta)

@@ -21,7 +21,7 @@ from utils.prompts import CHAT_TEMPLATES
 from utils.sampling import TokenLogprob
 from utils.serving import create_app
 from utils.serving_arguments import ServingArguments, load_api_keys
-from utils.serving_queue import FairQueue, Turn
+from utils.serving_queue import Answers, FairQueue, Turn
 from utils.serving_replies import TokenNames, VisibleTokens
 from utils.tokenization import encode_text, load_tokenizer
 from utils.tool_calls import add_tools, read_call, write_call
@@ -867,6 +867,38 @@ def test_a_request_that_takes_too_long_is_ended(engine):
             assert engine.answers[1].cancelled
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(("interval", "pieces"), [(60.0, ["a", "bcd"]), (0.0, ["a", "b", "c", "d"])])
+def test_tokens_within_the_interval_come_in_one_event(engine, interval, pieces):
+    async def go():
+        async with client(engine, stream_interval=interval) as http:
+            task = asyncio.create_task(http.post(CHAT, json=HELLO | {"stream": True}))
+            await until(lambda: engine.answers)
+            for text in "abcd":
+                await asyncio.sleep(0.01)
+                engine.answers[0].push(Delta(text, (5,), finish_reason="stop" if text == "d" else None))
+            return events(await task)
+
+    chunks, done = asyncio.run(go())
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert done and [delta["content"] for delta in deltas if delta.get("content")] == pieces
+
+
+def test_a_token_within_the_interval_waits_for_its_end_only(engine):
+    """Nothing comes after the second token: it is sent when the interval is over."""
+
+    async def go():
+        service = create_app(engine, ServingArguments()).state.service
+        request = service.planner.chat(ChatRequest(**HELLO)).requests[0]
+        answers = Answers(engine, service.queue, "client", [request], 0.02)
+        texts = []
+        for text in "ab":
+            engine.answers[0].push(Delta(text, (5,)))
+            texts += [delta.text for _, delta in await asyncio.wait_for(answers.read(), 5)]
+        return texts
+
+    assert asyncio.run(go()) == ["a", "b"]
 
 
 def test_a_failing_engine_is_a_500_in_openais_form(engine, caplog):
