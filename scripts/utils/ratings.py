@@ -27,7 +27,8 @@ SCALE, MEAN = 400.0, 1500.0
 POINTS = SCALE / math.log(10)  # of a natural unit of log-odds
 PRIOR = 1.0  # tied battles of every model against one of mean strength: keeps models that never lost finite
 BLOCK = 4_000_000  # battles that are drawn at a time: 32 MB an array
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
+# Latin first, then what the machine has for Chinese; of a collection matplotlib sees the first face (JP) alone.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "PingFang SC", "Microsoft YaHei")
 
 
 class Battle(NamedTuple):
@@ -224,7 +225,7 @@ def plot_ratings(figures: Mapping[str, Any], path: Path) -> None:
         places = np.arange(len(models))
         ratings, elos = (np.array([model[kind] for model in models]) for kind in ("rating", "elo"))
         low = min(min(model["rating_interval"][0], model["elo_interval"][0], model["elo"]) for model in models) - 40
-        bars = {"height": 0.5, "color": "#2a6f97", "ecolor": "#52606d", "capsize": 3, "label": "Bradley-Terry"}
+        bars = {"height": 0.5, "color": "#8ab3cc", "ecolor": "#52606d", "capsize": 3, "label": "Bradley-Terry"}
         axes.barh(places - 0.08, ratings - low, left=low, xerr=_errors(models, "rating"), **bars)
         dots = {"fmt": "o", "color": "#d9822b", "ms": 5, "capsize": 2, "lw": 1, "label": "Elo"}
         axes.errorbar(elos, places + 0.3, xerr=_errors(models, "elo"), **dots)
