@@ -257,7 +257,8 @@ class PrefixScorer:
         logits = self._compute(cache, [request.prompt[shared:] for request in requests])
         first = torch.log_softmax(logits[:, -1].float(), -1)
         scores = [
-            [float(row[ids[0]]) for ids in request.continuations] for row, request in zip(first, requests, strict=True)
+            row[[ids[0] for ids in request.continuations]].tolist()
+            for row, request in zip(first, requests, strict=True)
         ]
         for place in range(max(len(request.continuations) for request in requests)):
             self._add_tails(cache, requests, place, scores)

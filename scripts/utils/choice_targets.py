@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
@@ -17,6 +18,8 @@ from .endpoints import Endpoint, EndpointError
 from .files import InputError
 from .generation import Completion, Engine, Request
 from .transformers_engine import TransformersEngine
+
+logger = logging.getLogger(__name__)
 
 UNLISTED = -9999.0  # of a token that is not among the likeliest, which are all that a server tells
 LISTED, LISTED_IN_CHAT = 5, 20  # likeliest tokens asked for, the most that the protocol has
@@ -157,7 +160,7 @@ class ServerScorer(Endpoint):
 
     def _check(self, requests: Sequence[ChoiceRequest]) -> None:
         """Raises: InputError for what the server, or the protocol, cannot tell."""
-        assert self.model  # it answers
+        logger.info("%s: %s, model %s", self.name, self.url, self.model)  # it answers
         longer = [request for request in requests if not all(map(_is_letter, request.texts))]
         if any(isinstance(request.text, list) for request in longer):
             raise InputError(
