@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the example data of this project: English and Chinese text, instructions and held-out questions.
 
-Reads facts.json, tasks.json, stories_{zh,en}.json and (in generate_values.py and generate_arena.py) values.json and arena.json beside
-this file; writes --output_dir (default: data/ beside it).
+Reads facts.json, tasks.json, stories_{zh,en}.json, (in generate_values.py) values.json and (in generate_arena.py)
+arena.json beside this file; writes --output_dir (default: data/ beside it).
 Seeded and made of the standard library alone: every run writes the same bytes.
 
     python examples/generate_data.py
