@@ -38,6 +38,7 @@ logger = logging.getLogger("eval_perplexity")
 
 RESULT, PICTURE, DOCUMENTS, PARTS = "perplexity.json", "perplexity.png", "documents.jsonl", "perplexity.parts.jsonl"
 LENGTHS = [256, 512, 1024]
+IRRELEVANT = ("output_dir", "overwrite", "batch_tokens")  # an unfinished run goes on with others
 MOST_WINDOW = 2048  # tokens of a window, unless told otherwise
 
 
@@ -78,7 +79,9 @@ class EvalArguments:
     document_separator: str | None = arg(
         help="In txt files, the line that ends a document; default: a line a document."
     )
-    batch_tokens: int = arg(4096, help="Tokens computed at once, about; memory grows with it, figures do not change.")
+    batch_tokens: int = arg(
+        4096, help="Tokens computed at once, about; memory grows with it, figures change by rounding alone."
+    )
     output_dir: str = arg("output/perplexity", help="Folder for perplexity.json and perplexity.png.")
     overwrite: bool = arg(False, help="Replace a finished result, or an unfinished one of other settings.")
 
@@ -139,7 +142,7 @@ def main(model_args: InferenceArguments, args: EvalArguments) -> dict[str, Any]:
         "texts": {name: {str(path): hash_file(path) for path in paths} for name, paths in files.items()},
         "models": {candidate.label: candidate.describe() for candidate in candidates},
     }
-    decides = {name: value for name, value in settings.items() if name not in ("output_dir", "overwrite")}
+    decides = {name: value for name, value in settings.items() if name not in IRRELEVANT}
     parts = Parts(folder / PARTS, {**record, "settings": decides}, args.overwrite)
     evaluate = draw_curves if args.lengths else score_documents
     result = {**record, "rows": evaluate(candidates, texts, args, parts)}

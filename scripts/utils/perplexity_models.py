@@ -161,7 +161,7 @@ def find_candidates(
     Args:
         settings: scalings; none: that of the arguments.
         kbits: bits of weights; none: those of the arguments.
-        longest: tokens that the window of a scaling without a factor must hold; None: not known.
+        longest: tokens that the window of a scaling without a factor holds; None: the scaling's default.
         curve: labels are for one model under several scalings; else for several models.
     Raises: InputError for what a model cannot have.
     """
@@ -181,8 +181,9 @@ def _variants(
     with_setting: bool,
     with_name: bool,
 ) -> Iterator[Candidate]:
-    gguf = GgufFile(replace(args, rope_scaling="none", rope_factor=None)) if args.engine == "llama.cpp" else None
-    if gguf:
+    gguf = None
+    if args.engine == "llama.cpp":
+        gguf = GgufFile(replace(args, rope_scaling="none", rope_factor=None, pi_factor=None))
         tokenizer, window = gguf.tokenizer, gguf.context
         args = replace(args, model_name_or_path=str(gguf.path))
     else:
@@ -207,13 +208,11 @@ def _variants(
 
 
 def choose_factor(args: InferenceArguments, setting: str, window: int, longest: int | None) -> InferenceArguments:
-    """The arguments with a scaling; without --rope_factor its window is as long as `longest`."""
+    """The arguments with a scaling; without --rope_factor its window is as long as `longest`, where that is given."""
     factor, pi_factor = args.rope_factor, args.pi_factor
     if setting == "none":
         factor = None
-    elif factor is None:
-        if longest is None:
-            raise InputError(f"--settings {setting}: how long shall the window be? pass --window, or --rope_factor")
+    elif factor is None and longest is not None:
         factor = longest / window
         if factor <= 1:
             raise InputError(

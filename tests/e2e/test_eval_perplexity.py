@@ -279,6 +279,8 @@ def test_scalings_of_whole_documents(tiny_model_folder, documents, tmp_path):
         nats, tokens = sum(loss for loss, _ in plain), sum(count for _, count in plain)
         assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert [row["label"] for row in result["rows"]] == ["tiny none", "tiny pi"]
+    yarn = score(tiny_model_folder, tmp_path / "yarn", {"few": documents["few"]}, {"rope_scaling": "yarn"})
+    assert yarn["window"] == 1024 and yarn["models"]["tiny yarn"]["rope_parameters"]["factor"] == 2.0
 
 
 # ---------------------------------------------------------------- GGUF files
@@ -389,7 +391,6 @@ REFUSED = {
     "kbits": ({"kbits": [16, 5]}, {}, "--kbits 16 5: need some of 16, 8, 4"),
     "stride": ({"lengths": [], "window": 64, "stride": 64}, {}, "--stride 64: need 1 to --window - 1"),
     "long stride": ({"lengths": [], "stride": 600}, {}, r"--stride 600: need 1 to 511, less than the window of 512"),
-    "no window": ({"lengths": [], "stride": 8, "settings": ["yarn"]}, {}, r"yarn: how long .*--window, or --rope_f"),
     "engine": ({"lengths": []}, {"engine": "vllm"}, "--engine vllm: it tells no losses"),
     "no model": ({"lengths": [], "other_models": ["nowhere"]}, {}, "nowhere"),
     "both": ({"settings": ["none"]}, {"rope_scaling": "ntk"}, "leave --rope_scaling out"),
