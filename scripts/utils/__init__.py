@@ -3,9 +3,9 @@
 Layers, a module imports only from its right (tests/test_repo.py checks it):
 
 serving > serving_arguments > serving_http > serving_queue > serving_replies > openai_responses > serving_requests >
-grammar > openai_protocol > tool_calls >
-choice_runs > choice_results > choice_benchmarks > choice_prompts > choice_answers > choice_presets > choice_questions >
-choice_subjects > choice_targets > arena_page > arena_results > judging > players > endpoints > matches >
+grammar > openai_protocol > tool_calls > choice_runs > choice_results > choice_benchmarks > choice_prompts >
+choice_answers > choice_presets > choice_questions > choice_subjects > choice_targets > arena_page >
+arena_results > judging > players > endpoints > matches >
 battles > ratings > web_page > web_access > web_base > web_files > web_chat > web_style > web_texts > engines >
 drafts > perplexity_models > llamacpp_engine > gguf_tokenizer > vllm_engine > vllm_options >
 choice_scoring > transformers_engine > speculative > perplexity > perplexity_pictures > parts >

@@ -79,6 +79,20 @@ class Endpoint:
             raise EndpointError("the server's answer has no choice in it")
         return str(response.choices[0].message.content or "")
 
+    def complete(self, text: str, options: Mapping[str, Any]) -> str:
+        """How a text goes on. Raises: EndpointError; InputError where no request can succeed."""
+        import openai
+
+        create: Any = self._client.completions.create
+        try:
+            response = create(model=self.model, prompt=text, **options)
+        except openai.APIError as error:
+            self._refuse(error)
+            raise EndpointError(_describe(error)) from None
+        if not response.choices:
+            raise EndpointError("the server's answer has no choice in it")
+        return str(response.choices[0].text or "")
+
     def stream(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
         """Pieces of the answer as they come, and at last why it ended; leaving early closes the connection.
 

@@ -33,6 +33,10 @@ RENAMED = {
     "force_resize_embeddings": "resize_embeddings",
     "llama_tokenizer_dir": "base_tokenizer",
     "include_tokens_per_second": "include_num_input_tokens_seen",
+    # The forerunners' evaluations.
+    "ntrain": "num_fewshot",
+    "input_dir": "data_dir",
+    "save_dir": "output_dir",
     # DeepSpeed-Chat, steps 2 (rm.py) and 3 (ppo.py); the last four are names in its code.
     "data_path": "train_data",
     "max_seq_len": "max_seq_length",
@@ -96,6 +100,10 @@ DROPPED = {
     "allowed_origins": "no other page may ask unless --cors_origins names it",
     "allowed_methods": "--cors_origins says which pages may ask",
     "allowed_headers": "--cors_origins says which pages may ask",
+    # The forerunners' evaluations.
+    "n_times": "the likeliest answer is the same each time; --do_sample and --seed draw others",
+    "do_save_csv": "answers.jsonl always has every answer",
+    "ngpu": "use --gpus",
 }
 REPLACED_SWITCHES = {
     "use_flash_attention_2": ["--attn_implementation", "flash_attention_2"],
@@ -105,6 +113,9 @@ REPLACED_SWITCHES = {
 }
 # The forerunners' NTK scaling, see translate_ntk.
 NTK_FLAGS = ("use_ntk", "alpha")
+# The forerunners' evaluations of questions with choices, see translate_exam: short flags, and switches.
+EXAM_SHORT = {"-k": "--ntrain", "-d": "--data_dir", "-s": "--save_dir", "-m": "--model_path", "-g": "--ngpu"}
+EXAM_SWITCHES = ("few_shot", "cot", "constrained_decoding", "do_test")
 FALSE_WORDS = ("false", "no", "0", "off")
 
 
@@ -118,6 +129,9 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
     result: list[str] = []
     chat = bool(known & CHAT_SCRIPTS_KNOW)
     tokens, changes = translate_chat_values(argv) if chat else (list(argv), [])
+    if "num_fewshot" in known:
+        tokens, more = translate_exam(tokens)
+        changes += more
     if "rope_scaling" in known:
         tokens, more = translate_ntk(tokens)
         changes += more
@@ -187,6 +201,35 @@ def translate_ntk(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         modern = []
     old = " ".join(f"--{name} {value}" for name, value in given.items())
     return result + modern, [f"{old} is now {' '.join(modern) or 'nothing (alpha 1 scales nothing)'}"]
+
+
+def translate_exam(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Switches and short flags of the forerunners' evaluations; returns the flags and the changes made.
+
+    --few_shot False is no examples, whatever --ntrain says; --cot True reasons, whatever --constrained_decoding says.
+    """
+    result: list[str] = []
+    given: dict[str, bool] = {}
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in EXAM_SWITCHES:
+            result.append(EXAM_SHORT.get(token, token))
+            continue
+        if not equals:
+            value = tokens.pop(0) if _is_value(tokens) else "True"
+        given[name] = value.lower() not in FALSE_WORDS
+    modern: list[str] = []
+    if "constrained_decoding" in given or given.get("cot"):
+        mode = "constrained" if given.get("constrained_decoding", True) else "generative"
+        modern += ["--mode", "cot" if given.get("cot") else mode]
+    if given.get("few_shot") is False:
+        modern += ["--num_fewshot", "0"]
+    if given.get("do_test"):
+        modern += ["--split", "test"]
+    old = " ".join(f"--{name} {value}" for name, value in given.items())
+    return result + modern, [f"{old} is now {' '.join(modern) or 'the default'}"] if given else []
 
 
 def translate_chat_values(argv: Sequence[str]) -> tuple[list[str], list[str]]:

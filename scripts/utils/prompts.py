@@ -245,6 +245,20 @@ def render(
         raise InputError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
 
+def render_forerunner_exam(system: str, turns: Sequence[tuple[str, str]]) -> str:
+    """Turns of (user, assistant) as the forerunners' evaluation wrote them; no training has this form.
+
+    The first and the last turn carry the system prompt, those between have brackets without it and end in a newline.
+    """
+    pieces = []
+    for number, (question, answer) in enumerate(turns):
+        if number in (0, len(turns) - 1):
+            pieces.append(f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{question} [/INST]{answer}")
+        else:
+            pieces.append(f"[INST] {question}[/INST]{answer}\n")
+    return "".join(pieces)
+
+
 def _render_with_spans(
     messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
 ) -> tuple[str, list[tuple[int, int]]]:

@@ -14,7 +14,8 @@ KNOWN = {"kl_coef", "deepspeed", "dtype", "precision", "rollout_batch_size", "pe
 
 def test_new_names_are_flags_of_some_script():
     flags = set().union(
-        *(script_flags(name) for name in ("pt.py", "sft.py", "rm.py", "ppo.py", "merge_tokenizers.py"))
+        *(script_flags(name) for name in ("pt.py", "sft.py", "rm.py", "ppo.py", "merge_tokenizers.py")),
+        script_flags("eval_multiple_choice.py"),
     )
     missing = {new for new in RENAMED.values() if f"--{new}" not in flags}
     assert not missing
@@ -91,9 +92,26 @@ A2_VLLM_SERVER = (
 )  # fmt: skip
 
 
+A2_CEVAL = (
+    "--benchmark ceval --data_dir . --model_path b --cot False --few_shot True --with_prompt True "
+    "--constrained_decoding True --temperature 0.2 --n_times 1 --ntrain 3 --do_save_csv False --do_test True "
+    "--output_dir o"
+)
+A2_CMMLU = "--benchmark cmmlu --input_dir d --model_path b --few_shot False -k 5 --constrained_decoding False"
+MX_MMLU = "--benchmark mmlu -k 2 -g 8 -d d -s out -m b --do_test --load_in_4bit --use_flash_attention_2"
+
+
 @pytest.mark.parametrize(
     ("script", "line", "expected"),
     [
+        ("eval_multiple_choice.py", A2_CEVAL, {"mode": "constrained", "num_fewshot": 3, "split": "test"}),
+        ("eval_multiple_choice.py", A2_CEVAL + " --cot True", {"mode": "cot", "with_prompt": True}),
+        ("eval_multiple_choice.py", A2_CMMLU, {"mode": "generative", "num_fewshot": 0, "data_dir": "d"}),
+        (
+            "eval_multiple_choice.py",
+            MX_MMLU,
+            {"num_fewshot": 2, "output_dir": "out", "split": "test", "data_dir": "d"},
+        ),
         ("gradio_demo.py", A2_PAGE, {"port": 19324, "max_memory": 1024, "engine": "vllm", "rope_scaling": "ntk"}),
         ("openai_api_server.py", A2_SERVER, {"gpus": "0,1", "load_in_4bit": True, "rope_scaling": "auto-ntk"}),
         ("openai_api_server.py", A2_VLLM_SERVER, {"served_model_name": ["chinese-llama-alpaca-2"], "port": 8000}),

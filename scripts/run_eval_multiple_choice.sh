@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# 选择题评测 / Multiple choice (C-Eval, CMMLU, MMLU, your own).  MODEL=... DATA=... bash scripts/run_eval_multiple_choice.sh [any eval_multiple_choice.py flag]
+# 必填 / required: MODEL 合并后的模型或基座 merged model or base, 或 / or SERVER OpenAI 接口的地址 address of an OpenAI-compatible server
+# 可选 / optional: BENCHMARK=cmmlu（ceval, cmmlu, mmlu 或自己的题目目录 or a folder of your own）, DATA 数据目录 folder of its files,
+#   LORA 适配器目录 adapter folder, SHOTS=5, OUT=output/multiple_choice, DRY_RUN=0
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -n ${SERVER:-} ]] || : "${MODEL:?set MODEL to a merged model or a base, or SERVER to the address of a server}"
+CMD=("${PYTHON:-python}" "$HERE/eval_multiple_choice.py" --benchmark "${BENCHMARK:-cmmlu}" --num_fewshot "${SHOTS:-5}"
+     --output_dir "${OUT:-output/multiple_choice}")
+if [[ -n ${SERVER:-} ]]; then CMD+=(--server_url "$SERVER"); else CMD+=(--base_model "$MODEL"); fi
+[[ -n ${DATA:-} ]] && CMD+=(--data_dir "$DATA")
+[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
+CMD+=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
+exec "${CMD[@]}"
