@@ -311,11 +311,11 @@ def describe_row(candidate: Candidate, text: str) -> dict[str, Any]:
 def report(candidates: Sequence[Candidate], files: dict[str, list[Path]], args: EvalArguments) -> None:
     """The files and the next command, in the log."""
     names = [RESULT, PICTURE] + ([] if args.lengths else [DOCUMENTS])
-    following = "run_inference.sh --interactive --rope_scaling SETTING"
+    following = "bash scripts/run_inference.sh --interactive --rope_scaling SETTING"
     if not args.lengths:
-        following = "run_eval_perplexity.sh --other_models ANOTHER --output_dir ANOTHER_FOLDER"
+        following = f"TEXTS={args.texts[0]} OTHERS=ANOTHER OUT=ANOTHER_FOLDER bash scripts/run_eval_perplexity.sh"
     logger.info(
-        "%d texts, %d lines\n  files in %s: %s\n  next: MODEL=%s bash scripts/%s",
+        "%d texts, %d lines\n  files in %s: %s\n  next: MODEL=%s %s",
         *(len(files), len(candidates), args.output_dir, ", ".join(names)),
         *(candidates[0].args.model_name_or_path, following),
     )
