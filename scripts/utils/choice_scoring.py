@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 OnScore = Callable[[int, "ChoiceScore"], None]
 COUNTS = ("requests", "prompt_tokens", "computed_tokens", "retries", "errors")
-BATCH_TOKENS = 2048  # in one forward pass, padding included
+BATCH_TOKENS = 1024  # in one forward pass, padding included
+LEAST_FILLED = 0.8  # of a batch's longest row, the shortest; the rest is padding
 GROUP_COST = 64  # what a group costs beside its tokens, in tokens: a pass for its beginning, and smaller batches
 CACHE_SHARE = 0.25  # of the free memory, for keys and values at most
 LOGIT_NUMBERS = 2**25  # rows x positions x vocabulary of one pass at most, where a row leaves the choice
@@ -239,7 +240,8 @@ class PrefixScorer:
         rest = sorted(members, key=lambda number: (-len(requests[number].prompt), number))
         while rest:
             length = len(requests[rest[0]].prompt) - shared
-            count = min(max(1, self._batch_tokens // length), most)
+            alike = sum(len(requests[number].prompt) - shared >= LEAST_FILLED * length for number in rest)
+            count = min(max(1, self._batch_tokens // length), most, alike)
             tail = max(len(ids) for number in rest[:count] for ids in requests[number].continuations)
             count = min(count, max(1, LOGIT_NUMBERS // (tail * config.vocab_size)))
             yield rest[:count]
