@@ -94,7 +94,7 @@ def forward_each(model, requests, **options):
 
 
 def measure(args) -> None:
-    from utils.choice_scoring import BATCH_TOKENS, PrefixScorer, group_prompts
+    from utils.choice_scoring import PrefixScorer, group_prompts
     from utils.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(args.shared / "tokenizers" / "chinese_llama2_55296")
@@ -105,7 +105,7 @@ def measure(args) -> None:
         for group in group_prompts(every)
     )
     model = make_model(args, tokenizer)
-    scorer = PrefixScorer(model, args.batch_tokens or BATCH_TOKENS)
+    scorer = PrefixScorer(model, args.batch_tokens)
     ways = {
         NAMES[0]: lambda rows: forward_each(model, rows),
         NAMES[1]: lambda rows: forward_each(model, rows, logits_to_keep=1),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OnScore = Callable[[int, "ChoiceScore"], None]
 COUNTS = ("requests", "prompt_tokens", "computed_tokens", "retries", "errors")
-BATCH_TOKENS = 1024  # in one forward pass, padding included
+BATCH_TOKENS, BATCH_TOKENS_ON_GPU = 512, 4096  # in one forward pass, padding included
 LEAST_FILLED = 0.8  # of a batch's longest row, the shortest; the rest is padding
 GROUP_COST = 64  # what a group costs beside its tokens, in tokens: a pass for its beginning, and smaller batches
 CACHE_SHARE = 0.25  # of the free memory, for keys and values at most
@@ -178,15 +178,17 @@ class PrefixScorer:
     `cache_bytes` are held; where that is less than a row needs, of one row.
     """
 
-    def __init__(self, model: Any, batch_tokens: int = BATCH_TOKENS, cache_bytes: int | None = None) -> None:
+    def __init__(self, model: Any, batch_tokens: int | None = None, cache_bytes: int | None = None) -> None:
         """
         Args:
-            batch_tokens: computed at once, padding included.
+            batch_tokens: computed at once, padding included; default: what the device is quick with.
             cache_bytes: default: CACHE_SHARE of the free memory.
         Raises: InputError if its layers keep no keys and values for each token.
         """
         check_layers(model.config)
-        self.model, self._batch_tokens, self._cache_bytes = model, batch_tokens, cache_bytes
+        usual = BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS_ON_GPU
+        self.model, self._cache_bytes = model, cache_bytes
+        self._batch_tokens = batch_tokens or usual
         self._rotations = find_row_rotary(model)
         self.counts = dict.fromkeys(COUNTS, 0)
 
