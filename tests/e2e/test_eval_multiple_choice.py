@@ -227,7 +227,8 @@ def test_launcher_and_a_kill(tiny_model_folder, exam, tmp_path):
 
     environment = {**os.environ, "PYTHON": sys.executable, "MODEL": str(tiny_model_folder), "SHOTS": "2"}
     environment |= {"BENCHMARK": str(exam), "OUT": str(tmp_path / "my out")}
-    command = ["bash", str(SCRIPTS / "run_eval_multiple_choice.sh"), "--mode", "generative", "--batch_size", "1"]
+    command = ["bash", str(SCRIPTS / "run_eval_multiple_choice.sh"), "--mode", "generative", "--max_new_tokens", "60"]
+    command += ["--batch_size", "1"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     parts = tmp_path / "my out" / "answers.partial.jsonl"
     while process.poll() is None and not (parts.is_file() and len(parts.read_bytes().splitlines()) > 3):
