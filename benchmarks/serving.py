@@ -1,10 +1,12 @@
 """The OpenAI-style server under load: this one, `transformers serve`, and the bare model, in one run.
 
   python benchmarks/serving.py --tokenizer ../shared/data/tokenizers/chinese_llama2_55296
-A bfloat16 Llama of 58M parameters with random weights; 16 clients, each of which streams 64 greedy tokens after
-a prompt of its own. Servers are started anew for each repetition, by turns. Also: a chat of ten turns, where only
-what is new should be computed; and, where llama-cpp-python is installed, the same model as a GGUF file, served with
---engine llama.cpp and asked in the same process through llama-cpp-python's own class.
+A Llama of 58M parameters with random weights, in bfloat16 where the machine computes in it, else in float32, the
+same for all; 16 clients, each of which streams 64 greedy tokens after a prompt of its own. Servers are started anew
+for each repetition, by turns, and asked several times. Also: chats of ten turns, where only what is new should be
+computed; and, where llama-cpp-python is installed, the same model as a GGUF file, served with --engine llama.cpp and
+asked through llama-cpp-python's own class in another process, question by question in turn. Ratios are taken within
+a repetition, or a question, so that what a machine does differently later changes both sides.
 """
 
 import argparse
@@ -33,8 +35,15 @@ OURS, ALONE, LLAMA_CPP, BINDING = (
 BARE = ("no server: generate", "no server: decoding loop")
 
 
+def number_type() -> str:
+    """What the machine computes fastest in, and the server chooses by itself."""
+    from utils.modeling import bf16_is_supported
+
+    return "bfloat16" if bf16_is_supported() else "float32"
+
+
 def make_model(folder: Path, tokenizer_folder: str | None) -> None:
-    """A random Llama of 58M parameters with the tokenizer's rows, saved in bfloat16."""
+    """A random Llama of 58M parameters with the tokenizer's rows."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,8 +64,8 @@ def make_model(folder: Path, tokenizer_folder: str | None) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {config.vocab_size} rows", flush=True)
+    model = LlamaForCausalLM(config).to(getattr(torch, number_type()))
+    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {config.vocab_size} rows, {number_type()}", flush=True)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
@@ -71,9 +80,12 @@ def make_gguf(folder: Path, path: Path) -> None:
         write_gguf(plan, inputs.model, "Q8_0", path)
 
 
-def questions(count: int) -> list[str]:
-    """Texts of about 64 tokens, that differ from their first word on."""
-    return ["".join(WORDS[(7 * n + (3 + n) * place) % len(WORDS)] for place in range(48)) for n in range(count)]
+def questions(count: int, number: int = 0) -> list[str]:
+    """Texts of about 64 tokens; those of another number, up to 20, begin with another word, so no cache has them."""
+    return [
+        WORDS[number] + "".join(WORDS[(7 * n + (3 + n) * place) % len(WORDS)] for place in range(47))
+        for n in range(count)
+    ]
 
 
 # ---------------------------------------------------------------- a server and its clients
@@ -150,7 +162,17 @@ async def load(url: str, model: str, texts: list[str], tokens: int, together: bo
     }
 
 
-async def chat(url: str, model: str, turns: int) -> list[float]:
+def load_in_rounds(args: argparse.Namespace, url: str, model: str, together: bool) -> dict[str, float]:
+    """The round of median speed; alone, one round: it takes long."""
+    rounds = [
+        asyncio.run(load(url, model, questions(args.clients, number), args.tokens, together))
+        for number in range(args.rounds if together else 1)
+    ]
+    rounds.sort(key=lambda result: result["tokens_per_second"])
+    return {**rounds[len(rounds) // 2], "lost": sum(result["lost"] for result in rounds)}
+
+
+async def chat(url: str, model: str, turns: int, number: int) -> list[float]:
     """Seconds to the first token of each turn of a conversation: an answer of one token, so that text which a token
     of a random model does not complete delays nothing. Then the turn's whole answer is asked for."""
     import httpx
@@ -158,7 +180,7 @@ async def chat(url: str, model: str, turns: int) -> list[float]:
     messages: list[dict] = []
     firsts = []
     async with httpx.AsyncClient(timeout=600) as client:
-        for text in questions(turns):
+        for text in questions(turns, number):
             messages.append({"role": "user", "content": text})
             body = {"model": model, "messages": messages, "max_tokens": 1, "temperature": 0.0}
             start = time.perf_counter()
@@ -171,9 +193,9 @@ async def chat(url: str, model: str, turns: int) -> list[float]:
 
 def commands(folder: Path, clients: int, port: int) -> dict[str, list[str]]:
     """How each server is started."""
-    ours = [sys.executable, str(ROOT / "scripts" / "openai_api_server.py"), "--base_model", str(folder)]
+    ours = [sys.executable, str(ROOT / "scripts" / OURS), "--base_model", str(folder), "--dtype", number_type()]
     theirs = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu"]
-    theirs += ["--dtype", "bfloat16", "--port", str(port), "--host", "127.0.0.1"]
+    theirs += ["--dtype", number_type(), "--port", str(port), "--host", "127.0.0.1"]
     return {
         OURS: [*ours, "--port", str(port), "--max_batch_size", str(clients)],
         "transformers serve": theirs,
@@ -194,7 +216,7 @@ def bare(folder: Path, texts: list[str], tokens: int) -> dict[str, float]:
     from utils.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, number_type())).eval()
     generator = Generator(model, tokenizer, tokenizer.chat_template)
     prompts = [generator.encode([{"role": "user", "content": text}]) for text in texts]
     width = max(map(len, prompts))
@@ -216,31 +238,59 @@ def bare(folder: Path, texts: list[str], tokens: int) -> dict[str, float]:
     return rates
 
 
-def bare_llama_cpp(path: Path, texts: list[str], tokens: int) -> dict[str, float]:
-    """Tokens a second of llama-cpp-python's own class, which streams one answer after another."""
+def answer_questions(path: Path, tokens: int) -> None:
+    """Answer each line of standard input with llama-cpp-python's own class, streamed; print the seconds it took."""
     import llama_cpp
     import torch
 
     model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
-
-    def ask(text: str, count: int) -> None:
-        messages = [{"role": "user", "content": text}]
-        for _ in model.create_chat_completion(messages, stream=True, max_tokens=count, temperature=0.0):
+    for line in sys.stdin:
+        start = time.perf_counter()
+        messages = [{"role": "user", "content": line.strip()}]
+        for _ in model.create_chat_completion(messages, stream=True, max_tokens=tokens, temperature=0.0):
             pass
-
-    ask("你好", 4)  # a warm-up
-    start = time.perf_counter()
-    for text in texts:
-        ask(text, tokens)
-    return {BINDING: len(texts) * tokens / (time.perf_counter() - start)}
+        print(time.perf_counter() - start, flush=True)
 
 
 def compare_llama_cpp(args: argparse.Namespace, path: Path, log: Path) -> dict[str, dict[str, float]]:
-    """A GGUF file behind the server, and in llama-cpp-python: the same requests, one after another."""
+    """A GGUF file behind the server, and in llama-cpp-python: the same questions, each asked here and then there."""
+    import httpx
+
     command = [sys.executable, str(ROOT / "scripts" / OURS), "--base_model", str(path), "--engine", "llama.cpp"]
-    with Server([*command, "--port", str(PORT), "--max_batch_size", str(args.clients)], PORT, log) as server:
-        served = asyncio.run(load(server.url, path.name, questions(args.clients), args.tokens, together=False))
-    return {LLAMA_CPP: served, **run_bare(args, path)}
+    alone = [sys.executable, __file__, "--bare", str(path), "--tokenizer", args.tokenizer]
+    alone += ["--tokens", str(args.tokens)]
+
+    async def ask(url: str, text: str) -> tuple[float, float, str]:
+        async with httpx.AsyncClient(timeout=600) as client:
+            return await stream(client, url, path.name, [{"role": "user", "content": text}], args.tokens)
+
+    with (
+        Server([*command, "--port", str(PORT), "--max_batch_size", str(args.clients)], PORT, log) as server,
+        subprocess.Popen(alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as binding,
+    ):
+        assert binding.stdin is not None and binding.stdout is not None
+        firsts, served, plain = [], [], []
+        for number in range(1 + args.rounds):  # the first is a warm-up
+            for text in questions(args.clients if number else 2, number):
+                first, seconds, _ = asyncio.run(ask(server.url, text))
+                binding.stdin.write(text + "\n")
+                binding.stdin.flush()
+                other = float(binding.stdout.readline())
+                if number:
+                    firsts.append(first)
+                    served.append(seconds)
+                    plain.append(other)
+        binding.stdin.close()
+    ratios = [one / other for one, other in zip(served, plain, strict=True)]
+    return {
+        LLAMA_CPP: {
+            "tokens_per_second": args.tokens / statistics.median(served),
+            "first_median": statistics.median(firsts),
+            "slowest": max(served),
+            "against_binding": statistics.median(ratios),
+        },
+        BINDING: {"tokens_per_second": args.tokens / statistics.median(plain)},
+    }
 
 
 def run_bare(args: argparse.Namespace, model: Path) -> dict[str, dict[str, float]]:
@@ -258,6 +308,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="times each server is asked all questions, and chats")
     parser.add_argument("--only_ours", action="store_true", help="leave out the other servers")
     parser.add_argument("--bare", help=argparse.SUPPRESS)  # a fresh process of this script
     parser.add_argument("--no_record", action="store_true", help="do not write benchmarks/RESULTS.md")
@@ -265,7 +316,10 @@ def main() -> None:
     texts = questions(args.clients)
     if args.bare:
         model = Path(args.bare)
-        print(json.dumps((bare if model.is_dir() else bare_llama_cpp)(model, texts, args.tokens)))
+        if model.is_dir():
+            print(json.dumps(bare(model, texts, args.tokens)))
+        else:
+            answer_questions(model, args.tokens)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder, log = Path(scratch) / "model", Path(scratch) / "server.log"
@@ -281,11 +335,10 @@ def main() -> None:
                     continue
                 with Server(command, PORT, log) as server:
                     served = str(folder) if number else folder.name
-                    results = {name: asyncio.run(load(server.url, served, texts, args.tokens, together=True))}
+                    results = {name: load_in_rounds(args, server.url, served, together=True)}
                     if not number:
-                        alone = asyncio.run(load(server.url, served, texts, args.tokens, together=False))
-                        results[ALONE] = alone
-                        chats.append(asyncio.run(chat(server.url, served, 10)))
+                        results[ALONE] = load_in_rounds(args, server.url, served, together=False)
+                        chats += [asyncio.run(chat(server.url, served, 10, turn)) for turn in range(2 * args.rounds)]
                 note(rows, repeat, results)
             note(rows, repeat, run_bare(args, folder))
             if gguf:
@@ -306,7 +359,8 @@ def report(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]], ch
         return statistics.median(result.get(key, float("nan")) for result in rows[name])
 
     lines = [
-        f"{args.clients} clients, {args.tokens} tokens each; medians of {args.repeats} repetitions.",
+        f"{args.clients} clients, {args.tokens} tokens each, {number_type()}; medians of {args.repeats} repetitions "
+        f"of {args.rounds} rounds. In brackets: each repetition's own ratio.",
         "",
         "| | tokens/s | first token, median s | p95 s | slowest answer s | lost |",
         "|---|---|---|---|---|---|",
@@ -315,19 +369,27 @@ def report(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]], ch
         figures = [median(name, key) for key in ("first_median", "first_p95", "slowest", "lost")]
         cells = [f"{median(name, 'tokens_per_second'):.0f}", *(f"{f:.2f}" for f in figures[:3]), f"{figures[3]:.0f}"]
         lines.append(f"| {name} | " + " | ".join(cell.replace("nan", "") for cell in cells) + " |")
-    ours = median(OURS, "tokens_per_second")
-    lines += ["", f"Together against one after another: {ours / median(ALONE, 'tokens_per_second'):.2f} x."]
+
+    def ratio(name: str, key: str = "tokens_per_second") -> str:
+        """This server against another, within each repetition: the median, and all."""
+        found = [ours[key] / other[key] for ours, other in zip(rows[OURS], rows[name], strict=True)]
+        return f"{statistics.median(found):.2f} x ({', '.join(f'{one:.2f}' for one in sorted(found))})"
+
     other = "transformers serve --continuous-batching"
+    lines += ["", f"Together against one after another: {ratio(ALONE)}."]
     if other in rows:
-        lines.append(f"Against `{other}`: {ours / median(other, 'tokens_per_second'):.2f} x.")
-    pairs = [(OURS, BARE[0]), (OURS, BARE[1]), (LLAMA_CPP, BINDING)]
-    for served, without in (pair for pair in pairs if pair[1] in rows):
-        share = 1 - median(served, "tokens_per_second") / median(without, "tokens_per_second")
-        lines.append(f"What `{served}` costs against `{without}`: {share:+.1%} of its tokens a second.")
+        lines.append(f"Against `{other}`: {ratio(other)}; time to the first token: {ratio(other, 'first_median')}.")
+    lines += [f"Against `{name}`: {ratio(name)}." for name in BARE]
+    if LLAMA_CPP in rows:
+        costs = [result["against_binding"] for result in rows[LLAMA_CPP]]
+        lines.append(
+            f"An answer of `{LLAMA_CPP}` takes {statistics.median(costs):.3f} x the time of `{BINDING}`, question by "
+            f"question ({', '.join(f'{one:.3f}' for one in sorted(costs))})."
+        )
     turns = [statistics.median(chat[turn] for chat in chats) for turn in range(10)]
     lines.append(
-        f"First token of a chat's turns 2 and 10: {turns[1] * 1000:.0f} and {turns[9] * 1000:.0f} ms, "
-        f"{turns[9] / turns[1]:.2f} x."
+        f"First token of a chat's turns 2 and 10, of {len(chats)} chats: {turns[1] * 1000:.0f} and "
+        f"{turns[9] * 1000:.0f} ms, {turns[9] / turns[1]:.2f} x."
     )
     print("\n".join(lines))
     if not args.no_record:
