@@ -325,6 +325,7 @@ def ppo_job(model: Path, material: Path, folder: Path, batch: int, *extra) -> di
     return job("ppo", model, material / "prompts.jsonl", folder, batch, *own, *extra)
 
 
+@pytest.mark.slow
 def test_ppo_under_zero2_is_ppo_in_one_process(tiny_model_folder, material, tmp_path):
     """The script itself, as users start it: two processes of two answers, against one of four."""
     run_jobs([ppo_job(tiny_model_folder, material, tmp_path / "one", 4)])

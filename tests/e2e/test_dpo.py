@@ -167,6 +167,7 @@ def test_another_reference_cannot_take_over(tiny_model_folder, preferences, tmp_
         run_dpo(argv)
 
 
+@pytest.mark.slow
 def test_dpo_killed_once_ends_with_the_same_bits(dpo_run, tiny_model_folder, preferences, tmp_path):
     check_kills("dpo.py", lambda out: dpo_argv(tiny_model_folder, preferences, out), dpo_run, tmp_path, 1)
 

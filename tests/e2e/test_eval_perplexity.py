@@ -74,6 +74,7 @@ def plain_perplexities(folder, path, **config):
     return [math.exp(total / count) for total, count in zip(sums, counts, strict=True)]
 
 
+@pytest.mark.slow
 def test_settings_are_compared(tiny_model_folder, texts, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     settings = ["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"]
@@ -266,6 +267,7 @@ def test_models_precisions_and_adapters_in_one_table(tiny_model_folder, trained,
     assert len(set(weights.values())) == 3
 
 
+@pytest.mark.slow
 def test_scalings_of_whole_documents(tiny_model_folder, documents, tmp_path):
     """--window makes --settings scale whole documents instead of drawing a curve."""
     result = score(

@@ -183,6 +183,7 @@ def test_summaries_read_the_whole_text_in_each_way(asked, document):
 
 
 @pytest.mark.usefixtures("langchain")
+@pytest.mark.slow
 def test_questions_are_asked_on_the_terminal_in_chinese(asked, tmp_path):
     path = tmp_path / "诗人.txt"
     path.write_text("李白是唐代的诗人。" * 30, encoding="utf-8")

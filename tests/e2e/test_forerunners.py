@@ -72,6 +72,7 @@ def run(script, flags, *paths):
     return result.stderr
 
 
+@pytest.mark.slow
 def test_run_pt_sh(folder, tiny_model_folder, extended_tokenizer_folder):
     log = run(
         "pt.py",

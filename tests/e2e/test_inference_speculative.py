@@ -86,10 +86,20 @@ def ask(folder, questions, path, *, model=None, settings=None, batch_size=2, **d
         ({}, {"prompt_lookup": True, "draft_k": 4}),
         ({"adapter": True}, {"draft_layers": 3, "draft_k": 3}),
         ({"load_in_4bit": True}, {"draft_layers": 2, "draft_k": 2}),
-        ({"load_in_4bit": True, "adapter": True}, {"draft_layers": 2, "speculative_sampling": True}),
-        ({"load_in_8bit": True, "adapter": True}, {"draft_layers": 1, "draft_k": 2}),
+        pytest.param(
+            {"load_in_4bit": True, "adapter": True},
+            {"draft_layers": 2, "speculative_sampling": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"load_in_8bit": True, "adapter": True}, {"draft_layers": 1, "draft_k": 2}, marks=pytest.mark.slow
+        ),
         ({}, {"draft_base_model": True, "draft_model_load_in_8bit": True, "draft_k": 3}),
-        ({"load_in_4bit": True}, {"draft_base_model": True, "draft_lora_model": True, "draft_k": 3}),
+        pytest.param(
+            {"load_in_4bit": True},
+            {"draft_base_model": True, "draft_lora_model": True, "draft_k": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_answers_are_those_without_drafts(model, drafts, deep_model, adapter, questions, tmp_path, caplog):

@@ -199,8 +199,8 @@ def test_inference_loads_the_quantised_folder(tiny_model_folder, tmp_path, metho
     tokenizer = load_tokenizer(tiny_model_folder)
     ids = torch.tensor([tokenizer("The cat").input_ids])
     expected = quantization.load_quantized(tmp_path / "out").generate(ids, max_new_tokens=8, do_sample=False)
-    continued = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
-    assert answer.split() == f"The cat{continued}".split()
+    # Decoded whole: a piece that begins with a space loses it where it is the first.
+    assert answer.split() == tokenizer.decode(expected[0], skip_special_tokens=True).split()
 
 
 # ---------------------------------------------------------------- llmcompressor, where it is installed

@@ -453,7 +453,8 @@ def run_until_done(argv: list[str], folder: Path, kills: int, seed: int) -> int:
     return done
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [6])
 def test_a_killed_run_ends_with_the_same_bits(whole_run, tiny_model_folder, pairs, tmp_path, kills):
     folder = tmp_path / "run"
     argv = rm_argv(tiny_model_folder, pairs, folder, *TWO_EPOCHS)

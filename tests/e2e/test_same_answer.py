@@ -7,7 +7,8 @@ import shutil
 import inference_hf
 import pytest
 import torch
-from test_gradio_demo import CHROMIUM, FLAGS, ask, served, visit, wait_idle
+from conftest import CHROMIUM, FLAGS
+from test_gradio_demo import ask, served, visit, wait_idle
 from test_openai_server import GREEDY, serving
 from transformers import AutoModelForCausalLM
 

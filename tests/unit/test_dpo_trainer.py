@@ -386,6 +386,7 @@ def test_a_step_equals_trls(tiny_model_folder, other_model_folder, pairs, pair_s
 # ---------------------------------------------------------------- the reference computed beforehand
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_equals_one_in_every_step(tiny_model_folder, pairs, tmp_path, caplog, monkeypatch):
     import utils.reference as reference
 

@@ -378,6 +378,7 @@ def test_a_policy_that_breaks_names_the_checkpoint(tiny_model_folder, tmp_path):
         trainer.build(rollouts)
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_from_iteration_to_iteration(tiny_model_folder, tmp_path):
     """Tensors alive after 2 and after 4 iterations."""
     import gc
@@ -494,6 +495,7 @@ def test_ppo_solves_a_bandit(tiny_model_folder, tmp_path):
     assert before < 0.6 * table.max() and after >= 0.95 * table.max(), (before, after, table.max())
 
 
+@pytest.mark.slow
 def test_ppo_with_kl_reaches_the_tilted_reference(tiny_model_folder, tmp_path):
     """max E[r] - beta KL(pi || ref) is beta log sum ref exp(r / beta), at pi ~ ref exp(r / beta)."""
     beta = 0.2
