@@ -231,6 +231,7 @@ def test_sliding_windows_give_each_token_more_context(trained, documents, tmp_pa
     assert sliding < 0.9 * blocks
 
 
+@pytest.mark.slow
 def test_models_precisions_and_adapters_in_one_table(tiny_model_folder, trained, documents, tmp_path):
     """An adapter is its merged model; precisions are multiplied out; differences are against the first line."""
     from peft import LoraConfig, get_peft_model

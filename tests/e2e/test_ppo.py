@@ -348,16 +348,14 @@ def test_a_run_stopped_after_its_last_step_only_finishes(ppo_run, tiny_model_fol
     assert_same_run(ppo_run, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ("--critic", "adapter"),
-        pytest.param(("--critic", "model"), marks=pytest.mark.slow),
-        pytest.param(("--full_finetuning", "--learning_rate", "1e-3"), marks=pytest.mark.slow),
-        pytest.param(
-            ("--critic", "model", "--full_finetuning", "--learning_rate", "1e-3", "--gradient_checkpointing"),
-            marks=pytest.mark.slow,
-        ),
+        ("--critic", "model"),
+        ("--full_finetuning", "--learning_rate", "1e-3"),
+        ("--critic", "model", "--full_finetuning", "--learning_rate", "1e-3", "--gradient_checkpointing"),
     ],
     ids=["adapter", "model", "full", "full-model"],
 )

@@ -418,6 +418,7 @@ def test_a_precomputed_reference_equals_one_in_every_step(tiny_model_folder, pai
     assert [entry["reward_margin"] for entry in histories["live"] if "reward_margin" in entry][-1] != 0
 
 
+@pytest.mark.slow
 def test_a_table_belongs_to_its_weights_and_data(
     tiny_model_folder, other_model_folder, pairs, pair_set, tmp_path, caplog
 ):
