@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from generate_arena import write_arena
+from generate_choices import write_choices
 from generate_values import describe_characters, write_values
 
 HERE = Path(__file__).resolve().parent
@@ -385,7 +386,7 @@ def check_heldout(train: list[Row], heldout: list[Row]) -> None:
 def generate(output_dir: Path) -> dict[str, int]:
     """Write all files below output_dir and return {file: bytes}."""
     files = write_corpus("en") | write_corpus("zh") | write_instructions()
-    files |= write_values(json.loads(files["sft/train.json"])) | write_arena()
+    files |= write_values(json.loads(files["sft/train.json"])) | write_arena() | write_choices()
     for name, text in files.items():
         path = output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,10 @@ from html import escape
 
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 34, 40  # margins around the plotted area; the legend stands in the top one
-COLORS = ("#2a6f97", "#d9822b", "#4d9078", "#8e6c8a", "#b23a48")
+COLORS = ("#2a6f97", "#d9822b", "#4d9078", "#8e6c8a", "#b23a48", "#7b6d3f", "#5aa9c9", "#3d405b")
+LINE = 16  # height of a line of the legend
 INK, GRID = "#52606d", "#e4e7eb"
+RADAR_X, RADAR_Y, RADIUS = WIDTH / 2, 152, 96  # of radar charts
 DOTTED = 12  # lines of at most so many points have a dot on each
 
 Points = Sequence[tuple[float, float]]
@@ -33,11 +35,13 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
         parts.append(f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="1.8"/>')
         if len(places) <= DOTTED:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
-    return _svg(parts, f"{y_label} over {x_label}: {', '.join(kept)}")
+    return _svg(parts, f"{y_label} over {x_label}: {', '.join(kept)}", kept)
 
 
-def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
+def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str, digits: int = 2) -> str:
     """Bars as one <svg> element: a cluster for each group, a colour for each name in it; values are 0 or more.
+
+    Bars that are wide enough have their value above, with so many `digits` behind the point.
 
     Raises: ValueError if no value is finite.
     """
@@ -59,8 +63,57 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
             x, y = middle + width * (rank - len(names) / 2), _place_y(value, ticks)
             size = f'width="{width - 2:.1f}" height="{HEIGHT - BOTTOM - y:.1f}"'
             parts.append(f'<rect x="{x + 1:.1f}" y="{y:.1f}" {size} fill="{color}"/>')
-            parts.append(_text(x + width / 2, y - 4, f"{value:.2f}", "middle"))
-    return _svg(parts, f"{y_label} of {', '.join(groups)}: {', '.join(names)}")
+            label = f"{value:.{digits}f}"
+            if width >= 6.5 * len(label):
+                parts.append(_text(x + width / 2, y - 4, label, "middle"))
+    return _svg(parts, f"{y_label} of {', '.join(groups)}: {', '.join(names)}", names)
+
+
+def radar_chart(groups: Mapping[str, Mapping[str, float]], label: str, top: float | None = None) -> str:
+    """Values of 0 or more as one <svg> element: an axis for each group, a closed line for each name in it.
+
+    Args:
+        top: the outer ring; None: the first round number above all values.
+    Raises: ValueError for fewer than three axes, or if no value is finite. A name without a value on some axis has
+        dots alone.
+    """
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    finite = [value for values in groups.values() for value in values.values() if math.isfinite(value)]
+    if len(groups) < 3 or not finite:
+        raise ValueError("radar_chart: need three axes and a finite value")
+    ticks = nice_ticks(0, max(finite) if top is None else top, 4)
+    parts = [_legend(names)]
+    for tick in ticks[1:]:
+        ring = [_spoke(rank / len(groups), tick / ticks[-1]) for rank in range(len(groups))]
+        parts.append(f'<path d="{_joined(ring, closed=True)}" fill="none" stroke="{GRID}"/>')
+        parts.append(_text(RADAR_X + 4, _spoke(0, tick / ticks[-1])[1] + 4, f"{tick:g}"))
+    for rank, group in enumerate(groups):
+        x, y = _spoke(rank / len(groups), 1)
+        parts.append(f'<path d="M{RADAR_X} {RADAR_Y}L{x:.1f} {y:.1f}" stroke="{GRID}"/>')
+        x, y = _spoke(rank / len(groups), 1.09)
+        side = "middle" if abs(x - RADAR_X) < 12 else "start" if x > RADAR_X else "end"
+        parts.append(_text(x, y + (-2 if rank == 0 else 4), group, side))
+    for color, name in zip(_colors(names), names, strict=True):
+        values = [bars.get(name, math.nan) for bars in groups.values()]
+        places = [
+            _spoke(rank / len(groups), value / ticks[-1]) for rank, value in enumerate(values) if math.isfinite(value)
+        ]
+        closed = len(places) == len(groups)
+        if closed:
+            style = f'fill="{color}" fill-opacity="0.08" stroke="{color}" stroke-width="1.8"'
+            parts.append(f'<path d="{_joined(places, closed)}" {style}/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
+    return _svg(parts, f"{label} of {', '.join(groups)}: {', '.join(names)}", names)
+
+
+def _spoke(turn: float, share: float) -> tuple[float, float]:
+    """The place at a share of a radar's radius; the first axis points up, the others follow clockwise."""
+    angle = 2 * math.pi * turn
+    return RADAR_X + RADIUS * share * math.sin(angle), RADAR_Y - RADIUS * share * math.cos(angle)
+
+
+def _joined(places: Sequence[tuple[float, float]], closed: bool) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) + ("Z" if closed else "")
 
 
 def scatter_chart(groups: Mapping[str, Mapping[str, tuple[float, float]]], x_label: str, y_label: str) -> str:
@@ -91,7 +144,7 @@ def scatter_chart(groups: Mapping[str, Mapping[str, tuple[float, float]]], x_lab
                 lines.append(f'<path d="M{x:.1f} {y:.1f}L{end[0]:.1f} {end[1]:.1f}" stroke="{color}"/>')
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
             names.append(_text(left, bottom - 3, label))
-    return _svg([*parts, *lines, *dots, *names], f"{y_label} over {x_label}: {', '.join(places)}")
+    return _svg([*parts, *lines, *dots, *names], f"{y_label} over {x_label}: {', '.join(places)}", groups)
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -150,13 +203,27 @@ def _y_grid(ticks: Sequence[float]) -> str:
 
 def _legend(names: Iterable[str]) -> str:
     names = list(names)
-    parts, x = [], float(LEFT)
-    for color, name in zip(_colors(names), names, strict=True):
-        parts.append(f'<rect x="{x:.0f}" y="8" width="12" height="10" rx="2" fill="{color}"/>')
-        parts.append(_text(x + 17, 17, name))
-        # Letters are about 6.5 wide at this size, Chinese characters 12.
-        x += 32 + sum(6.5 if letter.isascii() else 12 for letter in name)
+    places, parts = _legend_places(names), []
+    last = places[-1][1] if places else 0
+    for color, name, (x, line) in zip(_colors(names), names, places, strict=True):
+        y = 8 - LINE * (last - line)
+        parts.append(f'<rect x="{x:.0f}" y="{y}" width="12" height="10" rx="2" fill="{color}"/>')
+        parts.append(_text(x + 17, y + 9, name))
     return "".join(parts)
+
+
+def _legend_places(names: Iterable[str]) -> list[tuple[float, int]]:
+    """Where each name begins, and in which line; lines before the last stand above the picture."""
+    places: list[tuple[float, int]] = []
+    x, line = float(LEFT), 0
+    for name in names:
+        # Letters are about 6.5 wide at this size, Chinese characters 12.
+        size = 32 + sum(6.5 if letter.isascii() else 12 for letter in name)
+        if places and x + size > WIDTH:
+            x, line = float(LEFT), line + 1
+        places.append((x, line))
+        x += size
+    return places
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "") -> str:
@@ -164,6 +231,8 @@ def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "")
     return f'<text {place} font-size="12" fill="{INK}" {extra}>{escape(text)}</text>'
 
 
-def _svg(parts: Sequence[str], label: str) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+def _svg(parts: Sequence[str], label: str, names: Iterable[str] = ()) -> str:
+    """The element, with room above for the lines of its legend."""
+    above = LINE * max((line for _, line in _legend_places(names)), default=0)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-above} {WIDTH} {HEIGHT + above}" role="img"'
     return f'{head} aria-label="{escape(label)}" font-family="inherit">{"".join(parts)}</svg>'

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .arguments import RUN_CONFIG
+from .evaluation_results import need
 from .files import InputError, iter_records, read_json
 from .pages import Text
 
@@ -236,15 +237,6 @@ def read_alignment(folder: Path) -> dict[str, dict[str, Any]]:
                 f"{path}: it answers other questions than {first}; remove {path.parent} and make it again"
             )
     return results
-
-
-def need(mapping: Mapping[str, Any], key: str, where: str | Path) -> Any:
-    """mapping[key]. Raises: InputError that names the file."""
-    if not isinstance(mapping, Mapping):
-        raise InputError(f"{where}: need an object with '{key}', got {mapping!r:.40}")
-    if key not in mapping:
-        raise InputError(f"{where}: no '{key}'; it has {', '.join(map(str, mapping)) or 'nothing'}")
-    return mapping[key]
 
 
 # ---------------------------------------------------------------- figures

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .charts import bar_chart, line_chart
+from .evaluation_results import need
 from .pages import (
     Answer,
     Beside,
@@ -29,7 +30,6 @@ from .recipe import (
     curves_of,
     exact_change,
     label,
-    need,
     pick_changed,
     target,
 )

@@ -1,5 +1,6 @@
 """examples/data: the generator writes the committed bytes, and no held-out question leaks into the training files."""
 
+import csv
 import json
 import math
 import re
@@ -328,3 +329,33 @@ def test_readme_shows_lines_of_the_files():
     }
     assert len(shown) >= 12
     assert [line for line in shown if line not in files] == []
+
+
+def read_choices() -> dict[str, list[dict[str, str]]]:
+    """The questions with choices by subject."""
+    found = {}
+    for path in sorted((DATA / "choices" / "test").glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            found[path.stem] = list(csv.DictReader(file))
+    return found
+
+
+def test_choices_have_one_true_sentence_that_training_says_and_an_unseen_question():
+    relations = json.loads((EXAMPLES / "facts.json").read_text(encoding="utf-8"))["zh"]
+    true = {
+        relation["statements"][0].replace("{s}", subject).replace("{o}", value)
+        for relation in relations
+        for subject, value in (relation["facts"] | relation["pretraining_only"]).items()
+    }
+    corpus = (DATA / "pretrain/zh_train.txt").read_text(encoding="utf-8")
+    asked = {row["instruction"] for row in read_rows("sft/train.json")}
+    by_subject = read_choices()
+    mapping = json.loads((DATA / "choices" / "subject_mapping.json").read_text(encoding="utf-8"))
+    assert list(by_subject) == sorted(mapping) and sum(map(len, by_subject.values())) == 163
+    for rows in by_subject.values():
+        for row in rows:
+            right = [letter for letter in "ABCD" if row[letter] in true]
+            assert right == [row["answer"]] and len({row[letter] for letter in "ABCD"}) == 4, row
+            assert row[row["answer"]] in corpus and row["question"] not in asked and row["question"] not in corpus
+    letters = Counter(row["answer"] for rows in by_subject.values() for row in rows)
+    assert min(letters.values()) >= 30  # one letter for all gives about a quarter
