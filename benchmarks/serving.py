@@ -32,6 +32,7 @@ OURS, ALONE, LLAMA_CPP, BINDING = (
     "--engine llama.cpp, one after another",
     "no server: llama-cpp-python, one after another",
 )
+PLAIN = ["--repetition_penalty", "1"]  # none, as the others have none; the server's own default is 1.1
 BARE = ("no server: generate", "no server: decoding loop")
 
 
@@ -194,6 +195,7 @@ async def chat(url: str, model: str, turns: int, number: int) -> list[float]:
 def commands(folder: Path, clients: int, port: int) -> dict[str, list[str]]:
     """How each server is started."""
     ours = [sys.executable, str(ROOT / "scripts" / OURS), "--base_model", str(folder), "--dtype", number_type()]
+    ours += PLAIN
     theirs = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu"]
     theirs += ["--dtype", number_type(), "--port", str(port), "--host", "127.0.0.1"]
     return {
@@ -254,33 +256,15 @@ def answer_questions(path: Path, tokens: int) -> None:
 
 def compare_llama_cpp(args: argparse.Namespace, path: Path, log: Path) -> dict[str, dict[str, float]]:
     """A GGUF file behind the server, and in llama-cpp-python: the same questions, each asked here and then there."""
-    import httpx
-
     command = [sys.executable, str(ROOT / "scripts" / OURS), "--base_model", str(path), "--engine", "llama.cpp"]
+    command += [*PLAIN, "--port", str(PORT), "--max_batch_size", str(args.clients)]
     alone = [sys.executable, __file__, "--bare", str(path), "--tokenizer", args.tokenizer]
     alone += ["--tokens", str(args.tokens)]
-
-    async def ask(url: str, text: str) -> tuple[float, float, str]:
-        async with httpx.AsyncClient(timeout=600) as client:
-            return await stream(client, url, path.name, [{"role": "user", "content": text}], args.tokens)
-
     with (
-        Server([*command, "--port", str(PORT), "--max_batch_size", str(args.clients)], PORT, log) as server,
+        Server(command, PORT, log) as server,
         subprocess.Popen(alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as binding,
     ):
-        assert binding.stdin is not None and binding.stdout is not None
-        firsts, served, plain = [], [], []
-        for number in range(1 + args.rounds):  # the first is a warm-up
-            for text in questions(args.clients if number else 2, number):
-                first, seconds, _ = asyncio.run(ask(server.url, text))
-                binding.stdin.write(text + "\n")
-                binding.stdin.flush()
-                other = float(binding.stdout.readline())
-                if number:
-                    firsts.append(first)
-                    served.append(seconds)
-                    plain.append(other)
-        binding.stdin.close()
+        firsts, served, plain = asyncio.run(ask_in_turn(args, server.url, path.name, binding))
     ratios = [one / other for one, other in zip(served, plain, strict=True)]
     return {
         LLAMA_CPP: {
@@ -291,6 +275,30 @@ def compare_llama_cpp(args: argparse.Namespace, path: Path, log: Path) -> dict[s
         },
         BINDING: {"tokens_per_second": args.tokens / statistics.median(plain)},
     }
+
+
+async def ask_in_turn(
+    args: argparse.Namespace, url: str, model: str, binding: "subprocess.Popen[str]"
+) -> tuple[list[float], list[float], list[float]]:
+    """Seconds to the server's first tokens and to its whole answers, and of the binding's answers."""
+    import httpx
+
+    assert binding.stdin is not None and binding.stdout is not None
+    firsts, served, plain = [], [], []
+    async with httpx.AsyncClient(timeout=600) as client:
+        for number in range(1 + args.rounds):  # the first is a warm-up
+            for text in questions(args.clients if number else 2, number):
+                messages = [{"role": "user", "content": text}]
+                first, seconds, _ = await stream(client, url, model, messages, args.tokens)
+                binding.stdin.write(text + "\n")
+                binding.stdin.flush()
+                other = float(binding.stdout.readline())
+                if number:
+                    firsts.append(first)
+                    served.append(seconds)
+                    plain.append(other)
+    binding.stdin.close()
+    return firsts, served, plain
 
 
 def run_bare(args: argparse.Namespace, model: Path) -> dict[str, dict[str, float]]:

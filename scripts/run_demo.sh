@@ -110,5 +110,20 @@ for METHOD in ppo dpo; do
     env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" OUT="$OUT_DIR/alignment/$METHOD" \
     bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32 --compare "$OUT_DIR/alignment/assistant/alignment.json"
 done
+# What each stage knows: questions with choices in unseen wordings, and the held-out texts, as they are and in 4 bits, in one paired table.
+CHOICES=(--mode cloze --with_prompt --dtype float32)
+for MODEL in base pretrained assistant; do
+  stage "choices_$MODEL" "$OUT_DIR/choices/$MODEL" /multiple_choice.json \
+    env MODEL="$OUT_DIR/$MODEL" BENCHMARK="$DATA_DIR/choices" SHOTS=0 OUT="$OUT_DIR/choices/$MODEL" \
+    bash "$HERE/run_eval_multiple_choice.sh" "${CHOICES[@]}" --prompt_template llama-2
+done
+for METHOD in ppo dpo; do
+  stage "choices_$METHOD" "$OUT_DIR/choices/$METHOD" /multiple_choice.json \
+    env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" BENCHMARK="$DATA_DIR/choices" SHOTS=0 OUT="$OUT_DIR/choices/$METHOD" \
+    bash "$HERE/run_eval_multiple_choice.sh" "${CHOICES[@]}" --prompt_template llama-2
+done
+stage perplexity "$OUT_DIR/perplexity" /perplexity.json \
+  env MODEL="$OUT_DIR/base" TEXTS="${HELDOUT[0]}" OUT="$OUT_DIR/perplexity" KBITS="16 4" bash "$HERE/run_eval_perplexity.sh" --texts "${HELDOUT[@]}" \
+  --other_models "$OUT_DIR/pretrained" "$OUT_DIR/assistant" "$OUT_DIR/ppo" "$OUT_DIR/dpo" --max_documents 60 --dtype float32
 # The report is always made anew: it takes a second and sums up whatever was run again.
 "$PYTHON" "$HERE/report.py" --run_dir "$OUT_DIR" --questions "$DATA_DIR/sft/heldout.json"

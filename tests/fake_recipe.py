@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+import fake_results
+
 from utils.alignment import Judgement, Question, summarise
 from utils.recipe import TARGET_KIND
 
@@ -30,6 +32,12 @@ STAGES = [
     ("alignment_assistant", 11.0, 0.8),
     ("alignment_ppo", 12.0, 0.8),
     ("alignment_dpo", 13.0, 0.8),
+    ("choices_base", 8.0, 0.9),
+    ("choices_pretrained", 8.5, 0.9),
+    ("choices_assistant", 9.0, 0.9),
+    ("choices_ppo", 9.5, 0.9),
+    ("choices_dpo", 10.0, 0.9),
+    ("perplexity", 15.0, 1.0),
     ("sft", 90.0, 1.7),
 ]
 BITS = {"base": {"zh": 2.5, "en": 1.5}, "pretrain": {"zh": 0.9, "en": 1.53}}
@@ -98,6 +106,9 @@ PPO_FINAL = {"score": 2.25, "score_std": 0.5, "kl": 3.125, "answer_entropy": 0.4
              "ended": 0.975, "explained_variance": 0.6}  # fmt: skip
 DPO_FINAL = {"loss": 0.3, "chosen_reward": 1.25, "rejected_reward": -2.5, "reward_margin": 3.75, "accuracy": 0.96,
              "chosen_logprob": -0.5, "rejected_logprob": -1.5, "log_ratio": -0.07}  # fmt: skip
+
+# Right answers to questions with choices: three subjects of ten.
+CORRECT = {"base": (2, 3, 2), "pretrained": (5, 3, 3), "assistant": (8, 6, 5), "ppo": (8, 5, 5), "dpo": (6, 6, 6)}
 
 NASTY = '<script>alert("1")</script> & a|b `code` *star* _under_\nsecond line'
 QUESTIONS = [
@@ -206,6 +217,17 @@ def write_alignment(folder: Path) -> None:
         (folder / "alignment" / name / "alignment.png").write_bytes(PNG)
 
 
+def write_evaluations(folder: Path) -> None:
+    """choices/*/multiple_choice.json and perplexity/perplexity.json of every stage."""
+    for name, correct in CORRECT.items():
+        result = fake_results.multiple_choice(
+            f"demo/{name}", correct, benchmark={"name": "choices"}, prompts={"mode": "cloze", "num_fewshot": 0}
+        )
+        write(folder / "choices" / name / "multiple_choice.json", result)
+    figures = [(name, 9.0 - rank, 2.0 - rank / 4) for rank, name in enumerate(CORRECT)]
+    write(folder / "perplexity" / "perplexity.json", fake_results.perplexity(figures, ("zh", "en")))
+
+
 def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, list[str]]) -> Path:
     """A finished run whose answers to `questions` are `outputs` (base, adapter, assistant, ppo, dpo)."""
     for name in ("base_tokenizer", "zh_tokenizer", "merged_tokenizer"):
@@ -226,6 +248,7 @@ def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, lis
     write_answers(folder, questions, outputs)
     write_rlhf(folder)
     write_alignment(folder)
+    write_evaluations(folder)
     return folder
 
 

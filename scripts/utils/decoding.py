@@ -242,14 +242,14 @@ class Decoder:
             return
         jobs = [self._rows[slot].job for slot in slots]
         guides = {id(row.job): slot for slot, row in enumerate(self._rows) if row.guides}
-        logits = torch.stack(
-            [
-                _guide(ready[slot], ready[guides[id(job)]], job.request.settings.guidance_scale)
-                if id(job) in guides
-                else ready[slot]
-                for slot, job in zip(slots, jobs, strict=True)
-            ]
-        )
+        rows = [
+            _guide(ready[slot], ready[guides[id(job)]], job.request.settings.guidance_scale)
+            if id(job) in guides
+            else ready[slot]
+            for slot, job in zip(slots, jobs, strict=True)
+        ]
+        # One row is not copied: torch's threads would go on spinning beside those that compute the next token.
+        logits = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
         tokens, logprobs = choose(logits, [job.chooser for job in jobs])
         self.counts["new_tokens"] += len(tokens)
         ended = []

@@ -13,7 +13,7 @@ from .pages import Beside, Block, Cell, Paragraph, Picture, Pictures, Table, Tex
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 MODEL = Text("模型", "model")
 LONGEST_AXIS = 18  # letters of the name of a radar's axis
-MOST_BESIDE = 4  # columns of a table that has room for a picture beside it
+MOST_BESIDE = 3  # columns of a table that has room for a picture beside it
 
 
 class Column(NamedTuple):

@@ -209,7 +209,7 @@ def document_blocks(column: Column) -> list[Block]:
                 entry.model,
                 spread(figures["perplexity"], figures.get("perplexity_interval"), 2) + mark,
                 spread(figures["bits_per_byte"], figures.get("bits_per_byte_interval")),
-                "—" if difference is None else spread(difference, between, sign="+"),
+                "—" if difference is None else spread(difference, between, sign="+") + compared_with(entry, column),
                 *(f"{figures[key]:,}" for key in ("documents", "scored_tokens")),
             ]
         )
@@ -219,6 +219,12 @@ def document_blocks(column: Column) -> list[Block]:
     bars = {entry.model: {"bits per byte": float(entry.figures["bits_per_byte"])} for entry in column.entries}
     picture = Picture(Text("比特/字节", "Bits a byte"), svg=bar_chart(bars, "bits per byte"))
     return [table, Pictures([picture])]
+
+
+def compared_with(entry: Entry, column: Column) -> str:
+    """The model that a difference is from, where it is not the first row: each file compares with its own first one."""
+    first = next(other for other in column.entries if other.path == entry.path)
+    return "" if first is column.entries[0] else f" ({first.model})"
 
 
 def tokenizer_of(entry: Entry) -> Any:

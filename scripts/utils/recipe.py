@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .arguments import RUN_CONFIG
-from .evaluation_results import need
+from .evaluation_results import Entry, need, read_results
 from .files import InputError, iter_records, read_json
 from .pages import Text
 
@@ -26,6 +26,14 @@ class Stage(NamedTuple):
     launcher: str
 
 
+# The models that answer questions with choices and whose perplexity is measured.
+EVALUATED = {
+    "base": Text("基座", "base"),
+    "pretrained": Text("预训练后", "pre-trained"),
+    "assistant": Text("助手", "tuned"),
+    "ppo": Text("PPO 后", "PPO"),
+    "dpo": Text("DPO 后", "DPO"),
+}
 # By their names in run_demo.sh, in the order they run.
 STAGES = {
     "base_tokenizer": Stage(
@@ -60,6 +68,17 @@ STAGES = {
     ),
     "alignment_dpo": Stage(
         Text("DPO 后的对齐率", "Alignment, DPO"), "alignment/dpo/alignment.json", "run_eval_alignment.sh"
+    ),
+    **{
+        f"choices_{name}": Stage(
+            Text(f"{zh}的选择题", f"Choices, {en}"),
+            f"choices/{name}/multiple_choice.json",
+            "run_eval_multiple_choice.sh",
+        )
+        for name, (zh, en) in EVALUATED.items()
+    },
+    "perplexity": Stage(
+        Text("各阶段的困惑度", "Perplexity of each stage"), "perplexity/perplexity.json", "run_eval_perplexity.sh"
     ),
 }
 TRAINING = ("base", "pretrain", "sft")
@@ -115,6 +134,7 @@ class RecipeRun:
     reward_reports: dict[str, dict[str, Any]]  # held-out set of pairs -> what rm.py says of the reward model on it
     ppo_samples: list[dict[str, Any]]  # answers to held-out prompts, evaluation by evaluation
     alignment: dict[str, dict[str, Any]]  # ALIGNMENT_SIDES -> alignment.json
+    evaluations: list[Entry]  # questions with choices and perplexity, of EVALUATED
 
 
 def load_run(folder: Path, questions_file: Path) -> RecipeRun:
@@ -143,6 +163,7 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
         reward_reports=read_reward_reports(folder / REWARD_REPORT),
         ppo_samples=read_samples(folder / PPO_SAMPLES),
         alignment=read_alignment(folder),
+        evaluations=read_evaluations(folder),
     )
 
 
@@ -239,6 +260,20 @@ def read_alignment(folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def read_evaluations(folder: Path) -> list[Entry]:
+    """Multiple choice and perplexity of every stage. Raises: InputError if one is broken, or of other questions."""
+    marks = [STAGES[name].mark for name in (*(f"choices_{model}" for model in EVALUATED), "perplexity")]
+    entries = read_results([str(folder / mark) for mark in marks])
+    first = entries[0]
+    for entry in entries[: len(EVALUATED)]:
+        if (entry.kind, entry.column, entry.details) != (first.kind, first.column, first.details):
+            raise InputError(
+                f"{entry.path}: it answers other questions than {first.path}, or in another way; remove "
+                f"{entry.path.parent} and make it again"
+            )
+    return entries
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -261,6 +296,9 @@ def summarise(run: RecipeRun) -> dict[str, Any]:
         "alignment_interval": {side: result["interval"] for side, result in run.alignment.items()},
         "reward_model_accuracy": reward_accuracy(run),
         "kl": {"ppo": ppo_kl(run)},
+        "multiple_choice": {
+            entry.model: entry.figures["accuracy"] / 100 for entry in run.evaluations if "accuracy" in entry.figures
+        },
         "rlhf_seconds": round(sum(run.stages[name]["seconds"] for name in RLHF_STAGES if name in run.stages), 1),
     }
 

@@ -16,6 +16,7 @@ from typing import Any
 from .answers_report import EXACT_MATCH_TARGET, answers_section, samples_section
 from .arguments import RUN_CONFIG
 from .charts import bar_chart, line_chart
+from .evaluation_tables import choice_sections, perplexity_sections
 from .files import write_json
 from .pages import (
     Beside,
@@ -90,6 +91,8 @@ def build_report(run: RecipeRun, summary: Mapping[str, Any]) -> Page:
         answers_section(run, summary),
         samples_section(run),
         *rlhf_sections(run, summary),
+        *choice_sections(run.evaluations),
+        *perplexity_sections(run.evaluations),
         merge_section(run),
         *quantization_sections(run.folder),
         time_section(run, summary),

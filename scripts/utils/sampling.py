@@ -147,7 +147,7 @@ def adjust(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     """
     scores = logits.float()
     if scores is logits and any(chooser.edits for chooser in choosers):
-        scores = logits.clone()
+        scores = _copy(logits)
     for row, chooser in enumerate(choosers):
         settings = chooser.settings
         if chooser.logit_bias:
@@ -165,6 +165,11 @@ def adjust(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
             scores[row, : len(allowed)].masked_fill_(~allowed[: scores.shape[1]], -math.inf)
             scores[row, len(allowed) :] = -math.inf
     return scores
+
+
+def _copy(logits: Tensor) -> Tensor:
+    """A copy; on the CPU by numpy, since torch's threads would go on spinning beside those of llama.cpp."""
+    return logits.clone() if logits.device.type != "cpu" else torch.from_numpy(logits.numpy().copy())
 
 
 def _penalise(scores: Tensor, penalty: float) -> Tensor:

@@ -126,8 +126,7 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         # Waking the event loop takes time from the engine's thread: what comes within the interval waits here.
         self._arrived: deque[tuple[int, Delta]] = deque()
-        self._woken = False
-        self._collected: float | None = None  # when, by the loop's clock
+        self._woken = False  # whether somebody will look without being told
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._deltas: dict[int, list[Delta]] = {}  # not read yet, by number
@@ -159,19 +158,28 @@ class Answers:
             self._loop.call_soon(self._take, number, Delta(error=error))
 
     def _wake(self, ended: bool) -> None:
-        if ended or self._collected is None:
+        if ended or self._timer is None:
             self._collect()
-        elif self._timer is None and math.isfinite(self._interval):
-            self._timer = self._loop.call_at(self._collected + self._interval, self._collect)
 
     def _collect(self) -> None:
+        """Read what arrived, and look again after the interval; once nothing has come, the next delta wakes."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._collected = self._loop.time()
-        self._woken = False  # before reading, so that whatever comes from now on wakes the loop again
+        found = self._read_arrived()
+        if not found:
+            self._woken = False
+            found = self._read_arrived()  # what came just before woke nobody
+        if found and self._turns:
+            self._woken = True
+            if math.isfinite(self._interval):
+                self._timer = self._loop.call_later(self._interval, self._collect)
+
+    def _read_arrived(self) -> bool:
+        found = bool(self._arrived)
         while self._arrived:
             self._take(*self._arrived.popleft())
+        return found
 
     def _take(self, number: int, delta: Delta) -> None:
         self._deltas.setdefault(number, []).append(delta)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import fake_recipe
+import fake_results
 import pytest
 from fake_recipe import NASTY, OUTPUTS, QUESTIONS
 
@@ -42,9 +43,9 @@ def test_summary_holds_the_figures_of_the_run(run):
     summary = write_report(*run)
     assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == summary
     # The first, slower run of sft (999 s, 9.9 GB) does not count.
-    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19 + 241
+    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19 + 241 + 60
     assert summary["rlhf_seconds"] == 30 + 100 + 40 + 18 + 17 + 11 + 12 + 13 == 241
-    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 21
+    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 27
     assert summary["peak_memory_gb"] == 1.8
     assert summary["bits_per_byte"] == {
         "zh": {"base": 2.5, "extended": 3.1, "pretrained": 0.9},
@@ -60,6 +61,9 @@ def test_summary_holds_the_figures_of_the_run(run):
     for side, (low, high) in summary["alignment_interval"].items():
         assert 0 < low < summary["alignment"][side] < high < 1
     assert summary["reward_model_accuracy"] == 0.925
+    assert summary["multiple_choice"] == pytest.approx(
+        {"base": 7 / 30, "pretrained": 11 / 30, "assistant": 19 / 30, "ppo": 18 / 30, "dpo": 18 / 30}
+    )
     assert summary["kl"] == {"ppo": 3.125}  # of the saved model, not of the evaluations before
 
 
@@ -154,6 +158,9 @@ def test_every_unfinished_stage_is_named_with_its_command(run):
         ("ppo/trainer_state.json", None, "file not found: {file}"),
         ("alignment/ppo/alignment.json", "[]", "{file}: need an object with 'aligned', got []"),
         ("alignment/ppo/alignment.json", '{"aligned": 1}', "{file}: no 'interval'; it has aligned"),
+        ("choices/dpo/multiple_choice.json", None, "stage 'choices_dpo' is not finished: no {file}"),
+        ("choices/dpo/multiple_choice.json", '{"kind": "arena"}', "{file}: no 'models'; it has kind"),
+        ("perplexity/perplexity.json", "{}", "{file}: kind None is no evaluation's"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, damaged, content, words):
@@ -164,6 +171,23 @@ def test_what_does_not_fit_is_refused(run, damaged, content, words):
     with pytest.raises(InputError, match=re.escape(words.format(file=file) if "{file}" in words else words)):
         write_report(*run)
     assert not (run[0] / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"benchmark": {"files": {"law.csv": "other"}}}, {"prompts": {"preset_version": 2}}]
+)
+def test_stages_that_answered_other_questions_are_refused(run, change):
+    file = run[0] / "choices" / "ppo" / "multiple_choice.json"
+    fake_recipe.write(file, fake_results.multiple_choice("demo/ppo", **change))
+    with pytest.raises(InputError, match=f"{re.escape(str(file))}: it answers other questions than"):
+        write_report(*run)
+
+
+def test_every_stage_has_its_line_in_the_tables_of_evaluations(run):
+    write_report(*run)
+    text = (run[0] / "report.md").read_text(encoding="utf-8")
+    assert "| base | 23.3 (6.3–39.3) | 23.3 (8.3–38.3) |" in text and "| ppo | 80.0 (49.0–94.3) | 50.0" in text
+    assert "| pretrained | 8.00 (7.00 – 9.00) | 1.750 (1.650 – 1.850) | -0.250 (-0.270 – -0.230) |" in text
 
 
 def test_missing_folder_is_refused(run):
@@ -217,9 +241,10 @@ def test_html_is_whole_and_loads_nothing(run):
     assert all(link.startswith("data:image/png;base64,") or link[1:] in page.ids for link in page.links)
     assert "url(" not in text and "@import" not in text
     # 3 loss curves, 2 bar charts, 1 of formats; RLHF: 1 bar chart, 3 of the reward model, 6 of PPO, 3 of DPO.
+    # Evaluation: a radar of questions with choices, bars of two texts.
     # Pictures from files: vocabulary, and 3 of alignment by category.
-    assert page.tags.count("svg") == 6 + 13 and page.tags.count("img") == 1 + 3
-    assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 18
+    assert page.tags.count("svg") == 6 + 13 + 1 + 2 and page.tags.count("img") == 1 + 3
+    assert len(page.ids) == len(set(page.ids)) == page.tags.count("section") == 18 + 2
 
 
 def test_all_text_from_data_is_escaped(run):
