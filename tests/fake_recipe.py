@@ -221,7 +221,7 @@ def write_evaluations(folder: Path) -> None:
     """choices/*/multiple_choice.json and perplexity/perplexity.json of every stage."""
     for name, correct in CORRECT.items():
         result = fake_results.multiple_choice(
-            f"demo/{name}", correct, benchmark={"name": "choices"}, prompts={"mode": "cloze", "num_fewshot": 0}
+            f"out/{name}", correct, benchmark={"name": "choices"}, prompts={"mode": "cloze", "num_fewshot": 0}
         )
         write(folder / "choices" / name / "multiple_choice.json", result)
     figures = [(name, 9.0 - rank, 2.0 - rank / 4) for rank, name in enumerate(CORRECT)]

@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(run, damaged, content, words):
 )
 def test_stages_that_answered_other_questions_are_refused(run, change):
     file = run[0] / "choices" / "ppo" / "multiple_choice.json"
-    fake_recipe.write(file, fake_results.multiple_choice("demo/ppo", **change))
+    fake_recipe.write(file, fake_results.multiple_choice("out/ppo", **change))
     with pytest.raises(InputError, match=f"{re.escape(str(file))}: it answers other questions than"):
         write_report(*run)
 
