@@ -37,7 +37,7 @@ SCORED = {
     "eval_perplexity.py, windows that slide by half": (True, 0.5),
 }
 PARTS = {"longbench": (BARE, *OURS), "perplexity": tuple(SCORED)}
-SCORED_CHARACTERS = 150_000
+SCORED_CHARACTERS = 400_000
 BATCH_TOKENS = 4096
 DATASETS = ("hotpotqa", "multifieldqa_en", "qasper", "lcc")  # answers of 32, 64, 128 and 64 tokens
 

@@ -19,6 +19,7 @@ from utils.arguments import (
     InferenceArguments,
     arg,
     describe_arguments,
+    describe_environment,
     list_arg,
     raise_problems,
     run,
@@ -120,11 +121,13 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         now = {question.id: judgement.aligned for question, judgement in zip(questions, judgements, strict=True)}
         figures["compared"] = {"file": args.compare, **compare(earlier, now)}
     record = {
+        "kind": "alignment",
         "settings": {**describe_arguments(model_args, settings, args), **source},
-        "questions": {
+        "question_files": {
             str(path): hash_file(path) for name in files for path in list_data_files(name) if path.suffix != ".txt"
         },
         "judge": args.reward_model or args.judge,
+        "environment": describe_environment(),
     }
     write_json(folder / RESULT, {**record, **figures, "answers": describe_answers(questions, answers, judgements)})
     plot_alignment(figures, folder / PICTURE, "Alignment")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 OnScore = Callable[[int, "ChoiceScore"], None]
 COUNTS = ("requests", "prompt_tokens", "computed_tokens", "retries", "errors")
-BATCH_TOKENS, BATCH_TOKENS_ON_GPU = 512, 4096  # in one forward pass, padding included
-LEAST_FILLED = 0.8  # of a batch's longest row, the shortest; the rest is padding
+BATCH_TOKENS, BATCH_TOKENS_ON_GPU = 1024, 4096  # in one forward pass, padding included
+LEAST_FILLED = 0.6  # of a batch's longest row, the shortest; the rest is padding
 GROUP_COST = 64  # what a group costs beside its tokens, in tokens: a pass for its beginning, and smaller batches
 CACHE_SHARE = 0.25  # of the free memory, for keys and values at most
 LOGIT_NUMBERS = 2**25  # rows x positions x vocabulary of one pass at most, where a row leaves the choice

@@ -1,5 +1,6 @@
 """eval_alignment.py on the tiny model: files and figures, resuming, both judges, and what is refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -78,6 +79,9 @@ def test_a_model_is_asked_and_judged(tiny_model_folder, questions, tmp_path, cap
     assert result["interval"] == list(wilson_interval(aligned, len(exam)))
     assert sum(group["questions"] for group in result["by_category"].values()) == len(exam)
     assert list(result["settings"]["weights"]) == [str(tiny_model_folder)]
+    assert result["kind"] == "alignment" and result["environment"]["torch"]
+    digest = hashlib.sha256(questions.read_bytes()).hexdigest()
+    assert (result["questions"], result["question_files"]) == (len(exam), {str(questions): digest})
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*result["by_category"], "all", "expected no", "95 % interval"])
     assert "next: MODEL=" in caplog.text and "alignment.png" in caplog.text
