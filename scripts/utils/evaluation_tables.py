@@ -222,7 +222,7 @@ def document_blocks(column: Column) -> list[Block]:
 
 
 def compared_with(entry: Entry, column: Column) -> str:
-    """The model that a difference is from, where it is not the first row: each file compares with its own first one."""
+    """The model that a difference is from, where it is not the first row: each file compares with its own first."""
     first = next(other for other in column.entries if other.path == entry.path)
     return "" if first is column.entries[0] else f" ({first.model})"
 
