@@ -26,10 +26,14 @@ class SlotCache(Cache):
         tokens: of each slot, the tokens whose keys and values stand in it.
     """
 
-    def __init__(self, num_slots: int, context: int | None = None) -> None:
-        """`context`: tokens that a slot will have at most, where that is known."""
+    def __init__(self, num_slots: int, context: int | None = None, places: int = 0) -> None:
+        """
+        Args:
+            context: tokens that a slot will have at most, where that is known.
+            places: tokens that there is room for from the beginning.
+        """
         super().__init__(layers=[])
-        self._context = context
+        self._context, self.places = context, places
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self._keys: list[Tensor] = []  # a layer each: (S, heads, places, head width)
         self._values: list[Tensor] = []
@@ -86,7 +90,8 @@ class SlotCache(Cache):
     def _grown(self, old: Tensor) -> Tensor:
         """A layer's keys or values with room for the pass, twice what there was, so that growing is seldom."""
         places = (
-            math.ceil(max(self._width, min(2 * old.shape[2], self._context or 2 * old.shape[2])) / GROWTH) * GROWTH
+            math.ceil(max(self._width, self.places, min(2 * old.shape[2], self._context or 2 * old.shape[2])) / GROWTH)
+            * GROWTH
         )
         # Zeros: what a mask hides must be a number, since 0 * nan is nan.
         table = _zeros((*old.shape[:2], places, old.shape[3]), old)
