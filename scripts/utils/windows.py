@@ -84,6 +84,7 @@ class ModelScorer:
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | None = None) -> None:
         """Args: batch_tokens: about so many are computed at once; BATCH_TOKENS by default."""
+        _unwrap_head(model)
         install_loss_head(model)
         self._model, self._batch_tokens = model, batch_tokens or BATCH_TOKENS
 
@@ -129,6 +130,19 @@ class ModelScorer:
             losses = token_losses(self._model, ids[:, : max(members)], self._batch_tokens)
             found |= {length: losses[:, : length - 1] for length in members}
         return found
+
+
+@torch.no_grad()
+def _unwrap_head(model: PreTrainedModel) -> None:
+    """Put a plain lm_head in the place of one that an adapter wraps: what it makes of the unit vectors is its matrix."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "base_layer") and not hasattr(head, "original_module"):  # PEFT's names of what it wraps
+        return
+    embeddings = model.get_input_embeddings().weight
+    matrix = head(torch.eye(embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)).T.contiguous()
+    plain = torch.nn.Linear(*reversed(matrix.shape), bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(matrix, requires_grad=False)
+    model.set_output_embeddings(plain)
 
 
 def token_losses(model: PreTrainedModel, ids: Tensor, batch_tokens: int | None = None) -> Tensor:

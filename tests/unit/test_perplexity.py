@@ -11,6 +11,7 @@ import torch
 from conftest import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from utils import losses, perplexity, windows
@@ -94,6 +95,34 @@ def test_logits_never_stand_whole(monkeypatch):
     install_loss_head(model)
     token_losses(model, rows_of(2, 200))
     assert sum(rows for rows, _ in seen) == 2 * 199 and max(rows for rows, _ in seen) <= 64
+
+
+HEADS = {
+    "whole": {"modules_to_save": ["lm_head"]},
+    "LoRA": {"target_modules": ["q_proj", "lm_head"]},
+    "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "tied": {"trainable_token_indices": [5, 6, 96], "tied": True},
+    "tied whole": {"modules_to_save": ["embed_tokens"], "tied": True, "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_losses_where_an_adapter_has_the_head(name):
+    """The adapter's own forward says what is right; every weight that it starts at zero or as a copy is perturbed."""
+    changes = {"r": 2, "target_modules": ["q_proj"]} | HEADS[name]
+    config = config_of(tie_word_embeddings=changes.pop("tied", False))
+    model = get_peft_model(model_of(config), LoraConfig(**changes)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    ids = rows_of(3, 20)
+    before = torch.tensor([plain_losses(model_of(config), row) for row in ids]).double()
+    expected = torch.tensor([plain_losses(model, row) for row in ids]).double()
+    assert (before - expected).abs().max() > 0.1
+    found = ModelScorer(model.get_base_model()).row_losses(ids, [20])[20]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_losses_that_are_no_numbers_are_refused():
