@@ -129,6 +129,11 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     wording = preset.wording(benchmark.kind, language, args.mode, args.with_prompt)
     if args.generates and not args.with_prompt and not settings.stop:
         settings = replace(settings, stop=PLAIN_STOPS[args.mode])
+    if args.server_url and args.mode == "constrained" and wording.letters == "both":
+        raise InputError(
+            f"--preset {args.preset} adds up two forms of each letter, and a server tells only its likeliest tokens; "
+            "pass --preset default, or load the model here"
+        )
     target = Target(model_args, args.with_prompt and wording.system is None, args.server_url, args.batch_size)
     prompts = write_prompts(benchmark, wording, target, model_args, settings, args)
     overlaps = find_overlaps(benchmark, args.decontaminate)  # data that is not there is found before weights are read

@@ -203,6 +203,13 @@ def test_bad_input_is_found_before_the_model_is_loaded(tiny_model_folder, exam, 
         evaluate(None, tmp_path / "out", exam)
     with pytest.raises(InputError, match="--server_url asks a server"):
         evaluate(tiny_model_folder, tmp_path / "out", exam, server_url="http://127.0.0.1:9/v1")
+    for split in ("dev", "test"):
+        (tmp_path / "cmmlu" / split).mkdir(parents=True)
+        text = ",Question,A,B,C,D,Answer\n" + "".join(f"{n},问{n},甲,乙,丙,丁,A\n" for n in range(5))
+        (tmp_path / "cmmlu" / split / "agronomy.csv").write_text(text, encoding="utf-8")
+    task = {"benchmark": "cmmlu", "data_dir": str(tmp_path / "cmmlu"), "preset": "a2-2023", "skip_missing": True}
+    with pytest.raises(InputError, match="--preset a2-2023 adds up two forms of each letter"):
+        evaluate(None, tmp_path / "out", exam, server_url="http://127.0.0.1:9/v1", **task)
     with pytest.raises(InputError, match="fewer examples in dev"):
         evaluate(tiny_model_folder, tmp_path / "out", exam, num_fewshot=3)
     with pytest.raises(InputError, match="data not found"):
