@@ -134,7 +134,7 @@ class ModelScorer:
 
 @torch.no_grad()
 def _unwrap_head(model: PreTrainedModel) -> None:
-    """Put a plain lm_head in the place of one that an adapter wraps: what it makes of the unit vectors is its matrix."""
+    """Put a plain lm_head in the place of one that an adapter wraps; its matrix is what that makes of unit vectors."""
     head = model.get_output_embeddings()
     if not hasattr(head, "base_layer") and not hasattr(head, "original_module"):  # PEFT's names of what it wraps
         return
