@@ -36,7 +36,7 @@ class ServingArguments:
     max_context: int | None = arg(help="Tokens of prompt and answer together; default: the model's context.")
     max_body_bytes: int = arg(1 << 20, help="Largest request body in bytes.")
     stream_interval: float = arg(
-        0.05, help="Least seconds between two events of a stream, which then carry several tokens; 0: an event each."
+        0.1, help="Least seconds between two events of a stream, which then carry several tokens; 0: an event each."
     )
     request_timeout: float = arg(600.0, help="Seconds that a request may take altogether, waiting included.")
     shutdown_grace: float = arg(30.0, help="Seconds that running answers have to finish after SIGTERM or Ctrl-C.")
