@@ -502,8 +502,16 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # It warns about an optional kernel whenever it is imported without a GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torch.compile does nothing unless it is asked for: bitsandbytes calls it when it is imported, and loading the
+    # compiler is a third of a start.
+    undecided = "TORCHDYNAMO_DISABLE" not in os.environ
+    if undecided:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
-        main(*parse_args(*types, documented=documented, description=description))
+        arguments = parse_args(*types, documented=documented, description=description)
+        if undecided and any(getattr(part, "torch_compile", False) for part in arguments):
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        main(*arguments)
     except InputError as error:
         _fail(f"error: {error}", 2)
     except OSError as error:

@@ -1,10 +1,14 @@
 """Arguments: precedence, unknown names, old spellings, and run_config.yaml as a config file."""
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from utils.arguments import (
     DataArguments,
@@ -109,3 +113,25 @@ def test_run_config_repeats_the_run(tmp_path):
         "lora_alpha",
         "train_data",
     }
+
+
+COMPILES = """
+import sys
+from dataclasses import dataclass
+sys.path.insert(0, "scripts")
+from utils.arguments import InferenceArguments, run
+
+def main(args):
+    import bitsandbytes, torch
+    print("torch._inductor.compile_fx" in sys.modules, torch.compile(len) is len)
+
+run(main, InferenceArguments)
+"""
+
+
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_compiler_is_loaded_where_it_was_asked_for(asked):
+    command = [sys.executable, "-c", COMPILES, *(["--torch_compile", "True"] if asked else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{asked} {not asked}\n", done.stderr
