@@ -443,7 +443,7 @@ def run_until_done(argv: list[str], folder: Path, kills: int, seed: int) -> int:
         seen = {path.name for path in folder.glob("checkpoint-*")}
         while done < kills and process.poll() is None:
             if {path.name for path in folder.glob("checkpoint-*")} - seen:
-                time.sleep(chance.uniform(0, 0.3))
+                time.sleep(chance.uniform(0, 0.1))
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
                     done += 1
