@@ -123,9 +123,10 @@ def vote(tab, verdict):
     return re.findall(r"(?:A 是|A is) (\S+?)[，,] ?(?:B 是|B is) (\S+?)[。.]", tab.inner_text("#status"))[0]
 
 
-# ---------------------------------------------------------------- one walk, for every run of the tests
+# ---------------------------------------------------------------- one walk
 
 
+@pytest.mark.slow
 def test_a_battle_from_the_question_to_the_results(browser, two_models, english_bank, tmp_path):
     """Next, stream, vote, reveal, type, vote, results, language."""
     who = {"models": named(two_models), "questions": [str(english_bank)]}

@@ -243,6 +243,7 @@ def test_a_full_disk_while_caching(small_disk, tmp_path, base_tokenizer_folder, 
     assert not left
 
 
+@pytest.mark.slow
 def test_one_process_error_has_no_traceback(tmp_path):
     """Once through a real shell: the launcher, a real process, its status."""
     environment = {

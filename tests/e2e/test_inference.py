@@ -292,7 +292,8 @@ def command(*flags: str | Path) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, flags)]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_goes_on_and_gives_what_an_unbroken_one_gives(tiny_model_folder, tmp_path, how):
     data, out = tmp_path / "many.txt", tmp_path / "out.json"
     data.write_text("\n".join(f"question {number} 好" for number in range(60)), encoding="utf-8")

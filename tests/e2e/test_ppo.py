@@ -338,6 +338,7 @@ def test_an_unfinished_run_goes_on(ppo_run, tiny_model_folder, prompts, function
     assert_same_run(ppo_run, folder)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_its_last_step_only_finishes(ppo_run, tiny_model_folder, prompts, function, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(ppo_run, folder)
@@ -416,6 +417,7 @@ def check_kill(method, at, whole, argv, folder, tmp_path):
     assert_same_run(whole, folder)
 
 
+@pytest.mark.slow
 def test_killed_in_an_update_it_ends_with_the_same_bits(ppo_run, tiny_model_folder, prompts, function, tmp_path):
     """Two minibatches of two passes an iteration, two micro-batches each: in the fourth iteration."""
     argv = ppo_argv(tiny_model_folder, prompts, function, tmp_path / "run")

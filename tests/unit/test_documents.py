@@ -378,6 +378,7 @@ def kill_and_rerun(folder: Path, tokenizer_folder: Path, delays) -> None:
             assert (again.folder / f"{name}.bin").read_bytes() == (reference.folder / f"{name}.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_while_caching_then_rerun(tmp_path, extended_tokenizer_folder):
     kill_and_rerun(tmp_path, extended_tokenizer_folder, [0.05])
 
