@@ -224,11 +224,12 @@ class PrefixScorer:
         if self._rotations:
             self._rotations.rotate([longest])
         batches = list(self._batches(requests, members, shared, longest))
-        cache = self._empty_cache(max(map(len, batches)), longest)
+        num_slots = max(map(len, batches))
+        cache = self._empty_cache(num_slots, longest)
         beginning = list(requests[members[0]].prompt[:shared])
         for start in range(0, shared, self._batch_tokens):
             self._compute(cache, [beginning[start : start + self._batch_tokens]])
-        for slot in range(1, max(map(len, batches))) if shared else ():
+        for slot in range(1, num_slots) if shared else ():
             cache.copy(0, slot, shared)
         for batch in batches:
             found = self._score_batch(cache, [requests[number] for number in batch], shared)
@@ -238,7 +239,7 @@ class PrefixScorer:
         """The last group's, if it is large enough: memory that is in use already is much quicker to write to."""
         if self._cache is None or len(self._cache.tokens) < num_slots or self._cache.places < places:
             self._cache = None  # before there is another
-            self._cache = SlotCache(num_slots, places, places)
+            self._cache = SlotCache(num_slots, places=places)
         for slot in range(len(self._cache.tokens)):
             self._cache.truncate(slot, 0)
         return self._cache

@@ -24,13 +24,14 @@ class SlotCache(Cache):
 
     Attributes:
         tokens: of each slot, the tokens whose keys and values stand in it.
+        places: tokens of a slot that there is room for from the beginning.
     """
 
     def __init__(self, num_slots: int, context: int | None = None, places: int = 0) -> None:
         """
         Args:
             context: tokens that a slot will have at most, where that is known.
-            places: tokens that there is room for from the beginning.
+            places: see the attributes.
         """
         super().__init__(layers=[])
         self._context, self.places = context, places
@@ -89,10 +90,9 @@ class SlotCache(Cache):
 
     def _grown(self, old: Tensor) -> Tensor:
         """A layer's keys or values with room for the pass, twice what there was, so that growing is seldom."""
-        places = (
-            math.ceil(max(self._width, self.places, min(2 * old.shape[2], self._context or 2 * old.shape[2])) / GROWTH)
-            * GROWTH
-        )
+        twice = 2 * old.shape[2]
+        needed = max(self._width, self.places, min(twice, self._context or twice))
+        places = math.ceil(needed / GROWTH) * GROWTH
         # Zeros: what a mask hides must be a number, since 0 * nan is nan.
         table = _zeros((*old.shape[:2], places, old.shape[3]), old)
         for slot, tokens in enumerate(self.tokens):

@@ -139,7 +139,10 @@ def _unwrap_head(model: PreTrainedModel) -> None:
     if not hasattr(head, "base_layer") and not hasattr(head, "original_module"):  # PEFT's names of what it wraps
         return
     embeddings = model.get_input_embeddings().weight
-    matrix = head(torch.eye(embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)).T.contiguous()
+    units = torch.eye(embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)
+    if bool(head(torch.zeros_like(units[:1])).any()):
+        return  # it has a bias, which install_loss_head refuses
+    matrix = head(units).T.contiguous()
     plain = torch.nn.Linear(*reversed(matrix.shape), bias=False, device="meta")
     plain.weight = torch.nn.Parameter(matrix, requires_grad=False)
     model.set_output_embeddings(plain)
