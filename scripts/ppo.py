@@ -120,9 +120,10 @@ class PPOArguments:
         help="End an iteration's updates once the policy has moved this many nats a token from the one that sampled."
     )
     sft_data: list[str] = list_arg(
-        help="Conversations as sft.py reads them; each update also learns as many of them as it has answers, so that "
-        "what tuning taught is kept."
+        help="Conversations as sft.py reads them; each update also learns some of them, so that what tuning taught is "
+        "kept."
     )
+    sft_ratio: float = arg(1.0, help="How many of --sft_data an update learns for each answer it learns.")
     sft_coef: float = arg(1.0, help="Weight of the loss on --sft_data.")
     critic: Literal["head", "adapter", "model"] = arg(
         "head", help="A head on the policy's hidden states; an adapter of its own on the same weights; another model."
@@ -132,7 +133,7 @@ class PPOArguments:
     reference_model: str | None = arg(help="Default: the policy without its adapter, which is the tuned model.")
 
     def __post_init__(self) -> None:
-        above_zero = ("ppo_epochs", "kl_horizon", "clip_range")
+        above_zero = ("ppo_epochs", "kl_horizon", "clip_range", "sft_ratio")
         optional = ("kl_target", "kl_limit", "value_clip_range", "score_clip", "early_stop_kl", "critic_learning_rate")
         problems = [f"--{name} {getattr(self, name)}: need a number above 0" for name in above_zero
                     if not getattr(self, name) > 0]  # fmt: skip
@@ -192,7 +193,7 @@ def main(
     prompts, eval_prompts, keys = load_prompt_sets(data_args, rollout_args, training_args, tokenizer, template)
     tuning_set = load_tuning_set(data_args, rollout_args, ppo_args, training_args, tokenizer, template)
     if tuning_set is not None:
-        keys["sft"] = tuning_set.file.key
+        keys["sft"] = tuning_set.key
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start_run(training_run, inputs, training_args.process_index == 0)
 
@@ -326,7 +327,7 @@ def load_tuning_set(
     template: str,
 ) -> Any:
     """The samples of --sft_data, cut to a prompt's and an answer's length together; None without."""
-    from utils.data import PaddedSamples, load_sft_samples, parse_corpora
+    from utils.data import load_sft_samples, parse_corpora
 
     if not ppo_args.sft_data:
         return None
@@ -335,7 +336,7 @@ def load_tuning_set(
     length = rollout_args.max_prompt_length + rollout_args.max_new_tokens
     with training_args.main_process_first(local=False, desc="tokenising"):
         workers = data_args.preprocessing_num_workers
-        return PaddedSamples(load_sft_samples(files, tokenizer, template, length, cache, num_workers=workers))
+        return load_sft_samples(files, tokenizer, template, length, cache, num_workers=workers)
 
 
 # ---------------------------------------------------------------- models

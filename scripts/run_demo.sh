@@ -14,9 +14,12 @@ EN=$DATA_DIR/pretrain/en_train.txt ZH=$DATA_DIR/pretrain/zh_train.txt
 HELDOUT=("zh=$DATA_DIR/pretrain/zh_heldout.txt" "en=$DATA_DIR/pretrain/en_heldout.txt")
 mkdir -p "$OUT_DIR"
 
-# stage NAME TARGET MARK COMMAND...: run the command unless TARGET+MARK exists; note seconds and peak memory in stages.jsonl.
+# stage NAME TARGET MARK COMMAND...: run the command unless TARGET+MARK exists; its time and memory go to stages.jsonl.
 # What a stage made before is removed once a stage above it has run again, since it was made from the old one.
-stage() {
+# beside ...: the same for stages that need nothing of one another and are mostly start-up, or too small for all cores:
+# they wait for `together`, which runs two at a time with half of the cores each.
+stage() { beside "$@"; together; }
+beside() {
   local name=$1 target=$2 mark=$2$3
   shift 3
   if [[ -n ${RUNNING:-} ]]; then
@@ -26,18 +29,17 @@ stage() {
     return
   fi
   RUNNING=yes
-  echo "== $name"
-  "$PYTHON" - "$OUT_DIR/stages.jsonl" "$name" "$@" <<'PY'
-import json, resource, subprocess, sys, time
-log, name, command = sys.argv[1], sys.argv[2], sys.argv[3:]
-start = time.time()
-status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
-if status == 0:
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"name": name, "seconds": round(time.time() - start, 1), "peak_memory_gb": round(peak, 3)}) + "\n")
-sys.exit(status)
+  WAITING+=("$name" "$@" "<end>")
+}
+WAITING=()
+together() {
+  (( ${#WAITING[@]} == 0 )) || "$PYTHON" - "$HERE" "$OUT_DIR/stages.jsonl" "${WAITING[@]}" <<'PY'
+import sys
+sys.path.insert(0, sys.argv[1])
+from utils.stages import main
+sys.exit(main(sys.argv[2], sys.argv[3:]))
 PY
+  WAITING=()
 }
 
 # The model is tiny, so its steps are small: no recomputation, rows of 256 tokens, learning rates ten times those of a 7B.
@@ -79,51 +81,51 @@ stage quantization "$OUT_DIR/quantization" .json \
 PAIRS=(--validation_data "heldout=$DATA_DIR/rlhf/preferences_heldout.jsonl" --validation_split 0 --max_seq_length 256 --prompt_template tokenizer
   --gradient_checkpointing False --per_device_train_batch_size 32 --per_device_eval_batch_size 32 --gradient_accumulation_steps 1
   --logging_steps 5 --save_steps 1000 --save_total_limit 1)
-stage rm "$OUT_DIR/rm" /all_results.json \
+beside rm "$OUT_DIR/rm" /all_results.json \
   env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/rm" LR=2e-3 LORA_RANK=32 LORA_ALPHA=64 SEED="$SEED" \
   bash "$HERE/run_rm.sh" "${PAIRS[@]}" --num_train_epochs 4
+beside dpo "$OUT_DIR/dpo" /all_results.json \
+  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
+  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --sft_weight 3 --num_train_epochs 3
+beside alignment_assistant "$OUT_DIR/alignment/assistant" /alignment.json \
+  env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/alignment/assistant" bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32
+together
 stage ppo "$OUT_DIR/ppo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=3e-3 LORA_RANK=16 LORA_ALPHA=32 \
   PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \
   bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 32 --ppo_epochs 1 --lam 1 \
   --sft_data "$DATA_DIR/sft/train.json" --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
   --gradient_accumulation_steps 1 --eval_steps 16 --save_steps 16 --save_total_limit 1
-stage dpo "$OUT_DIR/dpo" /all_results.json \
-  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
-  bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --sft_weight 3 --num_train_epochs 3
 
 GREEDY=(--data_file "$DATA_DIR/sft/heldout.json" --with_prompt --temperature 0 --repetition_penalty 1 --max_new_tokens 48 --batch_size 32 --dtype float32)
-stage answers_base "$OUT_DIR/answers/base" .json \
-  env MODEL="$OUT_DIR/base" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template llama-2 --predictions_file "$OUT_DIR/answers/base.json"
-stage answers_adapter "$OUT_DIR/answers/adapter" .json \
-  env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/adapter.json"
-stage answers_assistant "$OUT_DIR/answers/assistant" .json \
-  env MODEL="$OUT_DIR/assistant" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/assistant.json"
 for METHOD in ppo dpo; do
-  stage "answers_$METHOD" "$OUT_DIR/answers/$METHOD" .json \
-    env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/$METHOD.json"
-done
-stage alignment_assistant "$OUT_DIR/alignment/assistant" /alignment.json \
-  env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/alignment/assistant" bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32
-for METHOD in ppo dpo; do
-  stage "alignment_$METHOD" "$OUT_DIR/alignment/$METHOD" /alignment.json \
+  beside "alignment_$METHOD" "$OUT_DIR/alignment/$METHOD" /alignment.json \
     env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" OUT="$OUT_DIR/alignment/$METHOD" \
     bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32 --compare "$OUT_DIR/alignment/assistant/alignment.json"
+  beside "answers_$METHOD" "$OUT_DIR/answers/$METHOD" .json \
+    env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/$METHOD.json"
 done
+beside answers_base "$OUT_DIR/answers/base" .json \
+  env MODEL="$OUT_DIR/base" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template llama-2 --predictions_file "$OUT_DIR/answers/base.json"
+beside answers_adapter "$OUT_DIR/answers/adapter" .json \
+  env MODEL="$OUT_DIR/pretrained" LORA="$OUT_DIR/sft" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/adapter.json"
+beside answers_assistant "$OUT_DIR/answers/assistant" .json \
+  env MODEL="$OUT_DIR/assistant" bash "$HERE/run_inference.sh" "${GREEDY[@]}" --prompt_template tokenizer --predictions_file "$OUT_DIR/answers/assistant.json"
 # What each stage knows: questions with choices in unseen wordings, and the held-out texts, as they are and in 4 bits, in one paired table.
 CHOICES=(--mode cloze --with_prompt --dtype float32)
 for MODEL in base pretrained assistant; do
-  stage "choices_$MODEL" "$OUT_DIR/choices/$MODEL" /multiple_choice.json \
+  beside "choices_$MODEL" "$OUT_DIR/choices/$MODEL" /multiple_choice.json \
     env MODEL="$OUT_DIR/$MODEL" BENCHMARK="$DATA_DIR/choices" SHOTS=0 OUT="$OUT_DIR/choices/$MODEL" \
     bash "$HERE/run_eval_multiple_choice.sh" "${CHOICES[@]}" --prompt_template llama-2
 done
 for METHOD in ppo dpo; do
-  stage "choices_$METHOD" "$OUT_DIR/choices/$METHOD" /multiple_choice.json \
+  beside "choices_$METHOD" "$OUT_DIR/choices/$METHOD" /multiple_choice.json \
     env MODEL="$OUT_DIR/assistant" LORA="$OUT_DIR/$METHOD" BENCHMARK="$DATA_DIR/choices" SHOTS=0 OUT="$OUT_DIR/choices/$METHOD" \
     bash "$HERE/run_eval_multiple_choice.sh" "${CHOICES[@]}" --prompt_template llama-2
 done
-stage perplexity "$OUT_DIR/perplexity" /perplexity.json \
+beside perplexity "$OUT_DIR/perplexity" /perplexity.json \
   env MODEL="$OUT_DIR/base" TEXTS="${HELDOUT[0]}" OUT="$OUT_DIR/perplexity" KBITS="16 4" bash "$HERE/run_eval_perplexity.sh" --texts "${HELDOUT[@]}" \
   --other_models "$OUT_DIR/pretrained" "$OUT_DIR/assistant" "$OUT_DIR/ppo" "$OUT_DIR/dpo" --max_documents 60 --dtype float32
+together
 # The report is always made anew: it takes a second and sums up whatever was run again.
 "$PYTHON" "$HERE/report.py" --run_dir "$OUT_DIR" --questions "$DATA_DIR/sft/heldout.json"

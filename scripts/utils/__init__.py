@@ -9,7 +9,7 @@ judging > players > endpoints > matches > battles > ratings > web_page > web_acc
 web_style > web_texts > engines > drafts > perplexity_models > llamacpp_engine > gguf_tokenizer > vllm_engine >
 vllm_options > choice_scoring > transformers_engine > speculative > perplexity > perplexity_pictures > parts >
 longbench_results > longbench_metrics > longbench_prompts > longbench_samples > longbench_tasks > report >
-answers_report > rlhf_report > recipe > quantization_report > evaluation_report > evaluation_tables >
+answers_report > rlhf_report > recipe > stages > quantization_report > evaluation_report > evaluation_tables >
 evaluation_columns > evaluation_results > pages > charts > alignment > ppo_trainer >
 rollout_trainer > decoding > slots > rewards > rollouts > reward_trainer > dpo_trainer > reference > pair_trainer >
 trainer > runs > training > predictions > inference > export > ollama > verification > comparison > merge_writer >

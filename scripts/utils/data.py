@@ -280,29 +280,33 @@ class PackedSamples(PaddedSamples):
     """Whole samples packed into rows of at most max_seq_length tokens; each is a segment of its own."""
 
     def __init__(
-        self, file: SampleFile, max_seq_length: int, sample_ids: np.ndarray | None = None, *, seed: int = 0
+        self, file: SampleFile, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
     ) -> None:
         """
         Args:
+            max_seq_length: None: as pack_best_fit's capacity.
             seed: which of equally long samples go together.
         Raises: InputError if a sample is longer than a row.
         """
         super().__init__(file, sample_ids)
         lengths = self.sample_ends - self.sample_starts
-        if len(lengths) and lengths.max() > max_seq_length:
+        if max_seq_length is not None and len(lengths) and lengths.max() > max_seq_length:
             raise InputError(f"a sample has {lengths.max()} tokens, more than --max_seq_length {max_seq_length}")
         rows = pack_best_fit(lengths, max_seq_length, seed)
         self.order = np.array([sample for row in rows for sample in row], dtype=np.int64)
         self.row_ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
 
 
-def pack_best_fit(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
+def pack_best_fit(lengths: np.ndarray, capacity: int | None, seed: int) -> list[list[int]]:
     """Best-fit decreasing: the longest sample first, each into the fullest row that still has room for it.
 
     Args:
         lengths: (n,) tokens of each sample, at most `capacity`; the seed decides the order of equal ones.
+        capacity: None: twice the longest. Where most samples are longer than half of it, a row of the longest's own
+            length would hold one of them and much padding.
     Returns: the samples of each row. Source: Johnson 1974, bin packing within 11/9 of the best.
     """
+    capacity = 2 * int(lengths.max(initial=0)) if capacity is None else capacity
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     rows: list[list[int]] = []

@@ -297,7 +297,7 @@ def _masks_of_any_form(model: Any) -> Iterator[None]:
 
 
 class Generator(Prompter):
-    """A model that answers within the caller's thread, a batch at a time: PPO's, whose weights change between them."""
+    """A model that answers within the caller's thread, call by call: PPO's, whose weights change between calls."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         super().__init__(tokenizer, template, getattr(model.config, "max_position_embeddings", None))
@@ -308,19 +308,21 @@ class Generator(Prompter):
         prompts: Sequence[Sequence[int]],
         settings: GenerationArguments,
         seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
         strip: bool = True,
     ) -> list[Completion]:
-        """Answer a batch of prompts; each answer is the one the prompt would get alone.
+        """Answer prompts; each answer is the one the prompt would get alone.
 
         Args:
             seeds: one for each prompt; default: settings.seed and the numbers after it.
+            batch_size: prompts at once, the next one joins when one is answered; default: all.
             strip: leave out white space around the text, which continued text needs and answers do not.
         Raises: InputError if a prompt leaves no room in the context.
         """
         seeds = [settings.seed + number for number in range(len(prompts))] if seeds is None else seeds
         requests = [Request(prompt, settings, seed, strip) for prompt, seed in zip(prompts, seeds, strict=True)]
         jobs = [Job(request, self, Answer(len(request.prompt))) for request in requests]
-        decoder = Decoder(self.model, len(jobs))
+        decoder = Decoder(self.model, min(batch_size or len(jobs), len(jobs)))
         decoder.waiting.extend(jobs)
         while decoder.step():
             pass

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from .actor_critic import critic_state, is_critic_parameter, load_critic, save_critic
-from .data import PaddedSamples
+from .data import PackedSamples
 from .files import InputError, read_json, write_json
 from .prompts import IGNORE_INDEX
 from .rl import ppo_policy_loss, value_loss
 from .rollout_trainer import RolloutTrainer, describe
 from .rollouts import Experience, make_batch, minibatches, prompt_numbers
+from .token_cache import SampleFile
 from .training import peak_memory_gb, plot_curves
 
 logger = logging.getLogger(__name__)
@@ -71,8 +74,8 @@ class PPOTrainer(RolloutTrainer):
         lr_scheduler: Any
         optimizer: Any
 
-    def __init__(self, *args: Any, tuning_set: PaddedSamples | None = None, **kwargs: Any) -> None:
-        """Args: tuning_set: samples that each update also learns as tuning does; the others are RolloutTrainer's."""
+    def __init__(self, *args: Any, tuning_set: SampleFile | None = None, **kwargs: Any) -> None:
+        """Args: tuning_set: samples that each update also learns as in tuning; the others are RolloutTrainer's."""
         super().__init__(*args, **kwargs)
         self.tuning_set = tuning_set
         self.sums = Sums()
@@ -200,16 +203,18 @@ class PPOTrainer(RolloutTrainer):
         return statistics
 
     def _tuning_batches(self, size: int, update: int) -> list[dict[str, Tensor]]:
-        """This process's share of as many tuning samples as an optimizer step has rollouts."""
+        """This process's share of the tuning samples of an optimizer step over `size` rollouts, packed into rows."""
         if self.tuning_set is None:
             return []
-        updates = self.settings.ppo_epochs * (self.settings.rollout_batch_size // size)
-        place = self.state.global_step * updates + update
-        numbers = prompt_numbers(place, size, len(self.tuning_set), self.args.seed + 1)
-        mine = numbers[self.args.process_index :: self.args.world_size]
-        micro = self.args.per_device_train_batch_size
-        parts = [mine[start : start + micro] for start in range(0, len(mine), micro)]
-        batches = [self.data_collator([self.tuning_set[number] for number in part]) for part in parts]
+        world_size, micro = self.args.world_size, self.args.per_device_train_batch_size
+        count = math.ceil(size * self.settings.sft_ratio / world_size) * world_size
+        place = self.state.global_step * self.settings.ppo_epochs * (self.settings.rollout_batch_size // size) + update
+        numbers = prompt_numbers(place, count, self.tuning_set.num_samples, self.args.seed + 1)
+        mine = np.array(numbers[self.args.process_index :: world_size])
+        parts = [
+            PackedSamples(self.tuning_set, None, mine[start : start + micro]) for start in range(0, len(mine), micro)
+        ]
+        batches = [self.data_collator([rows[number] for number in range(len(rows))]) for rows in parts]
         names = {"input_ids": "input_ids", "position_ids": "position_ids", "shift_labels": "targets"}
         return [{new: batch[name] for name, new in names.items()} for batch in batches]
 

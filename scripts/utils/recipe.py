@@ -12,6 +12,7 @@ from .arguments import RUN_CONFIG
 from .evaluation_results import Entry, need, read_results
 from .files import InputError, iter_records, read_json
 from .pages import Text
+from .stages import wall_seconds
 
 STAGE_LOG = "stages.jsonl"
 TARGET_KIND = "unseen_wording"  # the kind of question that tuning promises to answer
@@ -34,7 +35,7 @@ EVALUATED = {
     "ppo": Text("PPO 后", "PPO"),
     "dpo": Text("DPO 后", "DPO"),
 }
-# By their names in run_demo.sh, in the order they run.
+# By their names in run_demo.sh.
 STAGES = {
     "base_tokenizer": Stage(
         Text("英文词表", "English vocabulary"), "base_tokenizer/tokenizer.model", "run_train_tokenizer.sh"
@@ -122,7 +123,7 @@ class RecipeRun:
     """What the stages of a recipe left behind."""
 
     folder: Path
-    stages: dict[str, dict[str, float]]  # name -> seconds, peak_memory_gb of its last run
+    stages: dict[str, dict[str, float]]  # name -> started, seconds, peak_memory_gb of its last run
     results: dict[str, dict[str, Any]]  # training stage -> metrics
     history: dict[str, list[dict[str, Any]]]  # training stage -> log lines
     vocabulary: dict[str, Any]
@@ -189,10 +190,12 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def read_stage_log(path: Path) -> dict[str, dict[str, float]]:
-    """Seconds and memory of every stage; of a stage that ran again, the last line counts."""
-    stages = {}
+    """started, seconds and peak_memory_gb of every stage; of a stage that ran again, the last line counts."""
+    stages, end = dict[str, dict[str, float]](), 0.0
     for location, line in iter_records(path):
         figures = {key: float(need(line, key, location)) for key in ("seconds", "peak_memory_gb")}
+        figures["started"] = float(line.get("started", end))  # older logs: behind the one before
+        end = figures["started"] + figures["seconds"]
         stages[str(need(line, "name", location))] = figures
     if not stages:
         raise InputError(f"{path} is empty; run_demo.sh writes a line for every stage")
@@ -278,10 +281,13 @@ def read_evaluations(folder: Path) -> list[Entry]:
 
 
 def summarise(run: RecipeRun) -> dict[str, Any]:
-    """The figures of summary.json: seconds, 1e9 bytes, bits per byte, shares from 0 to 1."""
+    """The figures of summary.json: seconds, 1e9 bytes, bits per byte, shares from 0 to 1.
+
+    Time in which several stages ran side by side counts once.
+    """
     by_kind = exact_match_by(run, [question.get("kind", "other") for question in run.questions])
     return {
-        "seconds": round(sum(stage["seconds"] for stage in run.stages.values()), 1),
+        "seconds": round(wall_seconds(run.stages.values()), 1),
         "peak_memory_gb": max(stage["peak_memory_gb"] for stage in run.stages.values()),
         "stage_seconds": {name: stage["seconds"] for name, stage in run.stages.items()},
         "bits_per_byte": {language: bits_per_byte(run, language) for language in LANGUAGES},
@@ -299,7 +305,7 @@ def summarise(run: RecipeRun) -> dict[str, Any]:
         "multiple_choice": {
             entry.model: entry.figures["accuracy"] / 100 for entry in run.evaluations if "accuracy" in entry.figures
         },
-        "rlhf_seconds": round(sum(run.stages[name]["seconds"] for name in RLHF_STAGES if name in run.stages), 1),
+        "rlhf_seconds": round(wall_seconds(run.stages[name] for name in RLHF_STAGES if name in run.stages), 1),
     }
 
 

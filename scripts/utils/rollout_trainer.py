@@ -57,6 +57,7 @@ class PPOSettings:
     kl_limit: float | None = None
     critic_learning_rate: float | None = None
     sft_coef: float = 1.0
+    sft_ratio: float = 1.0
 
 
 def describe(experience: Experience) -> dict[str, float]:
@@ -99,11 +100,12 @@ class RolloutTrainer(RecipeTrainer):
             prompts, eval_prompts: token ids up to where the answer begins; those for evaluation by name.
             reference: a model of its own; None: the policy without its adapter.
         """
-        super().__init__(model, args, prompts, eval_prompts, tokenizer, Collator(0))
+        self.pad_token_id = int(tokenizer.pad_token_id or 0)
+        flash = causal_model(model).config._attn_implementation == "flash_attention_2"
+        super().__init__(model, args, prompts, eval_prompts, tokenizer, Collator(self.pad_token_id, flatten=flash))
         self.prompts, self.rewards, self.settings, self.kl = prompts, rewards, settings, kl
         self.reference = reference
         self.generator = Generator(causal_model(model), tokenizer, template)
-        self.pad_token_id = int(tokenizer.pad_token_id or 0)
         self.best_is_loaded = False
 
     def _good_checkpoint(self) -> str:
@@ -127,16 +129,12 @@ class RolloutTrainer(RecipeTrainer):
         Every process answers its share and returns all, in the prompts' order.
         """
         mine = range(self.args.process_index, len(prompts), self.args.world_size)
-        shares = sorted(mine, key=lambda number: -len(prompts[number]))
-        size = self.settings.per_device_rollout_batch_size
-        batches = [shares[start : start + size] for start in range(0, len(shares), size)]
+        numbers = sorted(mine, key=lambda number: -len(prompts[number]))
         policy = self.accelerator.unwrap_model(model)
         was_training = policy.training
         policy.eval()
-        rollouts: list[Rollout] = []
         with whole_model(self, model):
-            for batch in batches:
-                rollouts += self._sample_batch(policy, prompts, batch, step, greedy)
+            rollouts = self._answer(policy, prompts, numbers, step, greedy)
             texts = self.processing_class.batch_decode([r.prompt for r in rollouts], skip_special_tokens=True)
             try:
                 with self.accelerator.autocast():
@@ -150,16 +148,17 @@ class RolloutTrainer(RecipeTrainer):
             rollouts = gather_object(rollouts)
         return sorted(rollouts, key=lambda rollout: rollout.number)
 
-    def _sample_batch(
+    def _answer(
         self, policy: Any, prompts: Sequence[Sequence[int]], numbers: Sequence[int], step: int, greedy: bool
     ) -> list[Rollout]:
+        """Rollouts of the prompts with these numbers, not scored yet."""
         settings = self.settings.generation
         seeds = [rollout_seed(self.args.seed, step, number) for number in numbers]
         chosen = [list(prompts[number]) for number in numbers]
         if greedy:
             settings = dataclasses.replace(settings, do_sample=False, temperature=0)
         # Without autocast, which would convert all weights again for every token.
-        completions = self.generator.generate(chosen, settings, seeds)
+        completions = self.generator.generate(chosen, settings, seeds, self.settings.per_device_rollout_batch_size)
         with self.accelerator.autocast():
             figures = self._figures(policy, chosen, completions)
         return [
