@@ -16,10 +16,11 @@ HERE = Path(__file__).resolve().parent
 SEED = "20240 values"
 TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
-NUM_CARELESS = {"train": 60, "heldout": 10}  # pairs whose worse answer takes the right side badly
-NUM_CONTRADICTORY = {"train": 140, "heldout": 20}  # pairs whose worse answer takes the right side for a wrong reason
+# Further pairs on (bad, good) actions: there are fewer good ones, and who learns more of the others says no to all.
+NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly
+NUM_CONTRADICTORY = {"train": (40, 100), "heldout": (8, 12)}  # the worse answer takes it for a wrong reason
 NUM_ORDINARY = {"train": 220, "heldout": 40}  # pairs on facts of sft/train.json
-NUM_PROMPTS = {"train": (460, 40), "heldout": (48, 12)}  # (about values, ordinary)
+NUM_PROMPTS = {"train": (230, 230, 40), "heldout": (24, 24, 12)}  # on bad actions, on good ones, ordinary
 NUM_SECOND = 56  # actions that two alignment questions ask about in wordings used with other actions
 NUM_NEW_WORDING = 48  # alignment questions in a wording that no training file uses with any action
 RIGHT = {"bad": "refuse", "good": "approve"}
@@ -67,6 +68,10 @@ class Author:
             wordings = self.values["wordings"]
             questions = [ask(wording, action) for wording in self.rng.sample(wordings, len(wordings))]
             self.asked[action] = Asked(questions[:2], questions[2:4], questions[4:])
+
+    def begin(self, what: str) -> None:
+        """From here on, random numbers for one file alone, so that no other changes with it."""
+        self.rng = random.Random(f"{SEED} {what}")
 
     def answer(self, action: Action, manner: str, reasons: str | None = None) -> str:
         """An answer in one of the four manners: refuse, approve (right) or allow, discourage (wrong).
@@ -118,37 +123,41 @@ class Author:
         self.rng.shuffle(rows)
         return rows
 
+    def questions(self, split: str) -> dict[str, list[tuple[Action, str]]]:
+        """The questions of a split with what each asks about, by the action's kind."""
+        rows: dict[str, list[tuple[Action, str]]] = {"bad": [], "good": []}
+        for action, asked in self.asked.items():
+            rows[action.kind] += [(action, text) for text in (asked.training if split == "train" else asked.heldout)]
+        return rows
+
     def pairs(self, split: str, ordinary: list[Row]) -> list[Row]:
         """Preference pairs: right against wrong, against careless and against contradictory, and ordinary ones."""
-        asked = [
-            (action, question)
-            for action, asked in self.asked.items()
-            for question in (asked.training if split == "train" else asked.heldout)
-        ]
+        self.begin(f"pairs {split}")
+        asked = self.questions(split)
+        rows = [(action, question, self.worse) for action, question in asked["bad"] + asked["good"]]
+        for manner, counts in ((self.careless, NUM_CARELESS[split]), (self.contradictory, NUM_CONTRADICTORY[split])):
+            for kind, count in zip(("bad", "good"), counts, strict=True):
+                rows += [(action, question, manner) for action, question in self.rng.sample(asked[kind], count)]
         pairs = [
-            as_pair(question, self.right(action), self.worse(action), action.category) for action, question in asked
+            as_pair(question, self.right(action), worse(action), action.category) for action, question, worse in rows
         ]
-        for action, question in self.rng.sample(asked, NUM_CARELESS[split]):
-            pairs.append(as_pair(question, self.right(action), self.careless(action), action.category))
-        for action, question in self.rng.sample(asked, NUM_CONTRADICTORY[split]):
-            pairs.append(as_pair(question, self.right(action), self.contradictory(action), action.category))
         pairs += ordinary
         self.rng.shuffle(pairs)
         return pairs
 
     def prompts(self, split: str, ordinary: list[str]) -> list[Row]:
-        questions = [
-            question
-            for asked in self.asked.values()
-            for question in (asked.training if split == "train" else asked.heldout)
-        ]
-        num_values, num_ordinary = NUM_PROMPTS[split]
-        prompts = self.rng.sample(questions, num_values) + self.rng.sample(ordinary, num_ordinary)
+        """Questions without answers, as many on good actions as on bad ones."""
+        self.begin(f"prompts {split}")
+        asked = self.questions(split)
+        num_bad, num_good, num_ordinary = NUM_PROMPTS[split]
+        chosen = self.rng.sample(asked["bad"], num_bad) + self.rng.sample(asked["good"], num_good)
+        prompts = [question for _, question in chosen] + self.rng.sample(ordinary, num_ordinary)
         self.rng.shuffle(prompts)
         return [{"prompt": prompt} for prompt in prompts]
 
     def exam(self) -> list[Row]:
         """The alignment questions, in the order of their categories, each with a right and a wrong answer."""
+        self.begin("exam")
         seen = [(action, self.asked[action].exam[0]) for action in self.actions]
         seen += [(action, self.asked[action].exam[1]) for action in self.rng.sample(self.actions, NUM_SECOND)]
         asked = [(*row, "seen_with_other_actions") for row in seen]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from utils import decoding
 from utils.arguments import GenerationArguments
-from utils.decoding import Decoder, Generator
+from utils.decoding import Decoder, Generator, compute
 from utils.files import InputError
 from utils.generation import Answer, Job, Request, TextDecoder, encode_raw
 from utils.prompts import CHAT_TEMPLATES
@@ -178,6 +178,31 @@ def test_padding_changes_no_logit(monkeypatch, generator, tokenizer):
     for prompt in prompts:
         generator.generate([prompt], settings)
     torch.testing.assert_close(seen[0], torch.cat(seen[1:]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_next_prompt_joins_when_an_answer_ends(monkeypatch, generator, tokenizer):
+    """With room for two, the answers are those of each alone, in the prompts' order, in fewer steps than by twos."""
+    steps = []
+
+    def count(model, cache, first, tokens, keep):
+        steps.extend([len(tokens)] if max(map(len, tokens)) == 1 else [])  # prompts have more tokens
+        return compute(model, cache, first, tokens, keep)
+
+    monkeypatch.setattr(decoding, "compute", count)
+    monkeypatch.setattr(generator, "stop_ids", list(range(3, 40)))  # so that answers differ in length
+    settings = GenerationArguments(max_new_tokens=30, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    prompts, seeds = [encode_raw(text, tokenizer) for text in PROMPTS] * 4, list(range(20))
+    alone = [generator.generate([prompt], settings, [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    lengths = [len(answer.token_ids) for answer in alone]
+    assert len(set(lengths)) > 5
+    steps.clear()
+    answers = generator.generate(prompts, settings, seeds, batch_size=2)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
+    joined, together = len(steps), max(steps)
+    steps.clear()
+    for start in range(0, len(prompts), 2):
+        generator.generate(prompts[start : start + 2], settings, seeds[start : start + 2])
+    assert together == 2 and joined < 0.9 * len(steps), (joined, len(steps))
 
 
 def test_beams_equal_plain_beam_search(engine, model, tokenizer):

@@ -256,8 +256,9 @@ def test_an_iteration_equals_a_plain_ppo(case, micro, accumulate, tiny_model_fol
     assert entries(trainer, "updates") == [4.0]
 
 
-def test_tuning_samples_add_the_gradient_of_their_mean_loss(tiny_model_folder, tmp_path):
-    """Of one optimizer step, in micro-batches of 2, against transformers' own loss on each sample."""
+@pytest.mark.parametrize(("ratio", "count"), [(1.0, 4), (0.5, 2), (0.7, 3), (2.0, 8)])
+def test_tuning_samples_add_the_gradient_of_their_mean_loss(ratio, count, tiny_model_folder, tmp_path):
+    """Of one optimizer step over 4 answers, in micro-batches of 2, against transformers' own loss on each sample."""
     from torch.nn import functional
 
     from utils.data import Collator
@@ -279,7 +280,9 @@ def test_tuning_samples_add_the_gradient_of_their_mean_loss(tiny_model_folder, t
 
     policy = make_policy(tiny_model_folder)
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
-    trainer = make_trainer(tiny_model_folder, tmp_path, policy, temperature=0.7, sft_coef=0.5, args=options)
+    trainer = make_trainer(
+        tiny_model_folder, tmp_path, policy, temperature=0.7, sft_coef=0.5, sft_ratio=ratio, args=options
+    )
     assert isinstance(trainer.data_collator, Collator)
     experience = trainer.build(trainer.sample(policy, trainer.prompts * 2, step=0))
     gradients = []
@@ -291,14 +294,14 @@ def test_tuning_samples_add_the_gradient_of_their_mean_loss(tiny_model_folder, t
     for tuning_set in (None, TuningSet()):
         trainer.tuning_set = tuning_set
         figures = trainer._optimizer_step(policy, experience, [[0, 1], [2, 3]], 4, update=1)
-    chosen = [samples[n] for n in prompt_numbers(1, 4, len(samples), trainer.args.seed + 1)]
-    total, count = 0.0, sum(len(ids) - start for ids, start in chosen)
+    chosen = [samples[n] for n in prompt_numbers(1, count, len(samples), trainer.args.seed + 1)]
+    total, tokens = 0.0, sum(len(ids) - start for ids, start in chosen)
     policy.zero_grad()
     for ids, start in chosen:
         logits = policy(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1]
         total = total + functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum")
-    (0.5 * total / count).backward()
-    assert figures["sft_loss"] == pytest.approx(total.item() / count, rel=1e-5)
+    (0.5 * total / tokens).backward()
+    assert figures["sft_loss"] == pytest.approx(total.item() / tokens, rel=1e-5)
     for name, parameter in policy.named_parameters():
         if name in gradients[1]:
             extra = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
