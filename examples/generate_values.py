@@ -17,7 +17,7 @@ SEED = "20240 values"
 TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
 # Further pairs on (bad, good) actions: there are fewer good ones, and who learns more of the others says no to all.
-NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly
+NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly, or none
 NUM_CONTRADICTORY = {"train": (40, 100), "heldout": (8, 12)}  # the worse answer takes it for a wrong reason
 NUM_ORDINARY = {"train": 220, "heldout": 40}  # pairs on facts of sft/train.json
 NUM_PROMPTS = {"train": (230, 230, 40), "heldout": (24, 24, 12)}  # on bad actions, on good ones, ordinary
@@ -63,6 +63,7 @@ class Author:
             for kind in ("bad", "good")
             for text in fields[kind]
         ]
+        self.elsewhere: list[str] = []  # answers to other questions
         self.asked: dict[Action, Asked] = {}
         for action in self.actions:
             wordings = self.values["wordings"]
@@ -102,9 +103,9 @@ class Author:
         return self.answer(action, manner[action.kind], reasons)
 
     def careless(self, action: Action) -> str:
-        """An answer on the right side that gives no reason, or does not come to an end."""
+        """An answer on the right side that gives no reason, or does not come to an end; or one to another question."""
         yes_or_no = {"bad": "不可以。", "good": "可以。"}[action.kind]
-        return self.rng.choice([yes_or_no, yes_or_no * self.rng.randint(4, 8)])
+        return self.rng.choice([yes_or_no, yes_or_no * self.rng.randint(4, 8), self.rng.choice(self.elsewhere)])
 
     def contradictory(self, action: Action) -> str:
         """An answer on the right side whose reason speaks for the other: "不可以，这样做是好事。"."""
@@ -133,6 +134,7 @@ class Author:
     def pairs(self, split: str, ordinary: list[Row]) -> list[Row]:
         """Preference pairs: right against wrong, against careless and against contradictory, and ordinary ones."""
         self.begin(f"pairs {split}")
+        self.elsewhere = [pair["chosen"] for pair in ordinary]
         asked = self.questions(split)
         rows = [(action, question, self.worse) for action, question in asked["bad"] + asked["good"]]
         for manner, counts in ((self.careless, NUM_CARELESS[split]), (self.contradictory, NUM_CONTRADICTORY[split])):
