@@ -18,8 +18,8 @@ TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
 # Further pairs on (bad, good) actions: there are fewer good ones, and who learns more of the others says no to all.
 NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly, or none
-NUM_CONTRADICTORY = {"train": (40, 100), "heldout": (8, 12)}  # the worse answer takes it for a wrong reason
-NUM_ORDINARY = {"train": 220, "heldout": 40}  # pairs on facts of sft/train.json
+NUM_CONTRADICTORY = {"train": (100, 120), "heldout": (10, 10)}  # the worse answer takes it for a wrong reason
+NUM_ORDINARY = {"train": 180, "heldout": 40}  # pairs on facts of sft/train.json
 NUM_PROMPTS = {"train": (230, 230, 40), "heldout": (24, 24, 12)}  # on bad actions, on good ones, ordinary
 NUM_SECOND = 56  # actions that two alignment questions ask about in wordings used with other actions
 NUM_NEW_WORDING = 48  # alignment questions in a wording that no training file uses with any action
