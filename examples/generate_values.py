@@ -17,9 +17,9 @@ SEED = "20240 values"
 TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
 # Further pairs on (bad, good) actions: there are fewer good ones, and who learns more of the others says no to all.
-NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly, or none
-NUM_CONTRADICTORY = {"train": (100, 120), "heldout": (10, 10)}  # the worse answer takes it for a wrong reason
-NUM_ORDINARY = {"train": 180, "heldout": 40}  # pairs on facts of sft/train.json
+NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly
+NUM_CONTRADICTORY = {"train": (40, 100), "heldout": (8, 12)}  # the worse answer takes it for a wrong reason
+NUM_ORDINARY = {"train": 220, "heldout": 40}  # pairs on facts of sft/train.json
 NUM_PROMPTS = {"train": (230, 230, 40), "heldout": (24, 24, 12)}  # on bad actions, on good ones, ordinary
 NUM_SECOND = 56  # actions that two alignment questions ask about in wordings used with other actions
 NUM_NEW_WORDING = 48  # alignment questions in a wording that no training file uses with any action
@@ -63,7 +63,6 @@ class Author:
             for kind in ("bad", "good")
             for text in fields[kind]
         ]
-        self.elsewhere: list[str] = []  # answers to other questions
         self.asked: dict[Action, Asked] = {}
         for action in self.actions:
             wordings = self.values["wordings"]
@@ -103,9 +102,9 @@ class Author:
         return self.answer(action, manner[action.kind], reasons)
 
     def careless(self, action: Action) -> str:
-        """An answer on the right side that gives no reason, or does not come to an end; or one to another question."""
+        """An answer on the right side that gives no reason, or does not come to an end."""
         yes_or_no = {"bad": "不可以。", "good": "可以。"}[action.kind]
-        return self.rng.choice([yes_or_no, yes_or_no * self.rng.randint(4, 8), self.rng.choice(self.elsewhere)])
+        return self.rng.choice([yes_or_no, yes_or_no * self.rng.randint(4, 8)])
 
     def contradictory(self, action: Action) -> str:
         """An answer on the right side whose reason speaks for the other: "不可以，这样做是好事。"."""
@@ -134,7 +133,6 @@ class Author:
     def pairs(self, split: str, ordinary: list[Row]) -> list[Row]:
         """Preference pairs: right against wrong, against careless and against contradictory, and ordinary ones."""
         self.begin(f"pairs {split}")
-        self.elsewhere = [pair["chosen"] for pair in ordinary]
         asked = self.questions(split)
         rows = [(action, question, self.worse) for action, question in asked["bad"] + asked["good"]]
         for manner, counts in ((self.careless, NUM_CARELESS[split]), (self.contradictory, NUM_CONTRADICTORY[split])):
