@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.stages import END, main, wall_seconds
+from utils.stages import END, wall_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +21,12 @@ def python(code):
 
 def words(**stages):
     return [word for name, command in stages.items() for word in (name, *command, END)]
+
+
+def main(log, stages):
+    """The exit status of utils.stages.main in a process of its own: a child's peak memory counts from its parent's."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r})\nfrom utils.stages import main\n"
+    return subprocess.run([*python(f"{code}sys.exit(main(sys.argv[1], sys.argv[2:]))"), log, *stages]).returncode
 
 
 def read(log):
