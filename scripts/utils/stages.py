@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-END = "<end>"  # behind the last word of a stage, where several stand in one command line
+END = "<end>"  # behind the last word of a stage in one command line of several; run_demo.sh writes it
 SIDE_BY_SIDE = 2
 
 
@@ -23,7 +23,11 @@ class Stages:
     """Runs the commands of stages; each that succeeds gets a line in the log."""
 
     def __init__(self, log: str | Path, threads: int | None = None) -> None:
-        """Args: log: a jsonl file, see read_log; threads: of each command; None: as many as it takes by itself."""
+        """
+        Args:
+            log: a jsonl file; see recipe.read_stage_log.
+            threads: of each command; None: as many as it takes by itself.
+        """
         self.log = Path(log)
         self.environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
         self.failed = threading.Event()
