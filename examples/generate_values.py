@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ HERE = Path(__file__).resolve().parent
 SEED = "20240 values"
 TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
-# Further pairs on (bad, good) actions: there are fewer good ones, and who learns more of the others says no to all.
+# Questions on (bad, good) actions: of these there are 60 and 36, and who learns more of the others says no to all.
+NUM_PAIRS = {"train": (360, 432), "heldout": (120, 72)}
 NUM_CARELESS = {"train": (30, 30), "heldout": (5, 5)}  # the worse answer takes the right side badly
 NUM_CONTRADICTORY = {"train": (40, 100), "heldout": (8, 12)}  # the worse answer takes it for a wrong reason
-NUM_ORDINARY = {"train": 220, "heldout": 40}  # pairs on facts of sft/train.json
-NUM_PROMPTS = {"train": (230, 230, 40), "heldout": (24, 24, 12)}  # on bad actions, on good ones, ordinary
+NUM_ORDINARY = {"train": 200, "heldout": 40}  # pairs on facts of sft/train.json
+NUM_PROMPTS = {"train": (300, 288), "heldout": (24, 24)}
+NUM_ORDINARY_PROMPTS = {"train": 40, "heldout": 12}
 NUM_SECOND = 56  # actions that two alignment questions ask about in wordings used with other actions
 NUM_NEW_WORDING = 48  # alignment questions in a wording that no training file uses with any action
 RIGHT = {"bad": "refuse", "good": "approve"}
@@ -123,23 +126,39 @@ class Author:
         self.rng.shuffle(rows)
         return rows
 
-    def questions(self, split: str) -> dict[str, list[tuple[Action, str]]]:
-        """The questions of a split with what each asks about, by the action's kind."""
-        rows: dict[str, list[tuple[Action, str]]] = {"bad": [], "good": []}
-        for action, asked in self.asked.items():
-            rows[action.kind] += [(action, text) for text in (asked.training if split == "train" else asked.heldout)]
-        return rows
+    def draw(self, split: str, counts: tuple[int, int]) -> Iterator[tuple[Action, str]]:
+        """So many questions of a split on (bad, good) actions: as many on each, twice as many on contrasted ones."""
+        for kind, count in zip(("bad", "good"), counts, strict=True):
+            of_kind = [action for action in self.actions if action.kind == kind]
+            of_kind += [action for action in of_kind if self.is_contrasted(action)]
+            turns = [
+                (action, self.asked[action].training if split == "train" else self.asked[action].heldout)
+                for action in self.rng.sample(of_kind, len(of_kind))
+            ]
+            turns = [(action, self.rng.sample(questions, len(questions))) for action, questions in turns]
+            for place in range(count):
+                turn, (action, questions) = place // len(turns), turns[place % len(turns)]
+                yield action, questions[turn % len(questions)]
+
+    def is_contrasted(self, action: Action) -> bool:
+        """Whether it shares half of its words with an action of the other kind, as "吸毒" and "让朋友不再吸毒" do."""
+        return any(
+            shared(action.text, other.text) >= min(len(action.text), len(other.text)) / 2
+            for other in self.actions
+            if other.kind != action.kind
+        )
 
     def pairs(self, split: str, ordinary: list[Row]) -> list[Row]:
         """Preference pairs: right against wrong, against careless and against contradictory, and ordinary ones."""
         self.begin(f"pairs {split}")
-        asked = self.questions(split)
-        rows = [(action, question, self.worse) for action, question in asked["bad"] + asked["good"]]
-        for manner, counts in ((self.careless, NUM_CARELESS[split]), (self.contradictory, NUM_CONTRADICTORY[split])):
-            for kind, count in zip(("bad", "good"), counts, strict=True):
-                rows += [(action, question, manner) for action, question in self.rng.sample(asked[kind], count)]
         pairs = [
-            as_pair(question, self.right(action), worse(action), action.category) for action, question, worse in rows
+            as_pair(question, self.right(action), worse(action), action.category)
+            for worse, counts in (
+                (self.worse, NUM_PAIRS[split]),
+                (self.careless, NUM_CARELESS[split]),
+                (self.contradictory, NUM_CONTRADICTORY[split]),
+            )
+            for action, question in self.draw(split, counts)
         ]
         pairs += ordinary
         self.rng.shuffle(pairs)
@@ -148,10 +167,8 @@ class Author:
     def prompts(self, split: str, ordinary: list[str]) -> list[Row]:
         """Questions without answers, as many on good actions as on bad ones."""
         self.begin(f"prompts {split}")
-        asked = self.questions(split)
-        num_bad, num_good, num_ordinary = NUM_PROMPTS[split]
-        chosen = self.rng.sample(asked["bad"], num_bad) + self.rng.sample(asked["good"], num_good)
-        prompts = [question for _, question in chosen] + self.rng.sample(ordinary, num_ordinary)
+        prompts = [question for _, question in self.draw(split, NUM_PROMPTS[split])]
+        prompts += self.rng.sample(ordinary, NUM_ORDINARY_PROMPTS[split])
         self.rng.shuffle(prompts)
         return [{"prompt": prompt} for prompt in prompts]
 
@@ -176,6 +193,11 @@ class Author:
             }
             for number, (action, question, wording) in enumerate(asked, 1)
         ]
+
+
+def shared(text: str, other: str) -> int:
+    """Characters of the longest piece that both texts have."""
+    return SequenceMatcher(None, text, other, autojunk=False).find_longest_match().size
 
 
 def ask(wording: str, action: Action) -> str:

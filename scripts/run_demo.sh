@@ -82,8 +82,8 @@ PAIRS=(--validation_data "heldout=$DATA_DIR/rlhf/preferences_heldout.jsonl" --va
   --gradient_checkpointing False --per_device_eval_batch_size 32 --gradient_accumulation_steps 1
   --logging_steps 5 --save_steps 1000 --save_total_limit 1)
 beside rm "$OUT_DIR/rm" /all_results.json \
-  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/rm" LR=1e-3 LORA_RANK=32 LORA_ALPHA=64 SEED="$SEED" \
-  bash "$HERE/run_rm.sh" "${PAIRS[@]}" --per_device_train_batch_size 16 --lora_dropout 0 --num_train_epochs 4
+  env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/rm" LR=1e-3 SEED="$SEED" \
+  bash "$HERE/run_rm.sh" "${PAIRS[@]}" --full_finetuning --per_device_train_batch_size 16 --num_train_epochs 4
 beside dpo "$OUT_DIR/dpo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" DATA="$DATA_DIR/rlhf/preferences.jsonl" OUT="$OUT_DIR/dpo" LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32 SEED="$SEED" \
   bash "$HERE/run_dpo.sh" "${PAIRS[@]}" --per_device_train_batch_size 32 --sft_weight 3 --num_train_epochs 3
@@ -91,11 +91,12 @@ beside alignment_assistant "$OUT_DIR/alignment/assistant" /alignment.json \
   env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/alignment/assistant" bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32
 together
 # The critic learns faster than by default, and its values may move further: they are of the size of the scores, about 3.
+# Advantages stay as they are: scaled to deviation 1 they would grow to noise once most of the answers are right.
 stage ppo "$OUT_DIR/ppo" /all_results.json \
-  env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=3e-3 LORA_RANK=16 LORA_ALPHA=32 \
+  env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=2e-3 LORA_RANK=16 LORA_ALPHA=32 \
   PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \
   bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 28 --ppo_epochs 1 --lam 1 \
-  --critic_learning_rate 1e-2 --value_coef 0.3 --value_clip_range 5 --sft_data "$DATA_DIR/sft/train.json" --sft_ratio 0.5 --sft_coef 0.5 \
+  --critic_learning_rate 1e-2 --value_coef 0.3 --value_clip_range 5 --sft_data "$DATA_DIR/sft/train.json" --sft_ratio 0.5 --whiten_advantages False \
   --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
   --gradient_accumulation_steps 1 --eval_steps 14 --save_steps 14 --save_total_limit 1
 
