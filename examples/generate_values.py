@@ -127,15 +127,17 @@ class Author:
         return rows
 
     def draw(self, split: str, counts: tuple[int, int]) -> Iterator[tuple[Action, str]]:
-        """So many questions of a split on (bad, good) actions: as many on each, twice as many on contrasted ones."""
+        """So many questions of a split on (bad, good) actions, spread evenly, twice as many on contrasted ones.
+
+        An action that is asked about more often than the split has questions is asked some again.
+        """
         for kind, count in zip(("bad", "good"), counts, strict=True):
             of_kind = [action for action in self.actions if action.kind == kind]
             of_kind += [action for action in of_kind if self.is_contrasted(action)]
-            turns = [
-                (action, self.asked[action].training if split == "train" else self.asked[action].heldout)
-                for action in self.rng.sample(of_kind, len(of_kind))
-            ]
-            turns = [(action, self.rng.sample(questions, len(questions))) for action, questions in turns]
+            turns = []
+            for action in self.rng.sample(of_kind, len(of_kind)):
+                questions = self.asked[action].training if split == "train" else self.asked[action].heldout
+                turns.append((action, self.rng.sample(questions, len(questions))))
             for place in range(count):
                 turn, (action, questions) = place // len(turns), turns[place % len(turns)]
                 yield action, questions[turn % len(questions)]
@@ -165,7 +167,7 @@ class Author:
         return pairs
 
     def prompts(self, split: str, ordinary: list[str]) -> list[Row]:
-        """Questions without answers, as many on good actions as on bad ones."""
+        """Questions without answers, about as many on good actions as on bad ones."""
         self.begin(f"prompts {split}")
         prompts = [question for _, question in self.draw(split, NUM_PROMPTS[split])]
         prompts += self.rng.sample(ordinary, NUM_ORDINARY_PROMPTS[split])

@@ -91,7 +91,7 @@ beside alignment_assistant "$OUT_DIR/alignment/assistant" /alignment.json \
   env MODEL="$OUT_DIR/assistant" OUT="$OUT_DIR/alignment/assistant" bash "$HERE/run_eval_alignment.sh" --batch_size 64 --max_new_tokens 48 --dtype float32
 together
 # The critic learns faster than by default, and its values may move further: they are of the size of the scores, about 3.
-# Advantages stay as they are: scaled to deviation 1 they would grow to noise once most of the answers are right.
+# Advantages keep their size: whitening would scale up what is left of them once most of the answers are right.
 stage ppo "$OUT_DIR/ppo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=2e-3 LORA_RANK=16 LORA_ALPHA=32 \
   PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \

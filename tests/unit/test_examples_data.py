@@ -331,6 +331,16 @@ def test_readme_shows_lines_of_the_files():
     assert [line for line in shown if line not in files] == []
 
 
+@pytest.mark.parametrize("name", ["README", "README_EN", "docs/data", "docs/data_EN", "docs/rlhf", "docs/rlhf_EN"])
+def test_documents_show_different_lines_of_the_preference_data(name):
+    files = {line for names in (PAIRS, PROMPTS) for file in names.values() for line in read_lines(file)}
+    document = (EXAMPLES.parent / f"{name}.md").read_text(encoding="utf-8")
+    shown = [line for line in document.splitlines() if line.startswith('{"prompt"')]
+    assert len(shown) >= 2
+    assert [line for line in shown if line not in files] == []
+    assert len(set(shown)) == len(shown)
+
+
 def read_choices() -> dict[str, list[dict[str, str]]]:
     """The questions with choices by subject."""
     found = {}
