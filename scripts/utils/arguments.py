@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import gc
 import importlib
 import json
 import logging
@@ -512,6 +513,7 @@ def run(
         if undecided and any(getattr(part, "torch_compile", False) for part in arguments):
             del os.environ["TORCHDYNAMO_DISABLE"]
         main(*arguments)
+        gc.freeze()  # the end of the process need not look through all that was loaded, which takes a second
     except InputError as error:
         _fail(f"error: {error}", 2)
     except OSError as error:

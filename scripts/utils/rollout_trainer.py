@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,12 +176,17 @@ class RolloutTrainer(RecipeTrainer):
         self, policy: Any, prompts: Sequence[list[int]], completions: Sequence[Completion]
     ) -> dict[str, list[Tensor]]:
         """What policy, reference and critic say of each answer token, in micro-batches of the update's size."""
-        figures: dict[str, list[Tensor]] = defaultdict(list)
+        sequences = [(prompt, answer.token_ids) for prompt, answer in zip(prompts, completions, strict=True)]
+        figures: dict[str, list[Tensor]] = {
+            name: [torch.empty(0)] * len(sequences) for name in ("logprobs", "ref_logprobs", "values", "entropies")
+        }
         temperature = self.settings.generation.temperature
         size = self.args.per_device_train_batch_size
-        for start in range(0, len(prompts), size):
-            answers = [completion.token_ids for completion in completions[start : start + size]]
-            batch, places = collate(list(zip(prompts[start : start + size], answers, strict=True)), self.pad_token_id)
+        # The longest first: those of about the same length go together, which saves padding, and a lack of memory shows.
+        order = sorted(range(len(sequences)), key=lambda number: -sum(map(len, sequences[number])))
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            batch, places = collate([sequences[number] for number in numbers], self.pad_token_id)
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
             logprobs, entropies, values = policy(**batch, temperature=temperature)
             if self.reference is not None:
@@ -190,10 +194,9 @@ class RolloutTrainer(RecipeTrainer):
             else:
                 with use_adapter(policy, None):
                     ref_logprobs = token_logprobs(policy, **batch, temperature=temperature)
-            for name, tensor in (
-                ("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("values", values), ("entropies", entropies)
-            ):  # fmt: skip
-                figures[name] += take(tensor, places)
+            for rows, tensor in zip(figures.values(), (logprobs, ref_logprobs, values, entropies), strict=True):
+                for number, row in zip(numbers, take(tensor, places), strict=True):
+                    rows[number] = row
         return figures
 
     def build(self, rollouts: Sequence[Rollout]) -> Experience:

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-END = "<end>"  # behind the last word of a stage in one command line of several; run_demo.sh writes it
+# What run_demo.sh writes behind the last word of a stage in one command line of several.
+END = "<end>"
+THEN = "<then>"  # the same, where the stage behind it needs this one
 SIDE_BY_SIDE = 2
 
 
@@ -76,16 +78,25 @@ class Stages:
 def main(log: str, words: Iterable[str]) -> int:
     """Run stages, two at a time with half of the cores each where there are several; returns an exit status.
 
-    Args: words: for each stage its name, the words of its command, and END.
+    Args: words: for each stage its name, the words of its command, and END; THEN where the next one waits for it.
     """
-    stages = [list(group) for is_end, group in itertools.groupby(words, END.__eq__) if not is_end]
-    stages_run = Stages(log, None if len(stages) == 1 else max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
+    rows = [_split(row, THEN) for row in _split(words, END)]
+    stages = Stages(log, None if len(rows) == 1 else max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
+
+    def run_row(row: Sequence[Sequence[str]]) -> list[int]:
+        return [stages.run(name, command) for name, *command in row]
+
     try:
         with concurrent.futures.ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            statuses = list(pool.map(lambda stage: stages_run.run(stage[0], stage[1:]), stages))
+            statuses = itertools.chain(*pool.map(run_row, rows))
+            return next((abs(status) for status in statuses if status), 0)
     except KeyboardInterrupt:
         return 130
-    return next((abs(status) for status in statuses if status), 0)
+
+
+def _split(words: Iterable[str], mark: str) -> list[list[str]]:
+    """The words between marks."""
+    return [list(group) for is_mark, group in itertools.groupby(words, mark.__eq__) if not is_mark]
 
 
 def wall_seconds(stages: Iterable[Mapping[str, float]]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.stages import END, wall_seconds
+from utils.stages import END, THEN, wall_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +117,23 @@ def test_time_side_by_side_counts_once():
     assert wall_seconds([]) == 0
     assert wall_seconds([stage(100, 10), stage(105, 20), stage(107, 3)]) == 25
     assert wall_seconds([stage(200, 5), stage(100, 10)]) == 15  # another day is not counted
+
+
+def test_a_stage_that_needs_the_one_before_it_waits_and_others_do_not(tmp_path, capfd):
+    """a, then b; c beside both: it meets b, which would not happen if it came after or before all of them."""
+    log = tmp_path / "log"
+    first = python(f"import pathlib, time; time.sleep(0.5); pathlib.Path({str(tmp_path / 'made')!r}).touch()")
+    second = python(
+        f"import pathlib; assert pathlib.Path({str(tmp_path / 'made')!r}).exists()\n" + meet(tmp_path, "b", "c")
+    )
+    stages = ["a", *first, THEN, "b", *second, END, "c", *python(meet(tmp_path, "c", "b")), END]
+    assert main(str(log), stages) == 0
+    lines = {line["name"]: line for line in read(log)}
+    assert lines.keys() == {"a", "b", "c"}
+    assert lines["b"]["started"] >= lines["a"]["started"] + lines["a"]["seconds"] - 0.01
+
+
+def test_what_needs_a_stage_that_failed_does_not_begin(tmp_path):
+    late = python(f"import pathlib; pathlib.Path({str(tmp_path / 'late')!r}).touch()")
+    assert main(str(tmp_path / "log"), ["bad", *python("raise SystemExit(3)"), THEN, "late", *late, END]) == 3
+    assert not (tmp_path / "late").exists()
