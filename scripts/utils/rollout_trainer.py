@@ -182,7 +182,7 @@ class RolloutTrainer(RecipeTrainer):
         }
         temperature = self.settings.generation.temperature
         size = self.args.per_device_train_batch_size
-        # The longest first: those of about the same length go together, which saves padding, and a lack of memory shows.
+        # The longest first: a lack of memory shows, and those of about the same length together need little padding.
         order = sorted(range(len(sequences)), key=lambda number: -sum(map(len, sequences[number])))
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
