@@ -8,7 +8,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
 export PYTHON=${PYTHON:-python} HF_HUB_OFFLINE=1
-# Memory that a step has freed stays with the process for the next one: asking the system again takes a tenth of the time.
+# Memory that a step has freed stays with the process for the next one: asking the system for it again costs a tenth of the run time.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 OUT_DIR=${OUT:-output/demo} SEED=${SEED:-42}
 DATA_DIR=$ROOT/examples/data
@@ -17,7 +17,7 @@ HELDOUT=("zh=$DATA_DIR/pretrain/zh_heldout.txt" "en=$DATA_DIR/pretrain/en_heldou
 mkdir -p "$OUT_DIR"
 
 # stage NAME TARGET MARK COMMAND...: run the command unless TARGET+MARK exists; its time and memory go to stages.jsonl.
-# What a stage made before is removed once a stage above it has run again, since it was made from the old one.
+# What a stage made before is removed once a stage above it, which may be needed by it, has run again.
 # beside ...: the same for stages that need nothing of one another and are mostly start-up, or too small for all cores:
 # they wait for `together`, which runs two at a time with half of the cores each. after ...: once the one above has ended.
 stage() { beside "$@"; together; }

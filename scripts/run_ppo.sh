@@ -7,12 +7,10 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to the tuned model (folder or hub id)}" "${DATA:?set DATA to a json, jsonl or parquet file or folder of prompts}"
-REWARDS=()
-if [[ -n ${REWARD:-} ]]; then REWARDS=(--reward_model "$REWARD"); fi
 # shellcheck source=scripts/launch.sh
 source "$HERE/launch.sh"
 launch "$HERE/ppo.py" \
-  --model_name_or_path "$MODEL" --train_data "$DATA" "${REWARDS[@]}" --output_dir "${OUT:-output/ppo}" \
+  --model_name_or_path "$MODEL" --train_data "$DATA" ${REWARD:+--reward_model "$REWARD"} --output_dir "${OUT:-output/ppo}" \
   --seed "${SEED:-42}" --learning_rate "${LR:-1e-5}" --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0 --num_train_epochs 1 \
   --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0 \
   --target_modules q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj \

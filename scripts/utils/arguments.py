@@ -513,7 +513,9 @@ def run(
         if undecided and any(getattr(part, "torch_compile", False) for part in arguments):
             del os.environ["TORCHDYNAMO_DISABLE"]
         main(*arguments)
-        gc.freeze()  # the end of the process need not look through all that was loaded, which takes a second
+        # The end of the process need not look through all that was loaded, which takes a second. (What then stands in
+        # a cycle is not told of the end; files are closed where they are opened.)
+        gc.freeze()
     except InputError as error:
         _fail(f"error: {error}", 2)
     except OSError as error:

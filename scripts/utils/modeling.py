@@ -321,11 +321,11 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
     Args: task_type: PEFT's; SEQ_CLS adds the model's `score` head to the modules trained in full.
     Raises: InputError for unknown modules, an adapter of another shape, or lm_head among target_modules.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     if kbits != 16:
-        # Checkpointing is the Trainer's to switch on; here only norms are made float32 and weights frozen.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        # Not PEFT's prepare_model_for_kbit_training: it makes norms, embeddings and lm_head float32, and with them
+        # hidden states, what checkpointing keeps, and the KV cache of PPO's answers, which then takes twice the memory.
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # At the first pass in evaluation mode bitsandbytes would pack the weights for a kernel that has no

@@ -23,6 +23,7 @@ PICTURE = "reward_report.png"
 NUM_BINS = 10
 MAX_SOURCES = 50  # with more, the accuracy by source stands in the report alone
 METRICS = ("accuracy", "loss", "margin", "calibration_error")  # those a checkpoint may be chosen by
+SMALLER_IS_BETTER = ("loss", "calibration_error")
 
 
 class RewardTrainer(PairTrainer):
@@ -128,9 +129,14 @@ class RewardTrainer(PairTrainer):
 
 
 def check_best_metric(args: RunArguments, names: Sequence[str]) -> None:
-    """Raises: InputError if evaluation, or a checkpoint's choice, is asked of validation sets that are not there."""
+    """Have a checkpoint chosen by the smaller error, which transformers knows of losses alone.
+
+    Raises: InputError if evaluation, or a checkpoint's choice, is asked of validation sets that are not there.
+    """
     check_validation(args, names)
     metric = args.metric_for_best_model
+    if metric is not None and metric.endswith(SMALLER_IS_BETTER):
+        args.greater_is_better = False
     known = [f"eval_{name}_{metric}" for name in names for metric in METRICS] + ["eval_loss", "eval_accuracy"]
     if names and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
         raise InputError(f"--metric_for_best_model {metric}: need one of {', '.join(known)}")

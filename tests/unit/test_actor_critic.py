@@ -288,9 +288,8 @@ def test_padding_changes_nothing_in_front_of_it(tiny_model_folder):
         assert torch.equal(one[row, :length], two[row, :length])
 
 
-@pytest.mark.parametrize("kbits", [4, 8])
-def test_a_pass_in_evaluation_mode_leaves_the_gradients_of_a_quantised_base(kbits, tmp_path):
-    """bitsandbytes packs 4-bit weights on some CPUs for a kernel without a gradient."""
+def quantised_model(folder, kbits):
+    """A small model of bfloat16 around its quantised layers, with a LoRA."""
     pytest.importorskip("bitsandbytes")
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -301,10 +300,30 @@ def test_a_pass_in_evaluation_mode_leaves_the_gradients_of_a_quantised_base(kbit
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    args = ModelArguments(model_name_or_path=str(tmp_path / "base"), load_in_kbits=kbits)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    args = ModelArguments(model_name_or_path=str(folder / "base"), load_in_kbits=kbits)
     base = load_model(args, torch.bfloat16, {"": "cpu"})
-    model = attach_adapter(base, LoraArguments(lora_rank=2, lora_dropout=0.0, target_modules="all"), kbits)
+    return attach_adapter(base, LoraArguments(lora_rank=2, lora_dropout=0.0, target_modules="all"), kbits)
+
+
+@pytest.mark.parametrize("kbits", [4, 8])
+def test_around_quantised_layers_everything_frozen_stays_in_16_bits(kbits, tmp_path):
+    """So do hidden states, and the keys and values of an answer: twice the memory otherwise."""
+    model = quantised_model(tmp_path, kbits)
+    wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert wide == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(wide) == 2 * 2 * 7 and all("lora_" in name for name in wide)
+    with torch.no_grad():
+        output = model.eval()(input_ids=torch.arange(12).reshape(2, 6), use_cache=True, output_hidden_states=True)
+    layers = output.past_key_values.layers
+    assert {tensor.dtype for layer in layers for tensor in (layer.keys, layer.values)} == {torch.bfloat16}
+    assert {hidden.dtype for hidden in output.hidden_states} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kbits", [4, 8])
+def test_a_pass_in_evaluation_mode_leaves_the_gradients_of_a_quantised_base(kbits, tmp_path):
+    """bitsandbytes packs 4-bit weights on some CPUs for a kernel without a gradient."""
+    model = quantised_model(tmp_path, kbits)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

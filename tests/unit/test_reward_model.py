@@ -322,3 +322,19 @@ def test_loss_agrees_with_trls_reward_trainer(tiny_model_folder, tmp_path):
         loss.backward()
         torch.testing.assert_close(loss.detach(), trl[name], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model.score.weight.grad, trl[name + "_grad"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("accuracy", True), ("margin", True), ("loss", False), ("calibration_error", False)]
+)
+def test_the_best_checkpoint_has_the_larger_figure_or_the_smaller_error(metric, greater, tmp_path):
+    """transformers takes everything that is not called a loss for better when it is larger."""
+    from utils.arguments import parse_args
+    from utils.reward_trainer import check_best_metric
+    from utils.training import RunArguments
+
+    best = ["--eval_strategy", "steps", "--eval_steps", "10", "--save_steps", "10", "--load_best_model_at_end"]
+    argv = ["--output_dir", str(tmp_path), *best, "--metric_for_best_model", f"eval_heldout_{metric}"]
+    (args,) = parse_args(RunArguments, argv=argv)
+    check_best_metric(args, ["heldout"])
+    assert args.greater_is_better is greater

@@ -83,10 +83,12 @@ def test_the_memory_plan_is_what_its_formulas_say():
     """The totals of the tables, from the formulas of the text block, by this test's own arithmetic."""
     width, inner, rows, rank = 4096, 11008, 55_296, 64
     embedding = rows * width
-    for column, layers in ((0, 32), (-1, 4)):
+    for column, layers, bits in ((0, 32, 16), (1, 32, 4), (-1, 4, 16)):
         backbone = layers * (4 * width**2 + 3 * width * inner + 2 * width) + width
         lora = layers * rank * (4 * 2 * width + 3 * (width + inner))
-        base, reward_base = 2 * (backbone + 2 * embedding), 2 * (backbone + embedding)
+        # 4 bits and, quantised again, the scale of every 64 weights; what is not a linear layer stays in 16.
+        base = (2 if bits == 16 else 0.516) * backbone + 2 * 2 * embedding
+        reward_base = 2 * (backbone + embedding)
 
         def learned(tokens, logits=0.4e9, layers=layers):
             return 2 * layers * width * tokens + 66 * width * tokens + logits
@@ -96,7 +98,7 @@ def test_the_memory_plan_is_what_its_formulas_say():
         stays = base + 12 * lora + 4 * lora
         learning = 4 * lora + learned(4096)
         full = 16 * (backbone + 2 * embedding) + 16 * (backbone + embedding) + base + reward_base
-        four = 3 * base + reward_base + 24 * lora + max(cache, 8 * lora + checkpoints + learned(4096))
+        four = 2 * base + 2 * reward_base + 24 * lora + max(cache, 8 * lora + checkpoints + learned(4096))
         totals = {
             "**峰值**": stays + max(cache, learning),
             "`--per_device_rollout_batch_size 8` 时": stays + max(cache / 2, learning),
@@ -112,4 +114,6 @@ def test_the_memory_plan_is_what_its_formulas_say():
         for start, expected in totals.items():
             (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| {start}")]
             figures = [float(figure) for figure in re.findall(r"([\d.]+) GB", row)]
+            if bits == 4 and len(figures) < 3:
+                continue  # the other tables have 16 bits alone
             assert figures[column] == pytest.approx(expected / 1e9, abs=0.051), start
