@@ -325,7 +325,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
 
     if kbits != 16:
         # Not PEFT's prepare_model_for_kbit_training: it makes norms, embeddings and lm_head float32, and with them
-        # hidden states, what checkpointing keeps, and the KV cache of PPO's answers, which then takes twice the memory.
+        # hidden states, what checkpointing keeps, and the KV cache of PPO's answers: twice the memory.
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # At the first pass in evaluation mode bitsandbytes would pack the weights for a kernel that has no
