@@ -112,7 +112,7 @@ stage ppo "$OUT_DIR/ppo" /all_results.json \
   env MODEL="$OUT_DIR/assistant" REWARD="$OUT_DIR/rm" DATA="$DATA_DIR/rlhf/prompts.jsonl" OUT="$OUT_DIR/ppo" LR=2e-3 LORA_RANK=16 LORA_ALPHA=32 \
   PROMPT_LENGTH=200 LENGTH=48 SEED="$SEED" \
   bash "$HERE/run_ppo.sh" --validation_data "heldout=$DATA_DIR/rlhf/prompts_heldout.jsonl" --validation_split 0 --max_steps 28 --ppo_epochs 1 --lam 1 \
-  --critic_learning_rate 1e-2 --value_coef 0.3 --value_clip_range 5 --sft_data "$DATA_DIR/sft/train.json" --sft_ratio 0.5 --whiten_advantages False \
+  --critic_learning_rate 1e-2 --value_coef 0.3 --value_clip_range 5 --sft_data "$DATA_DIR/sft/train.json" --sft_ratio 0.75 --whiten_advantages False \
   --gradient_checkpointing False --rollout_batch_size 128 --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 \
   --gradient_accumulation_steps 1 --eval_steps 14 --save_steps 14 --save_total_limit 1
 

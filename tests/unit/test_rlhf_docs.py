@@ -38,6 +38,15 @@ def expand(command):
     return variables, words[place].split("/")[-1], words[place + 1 :]
 
 
+@pytest.mark.parametrize("launcher", ["run_rm.sh", "run_ppo.sh"])
+def test_the_betas_of_deepspeed_chat_can_be_had(launcher):
+    """They are in its code and not among its flags, so that the table has to say how."""
+    assert "| `--adam_beta2 0.95`" in TEXT
+    _, script, flags = expand(f"MODEL=m REWARD=r DATA=d bash scripts/{launcher} --adam_beta2 0.95")
+    [training] = [part for part in parse_args(*script_types(script), argv=flags) if hasattr(part, "adam_beta2")]
+    assert (training.adam_beta1, training.adam_beta2) == (0.9, 0.95)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse_and_batches_come_out_even(command, monkeypatch):
     variables, script, flags = expand(command)
