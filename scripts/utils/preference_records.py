@@ -89,7 +89,7 @@ def _read_prompt_turns(record: dict[str, Any], location: str) -> list[Message]:
     value = record[name]
     if name == "prompt" and isinstance(value, str):
         return _read_dialogue(value) or [{"role": "user", "content": value}]
-    return _read_turns(value, f"{location}: {name}")
+    return _read_dialogue_turns(value, f"{location}: {name}")
 
 
 def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], location: str) -> list[Message]:
@@ -107,7 +107,7 @@ def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], locat
             return [*prompt, {"role": "assistant", "content": value.strip() if dialogue else value}]
         turns = _split_dialogue(value)
     else:
-        turns = _read_turns([value] if isinstance(value, dict) else value, f"{location}: {name}")
+        turns = _read_dialogue_turns([value] if isinstance(value, dict) else value, f"{location}: {name}")
         if turns[0]["role"] == "assistant":
             turns = [*prompt, *turns]
         elif prompt and prompt not in (turns[: len(prompt)], turns[:-1][-len(prompt) :]):
@@ -133,7 +133,7 @@ def _finish_prompt(record: dict[str, Any], turns: list[Message], location: str) 
     return read_conversation({"messages": answered, **system}, location)[:-1]
 
 
-def _read_turns(turns: Any, location: str) -> list[Message]:
+def _read_dialogue_turns(turns: Any, location: str) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{location}: need a non-empty list of turns, got {turns!r:.80}")
     messages = []

@@ -201,7 +201,7 @@ def _pick(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
 
 def _kind(settings: GenerationArguments) -> str:
-    """How a row is drawn; it depends on the row alone, since the order of the candidates decides what is drawn."""
+    """How a row's candidates are found; it depends on the row alone, never on the rows beside it."""
     return "top_k" if settings.top_k > 0 else "top_p" if settings.top_p < 1 else "all"
 
 
@@ -209,8 +209,8 @@ def candidates(scores: Tensor, choosers: Sequence[Chooser]) -> tuple[Tensor, Ten
     """Probabilities of what may be drawn after temperature, top_k, top_p and min_p, in this order.
 
     Args: scores: (B, V), of rows of one kind.
-    Returns: (B, K) float64, not normalised; and the tokens (B, K) they belong to, the likeliest first, or None where
-        they are all tokens in order.
+    Returns: (B, K) float64, not normalised; and the tokens (B, K) they belong to, in the order of their ids, or None
+        where they are all tokens.
     """
 
     def column(name: str) -> Tensor:
@@ -228,6 +228,13 @@ def candidates(scores: Tensor, choosers: Sequence[Chooser]) -> tuple[Tensor, Ten
     if kind != "all":
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= column("top_p"), 0)
+    # Back in the order of the ids: by likelihood, rounding (which differs with the batch and the processor) would swap
+    # tokens that are almost equally likely, and with them what a random number picks.
+    if ids is not None and kind == "top_p":
+        probabilities, ids = torch.zeros_like(probabilities).scatter(-1, ids, probabilities), None
+    elif ids is not None:
+        ids, order = ids.sort(-1)
+        probabilities = probabilities.gather(-1, order)
     least = column("min_p") * probabilities.amax(-1, keepdim=True)
     return probabilities.masked_fill(probabilities < least, 0), ids
 

@@ -278,12 +278,13 @@ def test_records_of_all_kinds_are_asked_without_their_answers(tiny_model_folder,
 
 
 def test_batch_size_changes_nothing(tiny_model_folder, questions, tmp_path):
+    """In float32: bfloat16 keeps 3 digits, and which kernels round how depends on the rows and on the processor."""
     sampled = {"temperature": 1.0, "max_new_tokens": 30}
     answers = []
     for size in (1, 4):
         out = tmp_path / f"{size}.jsonl"
         task = {"data_file": str(questions), "predictions_file": str(out), "batch_size": size}
-        ask(tiny_model_folder, settings=sampled, **task)
+        ask(tiny_model_folder, settings=sampled, model_settings={"dtype": "float32"}, **task)
         answers.append(outputs(out))
     assert answers[0] == answers[1] and len(set(answers[0])) == 6
 

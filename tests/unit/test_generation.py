@@ -298,7 +298,7 @@ def test_rows_of_a_batch_have_settings_of_their_own():
 
 def test_log_probabilities_are_the_models_own(engine, model, tokenizer):
     prompt = encode_raw("What is the", tokenizer)
-    settings = GenerationArguments(max_new_tokens=5, temperature=1.5, repetition_penalty=1.9)
+    settings = GenerationArguments(max_new_tokens=5, min_new_tokens=5, temperature=1.5, repetition_penalty=1.9)
     completion = engine.submit(Request(prompt, settings, top_logprobs=3)).wait()
     ids = torch.tensor([prompt + completion.token_ids])
     with torch.no_grad():
