@@ -12,7 +12,7 @@ WORKERS ?= 2
 # One thread a test process, no network, no telemetry.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: help setup setup-llamacpp demo test test-all check style bench clean
+.PHONY: help setup setup-llamacpp demo test test-all check style bench house clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
 
@@ -45,6 +45,9 @@ check: setup  ## lint, format, types, shell
 style: setup  ## mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+house:  ## the wings of scripts/utils, their lines and arrows
+	@$(PYTHON) tests/support/house.py
 
 bench: setup  ## side-by-side measurements into benchmarks/RESULTS.md
 	PYTHON=$(PY) bash benchmarks/run_all.sh

@@ -32,7 +32,7 @@ class MadePairs:
     def __getitem__(self, number: int):
         import numpy as np
 
-        from utils.preference_files import Pair
+        from utils.data.preferences import Pair
 
         rng = np.random.default_rng(number)
         ids = (rng.integers(3, self.vocabulary, size=count) for count in self.lengths[number])
@@ -44,9 +44,9 @@ def pair_lengths(args):
     import numpy as np
 
     if args.data:
-        from utils.preferences import load_preferences
-        from utils.prompts import CHAT_TEMPLATES
-        from utils.tokenization import load_tokenizer
+        from utils.data.preferences import load_preferences
+        from utils.text.prompts import CHAT_TEMPLATES
+        from utils.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)
         with tempfile.TemporaryDirectory() as cache:
@@ -95,12 +95,12 @@ def build(args, lengths, folder):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.arguments import LoraArguments
-    from utils.dpo_trainer import DPOTrainer, Objective, PreferenceCollator
-    from utils.losses import install_loss_head
-    from utils.modeling import attach_adapter
-    from utils.pairs import PairSet
-    from utils.training import RunArguments
+    from utils.core.arguments import LoraArguments
+    from utils.data.batches import PairSet
+    from utils.models.lm_loss import install_loss_head
+    from utils.models.training_model import attach_adapter
+    from utils.rlhf.dpo_trainer import DPOTrainer, Objective, PreferenceCollator
+    from utils.training.arguments import RunArguments
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -51,7 +51,7 @@ def make_model(args, folder: Path) -> int:
     import train_tokenizer as script
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     script.main(
         script.TokenizerArguments(
@@ -101,11 +101,10 @@ def write_prompts(folder: Path) -> None:
     """The token ids that eval_longbench.py gives to the model, and how many it wants, for the bare passes."""
     from eval_longbench import AnswerArguments
 
-    from utils.arguments import InferenceArguments
-    from utils.engines import EnginePlan
-    from utils.longbench_prompts import PromptWriter
-    from utils.longbench_samples import read_samples
-    from utils.longbench_tasks import TASKS
+    from utils.core.arguments import InferenceArguments
+    from utils.evaluation.longbench.prompts import PromptWriter
+    from utils.evaluation.longbench.tasks import TASKS, read_samples
+    from utils.generation.loading import EnginePlan
 
     plan = EnginePlan(InferenceArguments(model_name_or_path=str(folder / "model")))
     writer = PromptWriter(plan, AnswerArguments(), max_length=plan.context)
@@ -157,7 +156,7 @@ def time_ours(folder: Path, batch_size: int) -> float:
     import eval_longbench as script
 
     import_llama()
-    from utils.arguments import InferenceArguments
+    from utils.core.arguments import InferenceArguments
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()
@@ -190,7 +189,7 @@ def measure_perplexity(row: str, folder: Path) -> dict:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from utils.tokenization import encode_texts, load_tokenizer
+    from utils.text.tokenizer import encode_texts, load_tokenizer
 
     ours, share = SCORED[row]
     window = AutoConfig.from_pretrained(folder / "model").max_position_embeddings
@@ -219,7 +218,7 @@ def time_scored(folder: Path, stride: int) -> float:
     import eval_perplexity as script
 
     import_llama()
-    from utils.arguments import InferenceArguments
+    from utils.core.arguments import InferenceArguments
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()

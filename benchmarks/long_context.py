@@ -59,7 +59,7 @@ def write_jsonl(path: Path, texts: list[str]) -> str:
 def train_tokenizer(corpora: list[list[str]], args, folder: Path):
     import train_tokenizer as script
 
-    from utils.tokenization import load_tokenizer
+    from utils.text.tokenizer import load_tokenizer
 
     paths = [write_jsonl(folder / f"{number}.jsonl", texts) for number, texts in enumerate(corpora)]
     script.main(
@@ -102,7 +102,7 @@ def training_rows(corpora: list[list[str]], tokenizer, generator):
     """Rows (N, WINDOW) of one pass over the text: BOS and the next tokens of a corpus, from a random beginning."""
     import torch
 
-    from utils.tokenization import encode_texts
+    from utils.text.tokenizer import encode_texts
 
     rows = []
     for texts in corpora:
@@ -119,8 +119,8 @@ def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
     """Train in place; `watched`: rows that are looked at on the way, with --watch."""
     import torch
 
-    from utils.losses import IGNORED, loss_targets
-    from utils.modeling import bf16_is_supported
+    from utils.models.lm_loss import IGNORED, loss_targets
+    from utils.models.loading import bf16_is_supported
 
     generator = torch.Generator().manual_seed(args.seed)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -164,9 +164,9 @@ def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
 
 def look(model, ids) -> None:
     """Print the ratio of perplexities without scaling, and with NTK for twice the window."""
-    from utils.arguments import RopeArguments
-    from utils.rope import RowRotary, auto_ntk_frequencies, scale_rope
-    from utils.windows import token_losses
+    from utils.core.arguments import RopeArguments
+    from utils.evaluation.likelihood import token_losses
+    from utils.models.rope import RowRotary, auto_ntk_frequencies, scale_rope
 
     config = type(model.config)(**model.config.to_dict())
     scale_rope(config, RopeArguments("auto-ntk"))
@@ -213,10 +213,10 @@ def main() -> None:
 def measure(args, folder: Path) -> None:
     import eval_perplexity
 
-    from utils.arguments import InferenceArguments
-    from utils.losses import install_loss_head
-    from utils.perplexity import read_rows
-    from utils.tokenization import save_tokenizer
+    from utils.core.arguments import InferenceArguments
+    from utils.evaluation.perplexity import read_rows
+    from utils.models.lm_loss import install_loss_head
+    from utils.text.tokenizer import save_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     corpora, lyrics, book = read_documents(args.shared)

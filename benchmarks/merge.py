@@ -94,9 +94,9 @@ def make_model(folder: Path, kind: str, layers: int, tokenizer: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from utils.checkpoints import TensorSpec
-    from utils.shards import plan_shards, write_index, write_shard
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
+    from utils.weights.reader import TensorSpec
+    from utils.weights.writer import plan_shards, write_index, write_shard
 
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": 4096, "vocab_size": 32000}
     sizes |= {"intermediate_size": 11008} if kind == "llama" else {"intermediate_size": 14336}
@@ -178,7 +178,7 @@ def command(row: str, folder: Path, out: Path, tokenizer: str) -> list[str]:
     if row.endswith("cat"):
         return ["bash", "-c", f"cat {base}/*.safetensors > {out}"]
     if row == "peft":
-        from utils.tokenization import load_tokenizer
+        from utils.text.tokenizer import load_tokenizer
 
         return [sys.executable, "-c", PEFT_MERGE, base, adapter, str(out), str(len(load_tokenizer(tokenizer)))]
     if row == "pth":

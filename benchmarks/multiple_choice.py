@@ -59,10 +59,10 @@ def make_model(args, tokenizer):
 
 def read_requests(args, tokenizer, subjects, max_questions=None):
     """{subject: requests}, prompts of preset default."""
-    from utils.choice_benchmarks import read_benchmark
-    from utils.choice_presets import PRESETS
-    from utils.choice_prompts import ChoiceEncoder, ChoiceWriter
-    from utils.generation import Prompter
+    from utils.evaluation.multiple_choice.benchmarks import read_benchmark
+    from utils.evaluation.multiple_choice.prompts import ChoiceEncoder, ChoiceWriter
+    from utils.evaluation.multiple_choice.wordings import PRESETS
+    from utils.generation.engine import Prompter
 
     benchmark = read_benchmark(
         "cmmlu",
@@ -94,8 +94,8 @@ def forward_each(model, requests, **options):
 
 
 def measure(args) -> None:
-    from utils.choice_scoring import PrefixScorer, group_prompts
-    from utils.tokenization import load_tokenizer
+    from utils.evaluation.multiple_choice.scoring import PrefixScorer, group_prompts
+    from utils.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.shared / "tokenizers" / "chinese_llama2_55296")
     requests = read_requests(args, tokenizer, args.subjects, args.max_questions)

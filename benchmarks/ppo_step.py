@@ -32,8 +32,8 @@ def make_assistant(folder: Path, shape: dict[str, int], vocabulary: int) -> Path
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.prompts import resolve_template
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.text.prompts import resolve_template
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     texts = [
         line
@@ -58,12 +58,13 @@ def make_trainer(folder: Path, output: Path, args: argparse.Namespace, layout: s
     """The PPOTrainer that ppo.py makes, ready to sample and to update."""
     import ppo
 
-    from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_args
-    from utils.ppo_trainer import PPOTrainer
-    from utils.rewards import Rewards
-    from utils.rl import FixedKL
-    from utils.tokenization import load_tokenizer
-    from utils.training import RunArguments
+    from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
+    from utils.core.command_line import parse_args
+    from utils.rlhf.objectives import FixedKL
+    from utils.rlhf.ppo_trainer import PPOTrainer
+    from utils.rlhf.rewards import Rewards
+    from utils.text.tokenizer import load_tokenizer
+    from utils.training.arguments import RunArguments
 
     argv = ["--model_name_or_path", str(folder), "--output_dir", str(output), "--report_to", "none"]
     argv += ["--train_data", str(ROOT / "examples/data/rlhf/prompts.jsonl"), "--reward_function", "unused.py:unused"]
@@ -105,13 +106,13 @@ def make_scorer(policy: Any, reference: Any, layout: str, folder: Path) -> Any:
     """A reward model with a random head: hidden states of the policy's backbone, or of a model of its own."""
     import torch
 
-    from utils.actor_critic import hidden_states, use_adapter
-    from utils.modeling import load_model
-    from utils.rollouts import collate
+    from utils.models.loading import load_model
+    from utils.rlhf.actor_critic import hidden_states, use_adapter
+    from utils.rlhf.rollouts import collate
 
     own = None
     if layout == "four":
-        from utils.arguments import ModelArguments
+        from utils.core.arguments import ModelArguments
 
         own = load_model(ModelArguments(model_name_or_path=str(folder)), torch.float32).eval()
 
@@ -149,10 +150,10 @@ def sample_plainly(trainer: Any, prompts: list[list[int]], tokens: int) -> None:
 
 def tune_with_value_head(trainer: Any, experience: Any, batch_size: int) -> None:
     """The same tokens, learned as in tuning: mean loss of the answers' tokens, and squared errors of the values."""
-    from utils.actor_critic import hidden_states
-    from utils.losses import loss_targets
-    from utils.modeling import causal_model
-    from utils.rollouts import make_batch, minibatches
+    from utils.models.lm_loss import loss_targets
+    from utils.models.loading import causal_model
+    from utils.rlhf.actor_critic import hidden_states
+    from utils.rlhf.rollouts import make_batch, minibatches
 
     model = trainer.model_wrapped
     model.train()
@@ -222,7 +223,7 @@ def measure_memory_side(side: str, args: argparse.Namespace, folder: Path) -> fl
     import psutil
     import transformers  # noqa: F401 (its memory is not the model's)
 
-    import utils.ppo_trainer  # noqa: F401
+    import utils.rlhf.ppo_trainer  # noqa: F401
 
     gc.collect()
     process = psutil.Process()
@@ -251,7 +252,7 @@ def fixed_experience(trainer: Any, args: argparse.Namespace) -> Any:
     """Answers of the same lengths as rollouts, without sampling them."""
     import torch
 
-    from utils.rollouts import Rollout
+    from utils.rlhf.rollouts import Rollout
 
     zeros = torch.zeros(args.tokens)
     rollouts = [

@@ -1,7 +1,7 @@
 """Preparing pre-training text: this project's token cache against the usual `datasets` pipeline, in one run.
 
 Text is repeated to --megabytes and prepared by both sides with the same tokenizer and number of processes:
-- ours: `utils.data.tokenize_corpus`, as pt.py calls it;
+- ours: `utils.data.blocks.tokenize_corpus`, as pt.py calls it;
 - theirs: load_dataset("text"), a batched map with the transformers tokenizer (input_ids, attention_mask, labels), a
   batched map that groups into blocks of --block_size, save_to_disk; as Chinese-LLaMA-Alpaca-2 does.
 Each repetition runs in a fresh process with empty caches. The clock starts when libraries are imported and the
@@ -175,14 +175,14 @@ def cpu_seconds() -> float:
 
 def load_ours(folder: str) -> Any:
     sys.path.insert(0, str(HERE.parent / "scripts"))
-    import utils.documents  # noqa: F401 (imports are not timed)
-    from utils.tokenization import load_tokenizer
+    import utils.data.corpora  # noqa: F401 (imports are not timed)
+    from utils.text.tokenizer import load_tokenizer
 
     return load_tokenizer(folder)
 
 
 def prepare_ours(tokenizer: Any, args: argparse.Namespace) -> int:
-    from utils.documents import tokenize_corpus
+    from utils.data.corpora import tokenize_corpus
 
     return len(tokenize_corpus(args.text, tokenizer, Path(args.output) / "cache", num_workers=args.processes).tokens)
 

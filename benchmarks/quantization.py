@@ -22,8 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from utils.arguments import arg, list_arg, run  # noqa: E402
-from utils.files import InputError, atomic_file, write_json  # noqa: E402
+from utils.core.arguments import arg, list_arg  # noqa: E402
+from utils.core.command_line import run  # noqa: E402
+from utils.core.errors import InputError  # noqa: E402
+from utils.core.files import atomic_file, write_json  # noqa: E402
 
 logger = logging.getLogger("quantization")
 
@@ -57,10 +59,10 @@ def main(args: TableArguments) -> dict[str, Any]:
     """Measure every format. Returns: the table with what it was measured on."""
     import torch
 
-    from utils.formats import FORMATS, GGUF_FORMATS, FormatTable, check_engines_agree, read_scored_text
-    from utils.merge_inputs import open_merge
-    from utils.modeling import load_config
-    from utils.quantization import read_calibration, refuse_adapter
+    from utils.evaluation.formats import FORMATS, GGUF_FORMATS, FormatTable, check_engines_agree, read_scored_text
+    from utils.lora.inputs import open_merge
+    from utils.models.quantization import read_calibration, refuse_adapter
+    from utils.weights.config import load_config
 
     formats = list(dict.fromkeys(name.lower() for name in args.formats)) or list(FORMATS)
     if unknown := [name for name in formats if name not in FORMATS]:
@@ -99,8 +101,8 @@ def main(args: TableArguments) -> dict[str, Any]:
 @contextlib.contextmanager
 def make_gguf_files(args: TableArguments, formats: Sequence[str], known: Sequence[str]) -> Iterator[dict[str, Path]]:
     """The GGUF files of the formats asked for, made by scripts/export_gguf.py; K-quants only with llama.cpp."""
-    from utils.gguf_files import WRITTEN_TYPES
-    from utils.llamacpp import is_installed
+    from utils.gguf.file import WRITTEN_TYPES
+    from utils.gguf.llamacpp import is_installed
 
     if args.gguf_dir:
         files = {name: Path(args.gguf_dir) / f"model-{name.upper()}.gguf" for name in known}
@@ -193,7 +195,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from utils.quantization_report import plot_points
+    from utils.report.run import plot_points
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for title, points in plot_points(result).items():

@@ -38,7 +38,7 @@ BARE = ("no server: generate", "no server: decoding loop")
 
 def number_type() -> str:
     """What the machine computes fastest in, and the server chooses by itself."""
-    from utils.modeling import bf16_is_supported
+    from utils.models.loading import bf16_is_supported
 
     return "bfloat16" if bf16_is_supported() else "float32"
 
@@ -48,8 +48,8 @@ def make_model(folder: Path, tokenizer_folder: str | None) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.prompts import CHAT_TEMPLATES
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.text.prompts import CHAT_TEMPLATES
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = CHAT_TEMPLATES["alpaca-2"]
@@ -73,8 +73,8 @@ def make_model(folder: Path, tokenizer_folder: str | None) -> None:
 
 def make_gguf(folder: Path, path: Path) -> None:
     """The model as a GGUF file of 8 bits a weight."""
-    from utils.gguf_files import plan_gguf, write_gguf
-    from utils.merge_inputs import open_merge
+    from utils.gguf.file import plan_gguf, write_gguf
+    from utils.lora.inputs import open_merge
 
     with open_merge(str(folder)) as inputs:
         plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "benchmark")
@@ -213,9 +213,9 @@ def bare(folder: Path, texts: list[str], tokens: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from utils.arguments import GenerationArguments
-    from utils.decoding import Generator
-    from utils.tokenization import load_tokenizer
+    from utils.core.arguments import GenerationArguments
+    from utils.generation.batching import Generator
+    from utils.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, number_type())).eval()

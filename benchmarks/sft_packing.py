@@ -24,7 +24,7 @@ def train(model, optimizer, rows, size: int, collator, num_tokens: int) -> float
     """Useful tokens a second over about `num_tokens` of them."""
     import torch
 
-    from utils.losses import loss_targets
+    from utils.models.lm_loss import loss_targets
 
     done, start = 0, time.perf_counter()
     generator = torch.Generator().manual_seed(0)
@@ -55,10 +55,12 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.data import Collator, PackedSamples, PaddedSamples, load_sft_samples
-    from utils.losses import install_loss_head
-    from utils.prompts import CHAT_TEMPLATES
-    from utils.tokenization import load_tokenizer
+    from utils.data.batches import Collator
+    from utils.data.blocks import PackedSamples, PaddedSamples
+    from utils.data.samples import load_sft_samples
+    from utils.models.lm_loss import install_loss_head
+    from utils.text.prompts import CHAT_TEMPLATES
+    from utils.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as cache:

@@ -46,7 +46,7 @@ def read_texts(args) -> tuple[list[str], list[str]]:
 def make_tokenizer(args, texts: list[str], folder: Path):
     import train_tokenizer as script
 
-    from utils.tokenization import load_tokenizer
+    from utils.text.tokenizer import load_tokenizer
 
     path = folder / "texts.txt"
     path.write_text("\n".join(texts), encoding="utf-8")
@@ -82,7 +82,7 @@ def token_rows(args, tokenizer, texts: list[str]):
     """Rows (N, window) of the texts, each with BOS before it and EOS after it."""
     import torch
 
-    from utils.tokenization import encode_texts
+    from utils.text.tokenizer import encode_texts
 
     joined = []
     for ids in encode_texts(tokenizer, texts):
@@ -131,7 +131,7 @@ def train(args, parameters, losses, rows, steps: int, learning_rate: float) -> N
     """Train in place what has these parameters. `losses`: of a batch, scalars that are added."""
     import torch
 
-    from utils.modeling import bf16_is_supported
+    from utils.models.loading import bf16_is_supported
 
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -160,8 +160,7 @@ def make_pair(args, folder: Path) -> dict:
     """Train, and save models, tokenizer and prompts in `folder`; returns what they are."""
     import torch
 
-    from utils.generation import encode_raw
-    from utils.tokenization import save_tokenizer
+    from utils.text.tokenizer import encode_raw, save_tokenizer
 
     texts, held_out = read_texts(args)
     tokenizer = make_tokenizer(args, texts, folder)
@@ -200,7 +199,7 @@ def measure(args, row: str) -> dict:
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
-    from utils.tokenization import load_tokenizer
+    from utils.text.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
     folder = args.output_dir
@@ -233,9 +232,9 @@ def measure(args, row: str) -> dict:
 
 def make_engine(args, row: str, target, draft, tokenizer):
     """This project's engine, as inference_hf.py runs it."""
-    from utils.drafts import LayerDraft, ModelDraft, PromptLookup
-    from utils.speculative import Speculation
-    from utils.transformers_engine import TransformersEngine
+    from utils.generation.drafts import LayerDraft, ModelDraft, PromptLookup
+    from utils.generation.speculation import Speculation
+    from utils.generation.transformers_engine import TransformersEngine
 
     if row == DRAFT_ALONE:
         return TransformersEngine(draft, tokenizer, None, max_batch_size=1)
@@ -249,8 +248,8 @@ def make_engine(args, row: str, target, draft, tokenizer):
 
 
 def ask(engine, args, prompt: list[int]) -> list[int]:
-    from utils.arguments import GenerationArguments
-    from utils.generation import Request
+    from utils.core.arguments import GenerationArguments
+    from utils.generation.engine import Request
 
     settings = GenerationArguments(
         max_new_tokens=args.tokens, temperature=0.0, repetition_penalty=args.repetition_penalty

@@ -23,7 +23,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.losses import install_loss_head, loss_targets
+    from utils.models.lm_loss import install_loss_head, loss_targets
 
     torch.manual_seed(0)
     config = LlamaConfig(

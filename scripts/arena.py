@@ -16,24 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import (
-    GenerationArguments,
-    InferenceArguments,
-    arg,
-    describe_arguments,
-    describe_environment,
-    list_arg,
-    raise_problems,
-    run,
-    select_gpus,
-)
-from utils.files import InputError, hash_file, hash_json, read_json, remove, write_json
-from utils.web_access import WebArguments, check_port, launch, read_accounts
+from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import hash_file, hash_json, read_json, remove, write_json
+from utils.web.access import WebArguments, check_port, launch, read_accounts
 
 if TYPE_CHECKING:
-    from utils.arena_page import ArenaPage
-    from utils.battles import Vote
-    from utils.players import Player
+    from utils.evaluation.arena.page import ArenaPage
+    from utils.evaluation.arena.players import Player
+    from utils.evaluation.arena.votes import Vote
 
 logger = logging.getLogger("arena")
 
@@ -119,9 +111,9 @@ def start(
     accounts = read_accounts(web)
     check_port(web.host, web.port)
     select_gpus(model_args)  # before torch is imported
-    from utils.battles import VoteFile
-    from utils.matches import Arena, read_bank
-    from utils.players import find_players
+    from utils.evaluation.arena.matchmaking import Arena, read_bank
+    from utils.evaluation.arena.players import find_players
+    from utils.evaluation.arena.votes import VoteFile
 
     bank = read_bank(args.questions or [str(QUESTIONS)], args.categories)
     players = find_players(model_args, args.models, args.answers, args.servers)
@@ -130,8 +122,7 @@ def start(
     try:
         arena = Arena(list(by_name), votes, bank, lambda name, question: by_name[name].can_answer(question))
         record_sources(votes.path, players, describe_arguments(model_args, settings))
-        from utils.arena_page import ARENA_CSS, ArenaPage  # gradio takes seconds
-        from utils.arena_results import RESULTS_CSS
+        from utils.evaluation.arena.page import ARENA_CSS, RESULTS_CSS, ArenaPage  # gradio takes seconds
 
         for player in players:
             player.load(web.max_batch_size)
@@ -168,7 +159,7 @@ def close(players: Sequence[Player], votes: Any) -> None:
 
 def record_sources(votes: Path, players: Sequence[Player], settings: dict[str, Any]) -> None:
     """Write beside a file of votes what its models' names stand for. Raises: InputError if one stood for another."""
-    from utils.players import check_sources
+    from utils.evaluation.arena.players import check_sources
 
     path = votes.with_name(f"{votes.name}.settings.json")
     recorded = read_json(path)["models"] if path.is_file() else {}
@@ -183,11 +174,11 @@ def judge(
 ) -> dict[str, Any]:
     """Every pair of models on every question, in both orders; what was done before is not asked again."""
     select_gpus(model_args)  # before torch is imported
-    from utils.battles import VoteFile
-    from utils.endpoints import Endpoint
-    from utils.judging import Judge, judge_bouts, list_bouts, read_judge_prompt
-    from utils.matches import read_bank
-    from utils.players import LocalPlayer, answer_bank, find_players
+    from utils.evaluation.arena.judging import Judge, judge_bouts, list_bouts, read_judge_prompt
+    from utils.evaluation.arena.matchmaking import read_bank
+    from utils.evaluation.arena.players import LocalPlayer, answer_bank, find_players
+    from utils.evaluation.arena.votes import VoteFile
+    from utils.evaluation.endpoints import Endpoint
 
     prompt = read_judge_prompt(args.judge_prompt)
     bank = read_bank(args.questions or [str(QUESTIONS)], args.categories)
@@ -242,10 +233,10 @@ def report(
     args: ArenaArguments, seed: int, paths: Sequence[Path], counts: dict[str, int] | None = None
 ) -> dict[str, Any]:
     """Write arena.json and pictures, print the table; they are made of the votes, so older ones are replaced."""
-    from utils.battles import read_votes
-    from utils.judging import describe_judges
-    from utils.matches import check_categories
-    from utils.ratings import plot_pairs, plot_ratings
+    from utils.evaluation.arena.judging import describe_judges
+    from utils.evaluation.arena.matchmaking import check_categories
+    from utils.evaluation.arena.ratings import plot_pairs, plot_ratings
+    from utils.evaluation.arena.votes import read_votes
 
     log = read_votes(paths)
     check_categories(args.categories, (vote.category for vote in log.votes))
@@ -290,8 +281,8 @@ def report(
 
 def summarise_votes(votes: Sequence[Vote], rounds: int, k: float, seed: int) -> dict[str, Any]:
     """Figures of votes: people's in the order they came in, a judge's in one that does not depend on its workers."""
-    from utils.battles import HUMAN
-    from utils.ratings import summarise
+    from utils.evaluation.arena.ratings import summarise
+    from utils.evaluation.arena.votes import HUMAN
 
     people = [vote for vote in votes if vote.judge == HUMAN]
     judged = sorted((vote for vote in votes if vote.judge != HUMAN), key=lambda vote: vote.id)

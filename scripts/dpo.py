@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, raise_problems, run
-from utils.files import InputError
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg
+from utils.core.command_line import run
+from utils.core.errors import InputError, raise_problems
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from utils.dpo_trainer import Objective
-    from utils.pairs import PairSet
-    from utils.preference_files import PreferenceFile
-    from utils.training import RunArguments
+    from utils.data.batches import PairSet
+    from utils.data.preferences import PreferenceFile
+    from utils.rlhf.dpo_trainer import Objective
+    from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("dpo")
 
@@ -89,15 +90,16 @@ def main(
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
-    from utils.dpo_trainer import DPOTrainer, PreferenceCollator
-    from utils.modeling import attach_adapter, build_training_model, choose_attention
-    from utils.pairs import load_pair_sets
-    from utils.prompts import resolve_template
-    from utils.reference import load_reference_tables, reference_key
-    from utils.runs import open_run, start_run
-    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
-    from utils.trainer import describe_model, train_and_save
-    from utils.training import check_validation
+    from utils.data.batches import load_pair_sets
+    from utils.models.loading import choose_attention
+    from utils.models.training_model import attach_adapter, build_training_model
+    from utils.rlhf.dpo_trainer import DPOTrainer, PreferenceCollator
+    from utils.rlhf.reference import load_reference_tables, reference_key
+    from utils.text.prompts import resolve_template
+    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.training.arguments import check_validation
+    from utils.training.runs import open_run, start_run
+    from utils.training.trainer import describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -134,7 +136,7 @@ def main(
 
 def choose_objective(args: PreferenceArguments) -> Objective:
     """The loss with its defaults."""
-    from utils.dpo_trainer import DEFAULT_BETA, Objective
+    from utils.rlhf.dpo_trainer import DEFAULT_BETA, Objective
 
     beta = DEFAULT_BETA.get(args.loss, 0.1) if args.beta is None else args.beta
     gamma = 1.0 if args.simpo_gamma is None else args.simpo_gamma
@@ -149,8 +151,9 @@ def check_request(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
-    from utils.modeling import check_training_request, load_config
-    from utils.reference import check_reference, check_reference_model
+    from utils.models.training_model import check_training_request
+    from utils.rlhf.reference import check_reference, check_reference_model
+    from utils.weights.config import load_config
 
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
     rows = load_config(str(model_args.model_name_or_path)).vocab_size
@@ -179,7 +182,7 @@ def judge_pairs(
     judge: Callable[[list[PreferenceFile]], list[np.ndarray]], train_set: PairSet, eval_sets: dict[str, PairSet]
 ) -> tuple[PairSet, dict[str, PairSet]]:
     """The sets with the reference's log-probabilities of every answer; `judge` computes or finds the files' tables."""
-    from utils.dpo_trainer import JudgedPairs
+    from utils.rlhf.dpo_trainer import JudgedPairs
 
     sets = {"": train_set, **eval_sets}
     files = {pairs.file.key: pairs.file for pairs in sets.values()}
@@ -195,6 +198,6 @@ if __name__ == "__main__":
         LoraArguments,
         DataArguments,
         PreferenceArguments,
-        "utils.training:RunArguments",
+        "utils.training.arguments:RunArguments",
         description=__doc__,
     )

@@ -14,21 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import (
-    GenerationArguments,
-    InferenceArguments,
-    arg,
-    describe_arguments,
-    describe_environment,
-    list_arg,
-    raise_problems,
-    run,
-    select_gpus,
-)
-from utils.files import InputError, hash_file, hash_json, list_data_files, write_json
+from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import hash_file, hash_json, write_json
+from utils.core.records import list_data_files
 
 if TYPE_CHECKING:
-    from utils.alignment import Judgement, Question
+    from utils.evaluation.alignment import Judgement, Question
 
 logger = logging.getLogger("eval_alignment")
 
@@ -82,7 +75,7 @@ class EvalArguments:
 def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> dict[str, Any]:
     """Evaluate; returns the figures of alignment.json, the single answers apart."""
     select_gpus(model_args)  # before torch is imported
-    from utils.alignment import (
+    from utils.evaluation.alignment import (
         compare,
         judge_by_rewards,
         judge_by_rules,
@@ -102,7 +95,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     files = args.questions or [str(QUESTIONS)]
     questions = read_questions(files)
     if args.reward_model:
-        from utils.reward_model import find_reward_model
+        from utils.rlhf.reward_model import find_reward_model
 
         find_reward_model(args.reward_model)  # whether it is one, before answers are made
         need_references(questions)
@@ -145,11 +138,11 @@ def answer_questions(
     """The model's answers, and what it was; answers are written as they come, so that a killed run goes on."""
     from tqdm import tqdm
 
-    from utils.base_record import weights_fingerprint
-    from utils.checkpoints import open_checkpoint
-    from utils.engines import EnginePlan
-    from utils.generation import Request, check_room
-    from utils.predictions import Predictions
+    from utils.evaluation.progress import Predictions
+    from utils.generation.engine import Request, check_room
+    from utils.generation.loading import EnginePlan
+    from utils.lora.base_record import weights_fingerprint
+    from utils.weights.reader import open_checkpoint
 
     plan = EnginePlan(model_args)
     model_args = plan.args
@@ -194,8 +187,8 @@ def score_answers(
     folder: str, questions: Sequence[Question], answers: Sequence[str], batch_size: int
 ) -> list[tuple[float, float, float]]:
     """Rewards of each answer, and of the question's good and bad one, by the reward model in `folder`."""
-    from utils.preferences import encode_answers
-    from utils.reward_model import load_reward_model
+    from utils.data.preferences import encode_answers
+    from utils.rlhf.reward_model import load_reward_model
 
     model = load_reward_model(folder)
     sequences = []

@@ -16,29 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import (
-    GenerationArguments,
-    InferenceArguments,
-    arg,
-    describe_arguments,
-    describe_environment,
-    raise_problems,
-    run,
-    select_gpus,
-)
-from utils.files import InputError, hash_file, read_json, remove, write_json
-from utils.longbench_samples import HUB_ID, find_data, find_files, read_samples
-from utils.longbench_tasks import GROUPS, select_tasks
+from utils.core.arguments import GenerationArguments, InferenceArguments, arg
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import hash_file, read_json, remove, write_json
+from utils.evaluation.longbench.tasks import GROUPS, HUB_ID, find_data, find_files, read_samples, select_tasks
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from utils.engines import EnginePlan
-    from utils.generation import Answer, Engine
-    from utils.longbench_prompts import PromptWriter
-    from utils.longbench_results import LongBenchPredictions
-    from utils.longbench_samples import Sample
-    from utils.longbench_tasks import Task
+    from utils.evaluation.longbench.prompts import PromptWriter
+    from utils.evaluation.longbench.results import LongBenchPredictions
+    from utils.evaluation.longbench.tasks import Sample, Task
+    from utils.generation.engine import Answer, Engine
+    from utils.generation.loading import EnginePlan
 
     Waiting = tuple[LongBenchPredictions, dict[str, int], Answer]  # for an answer, what was cut of the prompts so far
 
@@ -109,7 +100,7 @@ class EvalArguments:
 def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> dict[str, Any]:
     """Evaluate; returns what longbench.json holds."""
     select_gpus(model_args)  # before torch is imported
-    from utils.longbench_results import plot_longbench, read_predictions, summarise
+    from utils.evaluation.longbench.results import plot_longbench, read_predictions, summarise
 
     tasks = select_tasks(args.predict_on.split(","), args.e)
     if model_args.model_name_or_path or model_args.adapter_name_or_path:
@@ -156,9 +147,9 @@ def answer_samples(
     model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments, tasks: list[Task]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """{dataset: its answers}, and what made them; answers are written as they come, so that a killed run goes on."""
-    from utils.engines import EnginePlan
-    from utils.longbench_prompts import PromptWriter
-    from utils.longbench_results import open_predictions
+    from utils.evaluation.longbench.prompts import PromptWriter
+    from utils.evaluation.longbench.results import open_predictions
+    from utils.generation.loading import EnginePlan
 
     files = find_files(find_data(args.data_dir), tasks, args.e)
     plan = EnginePlan(model_args, chat=args.with_inst != "false")
@@ -200,9 +191,9 @@ def choose_length(plan: EnginePlan, args: EvalArguments) -> int | None:
 
 def describe_source(plan: EnginePlan, writer: PromptWriter) -> tuple[str, dict[str, Any]]:
     """A name for the model, and what decides its answers: weights, template, length."""
-    from utils.base_record import weights_fingerprint
-    from utils.checkpoints import open_checkpoint
-    from utils.llamacpp_engine import find_gguf_file
+    from utils.generation.llamacpp_engine import find_gguf_file
+    from utils.lora.base_record import weights_fingerprint
+    from utils.weights.reader import open_checkpoint
 
     names = [name for name in (plan.args.model_name_or_path, plan.args.adapter_name_or_path) if name]
     weights: dict[str, str] = {}

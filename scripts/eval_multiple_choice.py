@@ -16,26 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import (
-    GenerationArguments,
-    InferenceArguments,
-    arg,
-    describe_arguments,
-    describe_environment,
-    list_arg,
-    raise_problems,
-    run,
-    select_gpus,
-)
-from utils.files import InputError, atomic_file, hash_json, read_json, write_json
+from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import atomic_file, hash_json, read_json, write_json
 
 if TYPE_CHECKING:
-    from utils.choice_benchmarks import Benchmark
-    from utils.choice_presets import Wording
-    from utils.choice_prompts import ChoicePrompt
-    from utils.choice_results import ChoiceAnswer
-    from utils.choice_runs import Target
-    from utils.contamination import Overlap
+    from utils.evaluation.contamination import Overlap
+    from utils.evaluation.multiple_choice.benchmarks import Benchmark
+    from utils.evaluation.multiple_choice.prompts import ChoicePrompt
+    from utils.evaluation.multiple_choice.results import ChoiceAnswer
+    from utils.evaluation.multiple_choice.runs import Target
+    from utils.evaluation.multiple_choice.wordings import Wording
 
 logger = logging.getLogger("eval_multiple_choice")
 
@@ -111,11 +103,11 @@ class EvalArguments:
 def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> dict[str, Any]:
     """Evaluate; returns what multiple_choice.json holds."""
     select_gpus(model_args)  # before torch is imported
-    from utils.choice_benchmarks import read_benchmark
-    from utils.choice_presets import PRESETS
-    from utils.choice_results import plot_choices, summarise, summarise_clean
-    from utils.choice_runs import PLAIN_STOPS, Target, ask_all, check_engine
-    from utils.parts import Parts
+    from utils.evaluation.multiple_choice.benchmarks import read_benchmark
+    from utils.evaluation.multiple_choice.results import plot_choices, summarise, summarise_clean
+    from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, Target, ask_all, check_engine
+    from utils.evaluation.multiple_choice.wordings import PRESETS
+    from utils.evaluation.progress import Parts
 
     assert args.benchmark is not None
     folder = Path(args.output_dir)
@@ -219,7 +211,7 @@ def write_prompts(
     """The prompts of all questions; says what did not fit."""
     from tqdm import tqdm
 
-    from utils.choice_prompts import ChoiceEncoder, ChoiceWriter, count_cuts
+    from utils.evaluation.multiple_choice.prompts import ChoiceEncoder, ChoiceWriter, count_cuts
 
     writer = ChoiceWriter(wording, args.mode, args.with_prompt, model_args.system_prompt)
     encoder = ChoiceEncoder(writer, target.plan, settings.max_new_tokens if args.generates else 0)
@@ -242,7 +234,7 @@ def write_prompts(
 
 def find_overlaps(benchmark: Benchmark, data: Sequence[str]) -> list[Overlap]:
     """What each question, with its choices, shares with training data; nothing without any."""
-    from utils.contamination import find_contaminated
+    from utils.evaluation.contamination import find_contaminated
 
     texts = ["\n".join([question.text, *question.choices]) for question in benchmark.questions]
     return find_contaminated(texts, data) if data else []
@@ -262,7 +254,7 @@ def describe_benchmark(benchmark: Benchmark) -> dict[str, Any]:
 
 def describe_prompts(prompts: Sequence[ChoicePrompt], language: str, args: EvalArguments) -> dict[str, Any]:
     """How it was asked: the preset, what had no room, and the first prompt as an example."""
-    from utils.choice_prompts import count_cuts
+    from utils.evaluation.multiple_choice.prompts import count_cuts
 
     asked = {
         "preset": args.preset,
@@ -275,7 +267,7 @@ def describe_prompts(prompts: Sequence[ChoicePrompt], language: str, args: EvalA
 
 def write_results(answers: Sequence[ChoiceAnswer], benchmark: Benchmark, folder: Path) -> None:
     """answers.jsonl, in the questions' order, and C-Eval's submission.json."""
-    from utils.choice_results import write_submission
+    from utils.evaluation.multiple_choice.results import write_submission
 
     with atomic_file(folder / ANSWERS) as file:
         file.writelines(json.dumps(dict(answer.row), ensure_ascii=False) + "\n" for answer in answers)

@@ -16,23 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from utils.arguments import (
-    InferenceArguments,
-    RopeArguments,
-    arg,
-    describe_arguments,
-    describe_environment,
-    list_arg,
-    raise_problems,
-    run,
-    select_gpus,
-)
-from utils.files import InputError, atomic_file, hash_file, write_json
+from utils.core.arguments import InferenceArguments, RopeArguments, arg, list_arg
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import atomic_file, hash_file, write_json
 
 if TYPE_CHECKING:
-    from utils.parts import Parts
-    from utils.perplexity import Documents, TextRows
-    from utils.perplexity_models import Candidate
+    from utils.evaluation.models import Candidate
+    from utils.evaluation.perplexity import Documents, TextRows
+    from utils.evaluation.progress import Parts
 
 logger = logging.getLogger("eval_perplexity")
 
@@ -116,9 +108,9 @@ class EvalArguments:
 def main(model_args: InferenceArguments, args: EvalArguments) -> dict[str, Any]:
     """Evaluate; returns what perplexity.json holds."""
     select_gpus(model_args)  # before torch is imported
-    from utils.documents import parse_corpora
-    from utils.parts import Parts
-    from utils.perplexity_models import find_candidates, find_models
+    from utils.data.corpora import parse_corpora
+    from utils.evaluation.models import find_candidates, find_models
+    from utils.evaluation.progress import Parts
 
     folder = Path(args.output_dir)
     if (folder / RESULT).exists() and not args.overwrite:
@@ -172,7 +164,7 @@ def read_texts(
     candidates: Sequence[Candidate], files: dict[str, list[Path]], args: EvalArguments
 ) -> dict[str, dict[str, Any]]:
     """{tokenizer: {name of a text: its Documents, for curves its TextRows}}. Raises: InputError if there are none."""
-    from utils.perplexity import read_documents, read_rows
+    from utils.evaluation.perplexity import read_documents, read_rows
 
     how = (args.document_separator, args.text_column)
     found: dict[str, dict[str, Any]] = {}
@@ -196,8 +188,8 @@ def score_documents(
     """The rows of the table of whole documents; the picture and the losses of each document are written."""
     from tqdm import tqdm
 
-    from utils.perplexity import compare_documents, document_figures
-    from utils.perplexity_pictures import format_document_row, plot_documents
+    from utils.evaluation.perplexity import compare_documents, document_figures
+    from utils.evaluation.plots import format_document_row, plot_documents
 
     rows: list[dict[str, Any]] = []
     losses: dict[str, dict[str, list[float]]] = {}
@@ -264,7 +256,7 @@ def draw_curves(
     candidates: Sequence[Candidate], texts: dict[str, dict[str, TextRows]], args: EvalArguments, parts: Parts
 ) -> list[dict[str, Any]]:
     """The rows of the table by length; the picture is written."""
-    from utils.perplexity_pictures import format_length_row, plot_by_length
+    from utils.evaluation.plots import format_length_row, plot_by_length
 
     rows: list[dict[str, Any]] = []
     print(format_length_row(None))
@@ -281,7 +273,7 @@ def score_lengths(
     candidate: Candidate, texts: dict[str, TextRows], args: EvalArguments, parts: Parts
 ) -> list[dict[str, Any]]:
     """The rows of a model under one scaling."""
-    from utils.perplexity import perplexity_by_length
+    from utils.evaluation.perplexity import perplexity_by_length
 
     left = [text for text in texts if parts.get(candidate.label, text) is None]
     if left:

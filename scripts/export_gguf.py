@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import RopeArguments, arg, describe_arguments, list_arg, run, save_run_config
-from utils.files import InputError, atomic_folder, peak_resident_bytes, refuse_existing_output, write_json
+from utils.core.arguments import RopeArguments, arg, list_arg
+from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.errors import InputError
+from utils.core.files import atomic_folder, refuse_existing_output, write_json
+from utils.core.machine import peak_resident_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from utils.gguf_files import GgufPlan
-    from utils.merge_inputs import MergeInputs
+    from utils.gguf.file import GgufPlan
+    from utils.lora.inputs import MergeInputs
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class ExportArguments:
 
     @property
     def num_threads(self) -> int:
-        from utils.parallel import available_cores
+        from utils.core.machine import available_cores
 
         return self.threads or available_cores()
 
@@ -84,10 +87,10 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
     """Plan, check, write, test, publish; `rope`: a longer window for the file. Returns: the report."""
     rope = rope or RopeArguments()
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
-    from utils.gguf_files import QUANTIZED_TYPES, parse_types, plan_gguf
-    from utils.llamacpp import read_imatrix, require_llama_cpp
-    from utils.merge_inputs import open_merge
-    from utils.rope import scale_settings
+    from utils.gguf.file import QUANTIZED_TYPES, parse_types, plan_gguf
+    from utils.gguf.llamacpp import read_imatrix, require_llama_cpp
+    from utils.lora.inputs import open_merge
+    from utils.models.rope import scale_settings
 
     started = time.monotonic()
     types = parse_types(args.types, args.imatrix)
@@ -135,7 +138,7 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
 
 def read_texts(names: list[str]) -> list[str]:
     """The user's own texts for the self-test."""
-    from utils.files import iter_document_batches, list_data_files
+    from utils.core.records import iter_document_batches, list_data_files
 
     files = [file for name in names for file in list_data_files(name)]
     return [text for file in files for batch in iter_document_batches(file) for text in batch]
@@ -159,7 +162,7 @@ def check_imatrix(imatrix: dict[str, np.ndarray] | None, plan: GgufPlan) -> None
 
 def choose_source(inputs: MergeInputs, types: list[str]) -> str:
     """The full-precision type that llama.cpp quantises from: one that is written anyway, or the base's own."""
-    from utils.gguf_files import FULL_TYPES
+    from utils.gguf.file import FULL_TYPES
 
     stored = Counter(
         FULL_TYPES.get(weight.dtype, "F32") for weight in inputs.model.weights.values() if len(weight.shape) > 1
@@ -170,8 +173,8 @@ def choose_source(inputs: MergeInputs, types: list[str]) -> str:
 
 def check_disk(plan: GgufPlan, types: list[str], output: str) -> None:
     """Raises: InputError if the files do not fit on the disk."""
-    from utils.gguf_files import file_bytes
-    from utils.merge_inputs import check_space
+    from utils.gguf.file import file_bytes
+    from utils.lora.inputs import check_space
 
     check_space(Path(output), sum(file_bytes(plan, name) for name in types))
 
@@ -180,8 +183,9 @@ def choose_self_test(args: ExportArguments, inputs: MergeInputs) -> tuple[str, s
     """(full, tokens or none; why): what was asked for, or for auto what this machine can do in minutes."""
     import math
 
-    from utils.export import Reference, available_bytes
-    from utils.llamacpp import is_installed
+    from utils.core.machine import available_bytes
+    from utils.gguf.llamacpp import is_installed
+    from utils.gguf.self_test import Reference
 
     if args.self_test != "auto":
         level, reason = args.self_test, "asked for"
@@ -213,8 +217,8 @@ def prove_tokens(plan: GgufPlan, inputs: MergeInputs, folder: Path, texts: list[
 
     Raises: InputError with the texts that are cut otherwise.
     """
-    from utils.export import token_differences, token_texts
-    from utils.gguf_files import write_vocabulary
+    from utils.gguf.file import write_vocabulary
+    from utils.gguf.self_test import token_differences, token_texts
 
     assert inputs.tokenizer is not None
     path = folder / "vocabulary.gguf"
@@ -236,9 +240,9 @@ def write_files(
     imatrix: dict[str, np.ndarray] | None, threads: int,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Write one file of every type. Returns: name, size, SHA-256 and tensor types of each."""
-    from utils.files import hash_file
-    from utils.gguf_files import QUANTIZED_TYPES, describe_plan, write_gguf
-    from utils.llamacpp import describe_file, quantize
+    from utils.core.files import hash_file
+    from utils.gguf.file import QUANTIZED_TYPES, describe_plan, write_gguf
+    from utils.gguf.llamacpp import describe_file, quantize
 
     paths = {name: folder / f"model-{name}.gguf" for name in types}
     quantized = [name for name in types if name in QUANTIZED_TYPES]
@@ -269,7 +273,7 @@ def prove_arithmetic(
     inputs: MergeInputs, files: dict[str, dict[str, Any]], folder: Path, texts: list[str], threads: int
 ) -> dict[str, dict[str, Any]]:
     """Compare llama.cpp's arithmetic with the model's. Raises: InputError listing every difference."""
-    from utils.export import PASSAGES, run_self_test
+    from utils.gguf.self_test import PASSAGES, run_self_test
 
     paths = {name: folder / file["file"] for name, file in files.items()}
     results = run_self_test(inputs, paths, [*PASSAGES, *texts], threads)
@@ -284,7 +288,7 @@ def prove_arithmetic(
 
 def write_modelfiles(inputs: MergeInputs, types: list[str], folder: Path) -> None:
     """Ollama's Modelfile; of several types one each, Modelfile-TYPE."""
-    from utils.ollama import build_modelfile
+    from utils.gguf.ollama import build_modelfile
 
     assert inputs.tokenizer is not None
     for name in types:

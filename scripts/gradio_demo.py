@@ -10,20 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from utils.arguments import (
-    GenerationArguments,
-    InferenceArguments,
-    SpeculationArguments,
-    arg,
-    run,
-    select_gpus,
-)
-from utils.files import InputError
-from utils.web_access import WebArguments, check_port, launch, read_accounts
+from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments, arg
+from utils.core.command_line import run, select_gpus
+from utils.core.errors import InputError
+from utils.web.access import WebArguments, check_port, launch, read_accounts
 
 if TYPE_CHECKING:
-    from utils.generation import Engine
-    from utils.web_page import ChatPage
+    from utils.generation.engine import Engine
+    from utils.web.page import ChatPage
 
 
 @dataclass
@@ -67,9 +61,9 @@ def start(
     accounts = read_accounts(demo)
     check_port(demo.host, demo.port)
     select_gpus(model_args)  # before torch is imported
-    from utils.engines import EnginePlan
-    from utils.web_chat import model_card
-    from utils.web_page import ChatPage
+    from utils.generation.loading import EnginePlan
+    from utils.web.chat import model_card
+    from utils.web.page import ChatPage
 
     plans = [EnginePlan(model_args, speculation=speculation)]
     if demo.compare_model or demo.compare_lora:

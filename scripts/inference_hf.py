@@ -16,31 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import (
-    GenerationArguments,
-    InferenceArguments,
-    SpeculationArguments,
-    arg,
-    describe_arguments,
-    raise_problems,
-    run,
-    select_gpus,
-)
-from utils.files import (
-    BadText,
-    InputError,
-    hash_json,
-    iter_document_batches,
-    iter_records,
-    list_data_files,
-    read_json,
-    write_json,
-)
-from utils.predictions import Predictions, Question
+from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments, arg
+from utils.core.command_line import describe_arguments, run, select_gpus
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import hash_json, read_json, write_json
+from utils.core.records import BadText, iter_document_batches, iter_records, list_data_files
+from utils.evaluation.progress import Predictions, Question
 
 if TYPE_CHECKING:
-    from utils.engines import EnginePlan
-    from utils.generation import Completion, Engine, Request
+    from utils.generation.engine import Completion, Engine, Request
+    from utils.generation.loading import EnginePlan
 
 logger = logging.getLogger("inference_hf")
 
@@ -93,7 +78,7 @@ def main(
 ) -> dict[str, Any]:
     """Answer; returns how many answers there are, and how fast they came."""
     select_gpus(model_args)  # before torch is imported
-    from utils.engines import EnginePlan
+    from utils.generation.loading import EnginePlan
 
     speculation = speculation or SpeculationArguments()
     speculation.check(settings)
@@ -156,7 +141,7 @@ def read_questions(task: TaskArguments) -> list[Question]:
 
 def read_question(record: dict[str, Any], location: str) -> Question:
     """What a record asks; an answer that stands at its end (a held-out set has them) is left off."""
-    from utils.prompts import read_conversation
+    from utils.text.conversations import read_conversation
 
     # read_conversation wants an answer, as training does.
     record = dict(record)
@@ -195,7 +180,7 @@ def with_system_prompt(messages: list[dict[str, str]], system_prompt: str | None
 
 def check_lengths(prompts: list[list[int]], settings: GenerationArguments, context: int | None) -> None:
     """Raises: InputError with every prompt (the first five) that the model's context has no room for."""
-    from utils.generation import check_room
+    from utils.generation.engine import check_room
 
     problems, short = [], 0
     for number, prompt in enumerate(prompts, 1):
@@ -243,7 +228,7 @@ def full_output(question: Question, completion: Completion, engine: Engine) -> s
 
 def ask(engine: Engine, settings: GenerationArguments, messages: Question, prompt: list[int], seed: int) -> Request:
     """The request that a question is; `messages` are what the prompt was made of."""
-    from utils.generation import Request
+    from utils.generation.engine import Request
 
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     negative = engine.encode_negative(turns, settings) if engine.template else None
@@ -297,7 +282,7 @@ def answer_all(
 
 def report_speculation(engine: Engine) -> dict[str, float]:
     """Log what came of the drafts; returns the figures."""
-    from utils.speculative import describe_speculation
+    from utils.generation.speculation import describe_speculation
 
     statistics = engine.statistics()
     logger.info("%s", describe_speculation(statistics))
@@ -448,7 +433,7 @@ class Conversation:
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote."""
-        from utils.prompts import read_conversation
+        from utils.text.conversations import read_conversation
 
         if not path.is_file():
             raise InputError(f"no such file: {path}")

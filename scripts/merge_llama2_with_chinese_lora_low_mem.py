@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import arg, describe_arguments, run, save_run_config
-from utils.files import InputError, atomic_folder, peak_resident_bytes, refuse_existing_output, write_json
+from utils.core.arguments import arg
+from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.errors import InputError
+from utils.core.files import atomic_folder, refuse_existing_output, write_json
+from utils.core.machine import peak_resident_bytes
 
 if TYPE_CHECKING:
-    from utils.merge_inputs import MergeInputs
-    from utils.merge_writer import MergeWriter
+    from utils.lora.inputs import MergeInputs
+    from utils.lora.writer import MergeWriter
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +109,10 @@ def main(args: MergeArguments) -> dict[str, Any]:
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     import torch
 
-    from utils.manifest import write_manifest
-    from utils.merge_inputs import check_space, open_merge
-    from utils.merge_writer import HuggingFaceWriter, MetaWriter
-    from utils.shards import parse_size
+    from utils.lora.inputs import check_space, open_merge
+    from utils.lora.manifest import write_manifest
+    from utils.lora.writer import HuggingFaceWriter, MetaWriter
+    from utils.weights.writer import parse_size
 
     started = time.monotonic()
     base, max_shard_bytes = str(args.model_name_or_path), parse_size(args.max_shard_size)
@@ -169,7 +172,7 @@ def show_plan(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
 
 def verify_only(folder: str) -> dict[str, Any]:
     """Check a merged folder against its manifest."""
-    from utils.manifest import verify_manifest
+    from utils.lora.manifest import verify_manifest
 
     result = verify_manifest(folder)
     logger.info("%s: all %d files (%.3f GB) are as the merge wrote them", folder, result["files"], result["gb"])
@@ -178,7 +181,7 @@ def verify_only(folder: str) -> dict[str, Any]:
 
 def check_verifiable(inputs: MergeInputs) -> None:
     """Raises: InputError if --verify does not know this kind of model."""
-    from utils.verification import check_supported
+    from utils.lora.verify import check_supported
 
     check_supported(inputs)
 
@@ -196,7 +199,7 @@ def write_weights(writer: MergeWriter, folder: Path) -> dict[str, str]:
 
 def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:
     """The tokenizer with its chat template, run_config.yaml, and of Hugging Face folders the two configs."""
-    from utils.tokenization import save_tokenizer
+    from utils.text.tokenizer import save_tokenizer
 
     if args.output_type == "huggingface":
         config = dict(inputs.config)
@@ -217,7 +220,7 @@ def verify_logits(inputs: MergeInputs, folder: Path) -> dict[str, Any]:
     """Compare the folder's logits with those of base + adapters. Raises: InputError if they part."""
     from tqdm import tqdm
 
-    from utils.verification import verify_merge
+    from utils.lora.verify import verify_merge
 
     layers = int(inputs.config.get("num_hidden_layers", 0))
     with tqdm(total=layers, unit="layer", desc="verifying") as bar:

@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import arg, describe_arguments, list_arg, raise_problems, run, save_run_config
-from utils.corpus import interruptible, iter_corpus, list_corpus, sample_texts
-from utils.files import BadText, InputError, atomic_folder, read_json, refuse_existing_output
+from utils.core.arguments import arg, list_arg
+from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import atomic_folder, read_json, refuse_existing_output
+from utils.core.machine import interruptible
+from utils.core.records import BadText
+from utils.text.text_sample import iter_corpus, list_corpus, sample_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from utils.vocabulary import Selection
+    from utils.text.vocabulary import Selection
 
 logger = logging.getLogger("merge_tokenizers")
 
@@ -110,9 +114,9 @@ class MergeTokenizersArguments:
 
 def main(args: MergeTokenizersArguments) -> dict[str, Any]:
     """Extend, write, check, measure. Returns: the report."""
-    from utils.efficiency import compare, write_report
-    from utils.tokenization import load_tokenizer
-    from utils.vocabulary import Selection, save_extended
+    from utils.text.tokenizer import load_tokenizer
+    from utils.text.vocabulary import Selection, save_extended
+    from utils.text.vocabulary_report import compare, write_report
 
     assert args.base_tokenizer is not None and args.output_dir is not None
     started = time.monotonic()
@@ -150,7 +154,7 @@ def main(args: MergeTokenizersArguments) -> dict[str, Any]:
 
 def read_chat_template(name: str) -> str | None:
     """The jinja text of a template's name or file; None keeps the base's own."""
-    from utils.prompts import CHAT_TEMPLATES
+    from utils.text.prompts import CHAT_TEMPLATES
 
     if name == OWN_TEMPLATE:
         return None
@@ -164,7 +168,7 @@ def read_chat_template(name: str) -> str | None:
 
 def read_model_size(args: MergeTokenizersArguments) -> Any:
     """What the cost figures are computed for, or None where nothing says it."""
-    from utils.efficiency import ModelSize
+    from utils.text.vocabulary_report import ModelSize
 
     named = Path(args.model_config or args.base_tokenizer or "")
     file = named / "config.json" if named.is_dir() else named
@@ -198,9 +202,9 @@ def extend(
 
     Raises: InputError if the base is of the other kind than the source of new pieces.
     """
-    from utils.pieces import read_sentencepiece_model
-    from utils.tokenization import SENTENCEPIECE_FILE, SentencePieceTokenizer
-    from utils.vocabulary import base_with_added_tokens, extend_byte_level, merge_sentencepiece
+    from utils.text.pieces import read_sentencepiece_model
+    from utils.text.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
+    from utils.text.vocabulary import base_with_added_tokens, extend_byte_level, merge_sentencepiece
 
     if isinstance(base, SentencePieceTokenizer):
         if args.chinese_sp_model_file is None:
@@ -233,7 +237,7 @@ def check(base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, fol
 
     Raises: InputError if the base's ids moved or engines cut `texts` unlike each other; nothing is left behind then.
     """
-    from utils.vocabulary import count_disagreements
+    from utils.text.vocabulary import count_disagreements
 
     moved = [token for token, index in base.get_vocab().items() if tokenizer.convert_tokens_to_ids(token) != index]
     if moved:
@@ -257,9 +261,9 @@ def build_report(
     comparison: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything vocabulary_report.json holds but the times."""
-    from utils.efficiency import describe_cost
-    from utils.tokenization import SentencePieceTokenizer, embedding_rows
-    from utils.vocabulary import unreachable_pieces, unreachable_tokens
+    from utils.text.tokenizer import SentencePieceTokenizer, embedding_rows
+    from utils.text.vocabulary import unreachable_pieces, unreachable_tokens
+    from utils.text.vocabulary_report import describe_cost
 
     if isinstance(tokenizer, SentencePieceTokenizer):
         unreachable = len(unreachable_pieces(tokenizer.proto, len(base)))

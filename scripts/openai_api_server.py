@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import GenerationArguments, InferenceArguments, SpeculationArguments, run, select_gpus
-from utils.files import InputError
-from utils.serving_arguments import KEYS_VARIABLE, ServingArguments, load_api_keys
+from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
+from utils.core.command_line import run, select_gpus
+from utils.core.errors import InputError
+from utils.serving.arguments import KEYS_VARIABLE, ServingArguments, load_api_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,8 +40,8 @@ def main(
     """Serve until a signal comes; returns the engine's totals."""
     check_packages()
     select_gpus(model_args)  # before torch is imported
-    from utils.engines import EnginePlan
-    from utils.serving import create_app
+    from utils.generation.loading import EnginePlan
+    from utils.serving.app import create_app
 
     if settings.num_beams > 1:
         raise InputError(f"--num_beams {settings.num_beams}: beam search cannot join a running batch; leave it out")
@@ -71,8 +72,8 @@ def check_packages() -> None:
 
 def find_adapters(args: ServingArguments) -> dict[str, str]:
     """Folders of --lora_models by name. Raises: InputError if one is no adapter."""
-    from utils.checkpoints import local_folder
-    from utils.lora import load_adapter_config
+    from utils.lora.config import load_adapter_config
+    from utils.weights.config import local_folder
 
     adapters = {name: str(local_folder(folder)) for name, folder in args.adapters.items()}
     for folder in adapters.values():

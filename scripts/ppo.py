@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import (
+from utils.core.arguments import (
     DataArguments,
     ExtendArguments,
     GenerationArguments,
@@ -21,17 +21,17 @@ from utils.arguments import (
     ModelArguments,
     arg,
     list_arg,
-    raise_problems,
-    run,
 )
-from utils.files import RECORD_SUFFIXES, InputError
+from utils.core.command_line import run
+from utils.core.errors import InputError, raise_problems
+from utils.core.records import RECORD_SUFFIXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from utils.rewards import Rewards
-    from utils.rollout_trainer import PPOSettings
-    from utils.training import RunArguments
+    from utils.rlhf.ppo_trainer import PPOSettings
+    from utils.rlhf.rewards import Rewards
+    from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("ppo")
 
@@ -161,15 +161,15 @@ def main(
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
-    from utils.modeling import check_training_request
-    from utils.ppo_trainer import PPOTrainer
-    from utils.prompts import resolve_template
-    from utils.reference import check_reference, check_reference_model
-    from utils.rewards import load_reward_function
-    from utils.rl import AdaptiveKL, FixedKL
-    from utils.runs import open_run, start_run
-    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
-    from utils.trainer import describe_model, train_and_save
+    from utils.models.training_model import check_training_request
+    from utils.rlhf.objectives import AdaptiveKL, FixedKL
+    from utils.rlhf.ppo_trainer import PPOTrainer
+    from utils.rlhf.reference import check_reference, check_reference_model
+    from utils.rlhf.rewards import load_reward_function
+    from utils.text.prompts import resolve_template
+    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.training.runs import open_run, start_run
+    from utils.training.trainer import describe_model, train_and_save
 
     tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     if tokenizer_folder is None:
@@ -223,7 +223,7 @@ def ppo_settings(ppo_args: PPOArguments, rollout_args: RolloutArguments) -> PPOS
     """What the trainer needs of the arguments."""
     import dataclasses
 
-    from utils.rollout_trainer import PPOSettings
+    from utils.rlhf.ppo_trainer import PPOSettings
 
     names = {field.name for field in dataclasses.fields(PPOSettings)}
     given = {name: value for args in (ppo_args, rollout_args) for name, value in vars(args).items() if name in names}
@@ -235,7 +235,7 @@ def ppo_settings(ppo_args: PPOArguments, rollout_args: RolloutArguments) -> PPOS
 
 def check_critic(ppo_args: PPOArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises: InputError if there can be no such critic of this policy."""
-    from utils.reference import check_reference_model
+    from utils.rlhf.reference import check_reference_model
 
     if ppo_args.critic == "adapter" and lora_args.full_finetuning:
         raise InputError("--critic adapter needs LoRA; with --full_finetuning pass --critic head or model")
@@ -248,7 +248,7 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
 
     Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer.
     """
-    from utils.modeling import load_config
+    from utils.weights.config import load_config
 
     minibatch = (
         training_args.per_device_train_batch_size
@@ -275,8 +275,8 @@ def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBas
     """Raises: InputError if the reward model's folder holds none, or it reads other tokens than the policy writes."""
     if folder is None:
         return
-    from utils.reward_model import check_same_tokenizer, find_reward_model
-    from utils.tokenization import load_tokenizer
+    from utils.rlhf.reward_model import check_same_tokenizer, find_reward_model
+    from utils.text.tokenizer import load_tokenizer
 
     base, adapter = find_reward_model(folder)
     own = load_tokenizer(adapter or base)
@@ -300,9 +300,9 @@ def load_prompt_sets(
     template: str,
 ) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Training prompts, held-out prompts by name, and the keys of their caches."""
-    from utils.documents import split_documents
-    from utils.pairs import cache_keys, load_named_files
-    from utils.preferences import load_prompts
+    from utils.data.batches import cache_keys, load_named_files
+    from utils.data.corpora import split_documents
+    from utils.data.preferences import load_prompts
 
     limits = (rollout_args.max_prompt_length, rollout_args.max_dropped_share)
     prompts, validation = load_named_files(
@@ -327,7 +327,8 @@ def load_tuning_set(
     template: str,
 ) -> Any:
     """The samples of --sft_data, cut to a prompt's and an answer's length together; None without."""
-    from utils.data import load_sft_samples, parse_corpora
+    from utils.data.corpora import parse_corpora
+    from utils.data.samples import load_sft_samples
 
     if not ppo_args.sft_data:
         return None
@@ -350,8 +351,8 @@ def build_policy(
     training_args: RunArguments,
 ) -> Any:
     """The policy with its adapter and its critic."""
-    from utils.actor_critic import CRITIC_ADAPTER, Critic, add_critic_adapter, attach_critic
-    from utils.modeling import attach_adapter, build_training_model
+    from utils.models.training_model import attach_adapter, build_training_model
+    from utils.rlhf.actor_critic import CRITIC_ADAPTER, Critic, add_critic_adapter, attach_critic
 
     if lora_args.lora_dropout and not lora_args.full_finetuning:
         logger.warning("--lora_dropout %s: old and new probabilities differ by it; 0 is used", lora_args.lora_dropout)
@@ -380,7 +381,8 @@ def build_critic_model(
     """A backbone of the critic's own, trained as the policy is: with an adapter, or whole."""
     import dataclasses
 
-    from utils.modeling import attach_adapter, load_model
+    from utils.models.loading import load_model
+    from utils.models.training_model import attach_adapter
 
     critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
@@ -395,9 +397,9 @@ def build_reference(folder: str, model_args: ModelArguments, training_args: RunA
     """A frozen model of its own."""
     import dataclasses
 
-    from utils.losses import install_loss_head
-    from utils.modeling import load_model
-    from utils.sharding import whole_models_loaded
+    from utils.models.gathering import whole_models_loaded
+    from utils.models.lm_loss import install_loss_head
+    from utils.models.loading import load_model
 
     args = dataclasses.replace(model_args, model_name_or_path=folder)
     with whole_models_loaded(training_args):
@@ -416,9 +418,9 @@ def build_rewards(
     training_args: RunArguments,
 ) -> Rewards:
     """The rewards; a reward adapter made on the policy's own base shares its weights."""
-    from utils.reward_model import find_reward_model, load_reward_model
-    from utils.rewards import BackboneReward, Rewards
-    from utils.sharding import whole_models_loaded
+    from utils.models.gathering import whole_models_loaded
+    from utils.rlhf.reward_model import find_reward_model, load_reward_model
+    from utils.rlhf.rewards import BackboneReward, Rewards
 
     model: Any = None
     if reward_args.reward_model:
@@ -454,6 +456,6 @@ if __name__ == "__main__":
         RolloutArguments,
         RewardArguments,
         PPOArguments,
-        "utils.training:RunArguments",
+        "utils.training.arguments:RunArguments",
         description=__doc__,
     )

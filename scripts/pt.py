@@ -14,23 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import (
-    DataArguments,
-    ExtendArguments,
-    LoraArguments,
-    ModelArguments,
-    arg,
-    list_arg,
-    raise_problems,
-    run,
-)
-from utils.files import InputError, write_json
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, list_arg
+from utils.core.command_line import run
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from utils.data import Collator, MixedBlocks, PackedBlocks
-    from utils.training import RunArguments
+    from utils.data.batches import Collator
+    from utils.data.blocks import MixedBlocks, PackedBlocks
+    from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("pt")
 
@@ -72,12 +66,13 @@ def main(
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
-    from utils.data import Collator
-    from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
-    from utils.runs import open_run, start_run
-    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
-    from utils.trainer import RecipeTrainer, describe_model, train_and_save
-    from utils.training import check_validation
+    from utils.data.batches import Collator
+    from utils.models.loading import choose_attention
+    from utils.models.training_model import attach_adapter, build_training_model, check_training_request
+    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.training.arguments import check_validation
+    from utils.training.runs import open_run, start_run
+    from utils.training.trainer import RecipeTrainer, describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -114,7 +109,8 @@ def load_pretraining_data(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[MixedBlocks, dict[str, PackedBlocks], dict[str, str]]:
     """Tokenise (once, into the cache) and pack the training and validation corpora."""
-    from utils.data import MixedBlocks, PackedBlocks, parse_corpora, split_documents, tokenize_corpus
+    from utils.data.blocks import MixedBlocks, PackedBlocks
+    from utils.data.corpora import parse_corpora, split_documents, tokenize_corpus
 
     cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
     settings = pretraining_args
@@ -181,9 +177,9 @@ def compare_embedding_inits(
     collator: Collator,
 ) -> None:
     """Write embedding_init.json: validation bits-per-byte at step 0 for every way to set the new rows."""
-    from utils.modeling import find_tokenizer, initialise_rows
-    from utils.runs import prepare_process
-    from utils.trainer import RecipeTrainer
+    from utils.models.new_rows import find_tokenizer, initialise_rows
+    from utils.training.runs import prepare_process
+    from utils.training.trainer import RecipeTrainer
 
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is None or len(old_tokenizer) >= len(tokenizer):
@@ -210,6 +206,6 @@ if __name__ == "__main__":
         LoraArguments,
         DataArguments,
         PretrainingArguments,
-        "utils.training:RunArguments",
+        "utils.training.arguments:RunArguments",
         description=__doc__,
     )

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.arguments import arg, describe_arguments, list_arg, run, save_run_config
-from utils.files import InputError, atomic_folder, peak_resident_bytes, refuse_existing_output, write_json
+from utils.core.arguments import arg, list_arg
+from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.errors import InputError
+from utils.core.files import atomic_folder, refuse_existing_output, write_json
+from utils.core.machine import peak_resident_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from utils.merge_inputs import MergeInputs
-    from utils.quantization import Scheme
+    from utils.lora.inputs import MergeInputs
+    from utils.models.quantization import Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +77,10 @@ class QuantizeArguments:
 def main(args: QuantizeArguments) -> dict[str, Any]:
     """Check, quantise, save, reload and compare, publish. Returns: the report."""
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
-    from utils.merge_inputs import open_merge
-    from utils.modeling import load_config
-    from utils.quantization import Scheme, check_scheme, read_calibration, refuse_adapter
-    from utils.shards import parse_size
+    from utils.lora.inputs import open_merge
+    from utils.models.quantization import Scheme, check_scheme, read_calibration, refuse_adapter
+    from utils.weights.config import load_config
+    from utils.weights.writer import parse_size
 
     started = time.monotonic()
     parse_size(args.max_shard_size)
@@ -110,8 +113,8 @@ def write_model(
     """Everything but report and card; what was saved is loaded again and compared. Returns: the report's figures."""
     import torch
 
-    from utils import quantization
-    from utils.tokenization import save_tokenizer
+    from utils.models import quantization
+    from utils.text.tokenizer import save_tokenizer
 
     base, tokenizer = inputs.base_folder, inputs.tokenizer
     assert tokenizer is not None

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import arg, list_arg, raise_problems, run
+from utils.core.arguments import arg, list_arg
+from utils.core.command_line import run
+from utils.core.errors import raise_problems
 
 logger = logging.getLogger("report")
 
@@ -56,8 +58,8 @@ def main(args: ReportArguments) -> dict[str, Any]:
 
 def report_results(args: ReportArguments) -> dict[str, Any]:
     """The page of result files."""
-    from utils.evaluation_report import PAGE, write_evaluation
-    from utils.evaluation_results import read_results
+    from utils.report.evaluation import PAGE, write_evaluation
+    from utils.report.results import read_results
 
     folder = Path(args.output_dir or OUTPUT_DIR)
     entries = read_results(args.results)
@@ -77,8 +79,8 @@ def report_results(args: ReportArguments) -> dict[str, Any]:
 
 def report_run(args: ReportArguments) -> dict[str, Any]:
     """The page of a recipe's run folder."""
-    from utils.recipe import chinese_drop, english_rise
-    from utils.report import write_report
+    from utils.report.recipe import chinese_drop, english_rise
+    from utils.report.run import write_report
 
     folder = Path(args.run_dir or RUN_DIR)
     summary = write_report(folder, Path(args.questions or QUESTIONS))

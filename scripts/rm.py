@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, arg, raise_problems, run
-from utils.files import InputError, atomic_file, iter_records
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg
+from utils.core.command_line import run
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import atomic_file
+from utils.core.records import iter_records
 
 if TYPE_CHECKING:
-    from utils.reward_model import RewardModel
-    from utils.training import RunArguments
+    from utils.rlhf.reward_model import RewardModel
+    from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("rm")
 
@@ -67,14 +70,15 @@ def main(
     """Run the stage, or score a file; returns the metrics."""
     if reward_args.score:
         return score_file(model_args, lora_args, reward_args, training_args)
-    from utils.modeling import attach_adapter, choose_attention
-    from utils.pairs import PairCollator, load_pair_sets
-    from utils.prompts import resolve_template
-    from utils.reward_model import TASK_TYPE, check_reward_request, set_pad_token
-    from utils.reward_trainer import RewardTrainer, check_best_metric
-    from utils.runs import open_run, start_run
-    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
-    from utils.trainer import describe_model, train_and_save
+    from utils.data.batches import PairCollator, load_pair_sets
+    from utils.models.loading import choose_attention
+    from utils.models.training_model import attach_adapter
+    from utils.rlhf.reward_model import TASK_TYPE, check_reward_request, set_pad_token
+    from utils.rlhf.reward_trainer import RewardTrainer, check_best_metric
+    from utils.text.prompts import resolve_template
+    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.training.runs import open_run, start_run
+    from utils.training.trainer import describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -113,7 +117,7 @@ def build_model(
     """The backbone with its head, weights in training precision."""
     import torch
 
-    from utils.reward_model import load_classifier
+    from utils.rlhf.reward_model import load_classifier
 
     device_map = None
     if model_args.load_in_kbits != 16:
@@ -135,7 +139,7 @@ def score_file(
     """Score the records of a file into --output_file, in order; returns the summary."""
     from tqdm import tqdm
 
-    from utils.reward_model import load_reward_model
+    from utils.rlhf.reward_model import load_reward_model
 
     output = Path(reward_args.output_file)
     if output.exists() and not training_args.overwrite_output_dir:
@@ -175,8 +179,7 @@ def read_answers(record: dict[str, Any], location: str) -> tuple[list[Any], dict
     Pairs have "chosen" and "rejected"; single answers stand in "answer" beside the prompt, in "output" beside an
     instruction, or are the last turn of a conversation. Raises: InputError naming `location`.
     """
-    from utils.preference_records import read_preference
-    from utils.prompts import read_conversation
+    from utils.text.conversations import read_conversation, read_preference
 
     if "chosen" in record or "rejected" in record:
         pair = read_preference(record, location)
@@ -203,7 +206,7 @@ def encode_records(
 
     Answers are cut to the window as in training; empty ones, and those whose prompt fills it, are counted and logged.
     """
-    from utils.preferences import MIN_ANSWER, encode_answers
+    from utils.data.preferences import MIN_ANSWER, encode_answers
 
     places, sequences, empty, long, cut = [], [], 0, 0, 0
     for number, (_, messages, answers) in enumerate(records):
@@ -249,6 +252,6 @@ if __name__ == "__main__":
         LoraArguments,
         DataArguments,
         RewardArguments,
-        "utils.training:RunArguments",
+        "utils.training.arguments:RunArguments",
         description=__doc__,
     )

@@ -42,7 +42,7 @@ together() {
   (( ${#WAITING[@]} == 0 )) || "$PYTHON" - "$HERE" "$OUT_DIR/stages.jsonl" "${WAITING[@]}" <<'PY'
 import sys
 sys.path.insert(0, sys.argv[1])
-from utils.stages import main
+from utils.report.stage_runner import main
 sys.exit(main(sys.argv[2], sys.argv[3:]))
 PY
   WAITING=()

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, run
-from utils.files import RECORD_SUFFIXES, InputError
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg
+from utils.core.command_line import run
+from utils.core.errors import InputError
+from utils.core.records import RECORD_SUFFIXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from utils.training import RunArguments
+    from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("sft")
 
@@ -47,13 +49,14 @@ def main(
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
-    from utils.data import Collator
-    from utils.modeling import attach_adapter, build_training_model, check_training_request, choose_attention
-    from utils.prompts import resolve_template
-    from utils.runs import open_run, start_run
-    from utils.tokenization import load_tokenizer, tokenizer_fingerprint
-    from utils.trainer import RecipeTrainer, describe_model, train_and_save
-    from utils.training import check_validation
+    from utils.data.batches import Collator
+    from utils.models.loading import choose_attention
+    from utils.models.training_model import attach_adapter, build_training_model, check_training_request
+    from utils.text.prompts import resolve_template
+    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.training.arguments import check_validation
+    from utils.training.runs import open_run, start_run
+    from utils.training.trainer import RecipeTrainer, describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -89,14 +92,9 @@ def load_tuning_data(
     template: str,
 ) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """Tokenise (once, into the cache), log statistics and the first example, and pack or pad."""
-    from utils.data import (
-        PackedSamples,
-        PaddedSamples,
-        describe_sample,
-        load_sft_samples,
-        parse_corpora,
-        split_documents,
-    )
+    from utils.data.blocks import PackedSamples, PaddedSamples, describe_sample
+    from utils.data.corpora import parse_corpora, split_documents
+    from utils.data.samples import load_sft_samples
 
     cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
 
@@ -148,6 +146,6 @@ if __name__ == "__main__":
         LoraArguments,
         DataArguments,
         TuningArguments,
-        "utils.training:RunArguments",
+        "utils.training.arguments:RunArguments",
         description=__doc__,
     )

@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.arguments import arg, describe_arguments, list_arg, raise_problems, run, save_run_config
-from utils.corpus import Sample, interruptible, iter_corpus, list_corpus, sample_texts
-from utils.files import BadText, InputError, atomic_folder, hash_file, refuse_existing_output, write_json
+from utils.core.arguments import arg, list_arg
+from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.errors import InputError, raise_problems
+from utils.core.files import atomic_folder, hash_file, refuse_existing_output, write_json
+from utils.core.machine import interruptible
+from utils.core.records import BadText
+from utils.text.text_sample import Sample, iter_corpus, list_corpus, sample_texts
 
 logger = logging.getLogger("train_tokenizer")
 
@@ -68,7 +72,7 @@ class TokenizerArguments:
 
 def main(args: TokenizerArguments) -> dict[str, Any]:
     """Sample, train, write, report. Returns: the report."""
-    from utils.tokenization import encode_texts, load_tokenizer, save_tokenizer
+    from utils.text.tokenizer import encode_texts, load_tokenizer, save_tokenizer
 
     assert args.output_dir is not None
     started = time.monotonic()
@@ -124,7 +128,7 @@ def train(sample: Sample, args: TokenizerArguments) -> bytes:
     """
     import sentencepiece
 
-    from utils.pieces import parse_sentencepiece_model
+    from utils.text.pieces import parse_sentencepiece_model
 
     model = io.BytesIO()
     settings = {

@@ -1,27 +1,16 @@
 """Fixtures: everything a test needs is made here, small and offline, in the session's temporary folder."""
 
-import io
-import json
 import os
-import shutil
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "scripts"
-EXAMPLES = ROOT / "examples" / "data"
-sys.path.insert(0, str(SCRIPTS))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from support.paths import CHROMIUM, EXAMPLES, FLAGS, SHARED_DATA
+from support.tokenizers import NEW_PIECES, train_sentencepiece, write_sentencepiece
 
-NEW_PIECES = ["的", "是", "猫", "狗", "猫狗", "▁zebra"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-SHARED_DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure(config):
@@ -58,35 +47,6 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def write_sentencepiece(folder: Path, model: bytes) -> Path:
-    """A Llama-2-style tokenizer folder, as people have them: tokenizer.model and a short tokenizer_config.json."""
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.model").write_bytes(model)
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
-    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def train_sentencepiece(lines: list[str], vocab_size: int) -> bytes:
-    """A BPE model with Llama-2's settings: byte fallback, dummy prefix, no normalisation."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 @pytest.fixture(scope="session")
 def base_tokenizer_folder(tmp_path_factory) -> Path:
     """An English sentencepiece tokenizer of 400 pieces."""
@@ -97,8 +57,8 @@ def base_tokenizer_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def extended_tokenizer_folder(tmp_path_factory, base_tokenizer_folder) -> Path:
     """The base tokenizer with a few Chinese pieces and one English word after its own."""
-    from utils.pieces import read_sentencepiece_model
-    from utils.vocabulary import append_pieces
+    from utils.text.pieces import read_sentencepiece_model
+    from utils.text.vocabulary import append_pieces
 
     proto = append_pieces(read_sentencepiece_model(base_tokenizer_folder / "tokenizer.model"), NEW_PIECES)
     return write_sentencepiece(tmp_path_factory.mktemp("tokenizers") / "extended", proto.SerializeToString())
@@ -110,7 +70,7 @@ def tiny_model_folder(tmp_path_factory, base_tokenizer_folder) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = load_tokenizer(base_tokenizer_folder)

@@ -20,13 +20,13 @@ from pathlib import Path
 import arena
 import pytest
 from arena import ArenaArguments
-from conftest import EXAMPLES, SCRIPTS
-from openai_stand_in import StandIn
 
-from utils.arguments import GenerationArguments, InferenceArguments
-from utils.battles import read_votes
-from utils.files import InputError
-from utils.web_access import WebArguments
+from support.openai_stand_in import StandIn
+from support.paths import EXAMPLES, SCRIPTS
+from utils.core.arguments import GenerationArguments, InferenceArguments
+from utils.core.errors import InputError
+from utils.evaluation.arena.votes import read_votes
+from utils.web.access import WebArguments
 
 BANK = EXAMPLES / "arena" / "questions.jsonl"
 
@@ -178,8 +178,8 @@ def test_a_battle_from_the_question_to_the_results(browser, two_models, english_
 
 def test_the_quicker_answer_waits_for_the_slower_one():
     """Files answer at once, small models quickly: what is shown does not tell."""
-    from utils.arena_page import AHEAD, in_step
-    from utils.web_chat import Reply
+    from utils.evaluation.arena.page import AHEAD, in_step
+    from utils.web.chat import Reply
 
     file, slow = Reply("x" * 500, "stop"), Reply("y" * 30)
     assert in_step([file, slow], 0) == "x" * (30 + AHEAD) and in_step([file, slow], 1) == slow.text
@@ -297,7 +297,7 @@ def test_flags_that_contradict(what, message):
 
 
 def test_mistakes_are_found_before_weights_are_read(two_models, answers, english_bank, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.inference.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
     start = {"questions": [str(english_bank)]}
     for who, message in [
         ({"models": [f"alpha={two_models['alpha']}"]}, "a battle takes two models; got 1: alpha"),
@@ -482,7 +482,9 @@ def test_a_vote_that_cannot_be_written_is_told_and_may_be_cast_again(
             tab.click("#next")
             wait_to_vote(tab)
             full = OSError(28, "No space left on device")
-            monkeypatch.setattr("utils.battles.os.fsync", lambda descriptor: (_ for _ in ()).throw(full))
+            monkeypatch.setattr(
+                "utils.evaluation.arena.votes.os.fsync", lambda descriptor: (_ for _ in ()).throw(full)
+            )
             tab.click("#vote-left")
             assert "No space left" in tab.locator("[data-testid=toast-body]").inner_text()
             assert not tab.query_selector("#status b")

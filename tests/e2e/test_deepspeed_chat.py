@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLES, SCRIPTS
-from test_repo import script_types
 
-from utils.arguments import parse_args
+from support.paths import EXAMPLES, SCRIPTS
+from support.scripts import script_types
+from utils.core.command_line import parse_args
 
 # Their wiki's commands, without paths. Step 2: the reward model; step 3: PPO.
 RM = (
@@ -97,8 +97,8 @@ def folder(tmp_path_factory, base_tokenizer_folder):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.prompts import CHAT_TEMPLATES
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.text.prompts import CHAT_TEMPLATES
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = load_tokenizer(base_tokenizer_folder)

@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from utils.core import command_line
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import SCRIPTS
 from safetensors.torch import load_file
+
+from support.paths import SCRIPTS
 
 CONFIGS = SCRIPTS / "configs"
 ZERO2 = ["--deepspeed", str(CONFIGS / "ds_zero2_no_offload.json")]
@@ -38,8 +41,8 @@ def run_script(name: str, argv: list[str], fsdp: dict | None = None, stop_after:
     """The script's main, in this process; `stop_after`: killed once the checkpoint of that step is complete."""
     import importlib
 
-    from utils import arguments
-    from utils.training import RunArguments
+    from utils.core import arguments
+    from utils.training.arguments import RunArguments
 
     shared = (arguments.ModelArguments, arguments.LoraArguments, arguments.DataArguments)
     script = importlib.import_module(name)
@@ -49,7 +52,7 @@ def run_script(name: str, argv: list[str], fsdp: dict | None = None, stop_after:
         "dpo": lambda: (*shared, script.PreferenceArguments),
         "ppo": lambda: (*shared, script.RolloutArguments, script.RewardArguments, script.PPOArguments),
     }[name]()
-    parsed = arguments.parse_args(*own, RunArguments, argv=argv)
+    parsed = command_line.parse_args(*own, RunArguments, argv=argv)
     if fsdp is not None:
         allow_fsdp_on_cpu(parsed[-1], fsdp)
     with contextlib.ExitStack() as stack:
@@ -78,7 +81,7 @@ def allow_fsdp_on_cpu(args, config: dict) -> None:
 
 @contextlib.contextmanager
 def killed_after(step: int):
-    from utils.trainer import RecipeTrainer
+    from utils.training.trainer import RecipeTrainer
 
     save = RecipeTrainer._save_checkpoint
 
@@ -98,8 +101,8 @@ def killed_after(step: int):
 @contextlib.contextmanager
 def watched_rollouts(folder: Path):
     """Write what was sampled, and how often weights were gathered meanwhile, to NOTES in the folder."""
-    from utils.decoding import Generator
-    from utils.ppo_trainer import PPOTrainer
+    from utils.generation.batching import Generator
+    from utils.rlhf.ppo_trainer import PPOTrainer
 
     notes, counts = [], {}
     sample, run = PPOTrainer.sample, Generator.generate
@@ -401,8 +404,8 @@ def test_killed_processes_resume_exactly(mode, stage, one_process, tiny_model_fo
 
 
 def test_fsdp_without_gpus_is_said_not_to_shard(caplog, tmp_path):
-    from utils.files import InputError
-    from utils.training import RunArguments
+    from utils.core.errors import InputError
+    from utils.training.arguments import RunArguments
 
     args = RunArguments(output_dir=str(tmp_path), fsdp=True, use_cpu=True, report_to="none")
     assert not args.fsdp and "--fsdp needs GPUs" in caplog.text
@@ -413,7 +416,7 @@ def test_fsdp_without_gpus_is_said_not_to_shard(caplog, tmp_path):
 
 def test_what_a_deepspeed_config_may_not_decide(caplog):
     """An optimizer of its own would have no learning rate for the critic; and models are saved with their weights."""
-    from utils.training import prepare_deepspeed
+    from utils.training.arguments import prepare_deepspeed
 
     settings = prepare_deepspeed({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}, "scheduler": {}})
     assert not {"optimizer", "scheduler"} & settings.keys() and "optimizer section is dropped" in caplog.text

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import assert_equal_weights, check_kills, losses, run_until_done
 
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_args
-from utils.files import InputError
-from utils.training import RunArguments
+from support.training import assert_equal_weights, check_kills, losses, run_until_done
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.training.arguments import RunArguments
 
 SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "4"]
 SMALL += [

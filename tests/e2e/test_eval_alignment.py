@@ -11,15 +11,18 @@ from pathlib import Path
 import eval_alignment
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPTS
 from eval_alignment import AnswerArguments, EvalArguments
 
-from utils import generation, reward_model
-from utils.alignment import read_questions, stance, wilson_interval
-from utils.arguments import InferenceArguments, parse_args
-from utils.files import InputError
-from utils.prompts import CHAT_TEMPLATES, encode_conversation
-from utils.tokenization import load_tokenizer
+from support.paths import EXAMPLES, SCRIPTS
+from utils.core.arguments import InferenceArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.evaluation.alignment import read_questions, stance
+from utils.evaluation.intervals import wilson_interval
+from utils.generation import engine
+from utils.rlhf import reward_model
+from utils.text.prompts import CHAT_TEMPLATES, encode_conversation
+from utils.text.tokenizer import load_tokenizer
 
 EXAM = EXAMPLES / "alignment" / "questions.jsonl"
 
@@ -106,7 +109,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, questions, tmp_path, monk
     task = {"questions": [str(questions)], "batch_size": 4}
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     whole = evaluate(tiny_model_folder, tmp_path / "whole", settings, **task)
-    wait, calls = generation.Answer.wait, []
+    wait, calls = engine.Answer.wait, []
 
     def stops(self):
         calls.append(1)
@@ -114,7 +117,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, questions, tmp_path, monk
             raise KeyboardInterrupt
         return wait(self)
 
-    monkeypatch.setattr(generation.Answer, "wait", stops)
+    monkeypatch.setattr(engine.Answer, "wait", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_model_folder, tmp_path / "cut", settings, **task)
     assert len(read(tmp_path / "cut" / "answers.jsonl")) == 8
@@ -238,7 +241,7 @@ def test_flags_that_contradict(task, message):
 
 
 def test_bad_input_is_found_before_the_model_is_loaded(tiny_model_folder, questions, answers, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.inference.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(InputError, match="pass it or a model, not both"):
         evaluate(tiny_model_folder, tmp_path / "out", questions=[str(questions)], answers=str(answers))
     with pytest.raises(InputError, match="pass --base_model"):

@@ -13,16 +13,18 @@ from pathlib import Path
 import eval_longbench
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPTS
 from eval_longbench import AnswerArguments, EvalArguments
 
-from utils import generation
-from utils.arguments import InferenceArguments, parse_args
-from utils.files import InputError, hash_file
-from utils.longbench_metrics import score_answer
-from utils.longbench_tasks import TASKS
-from utils.prompts import CHAT_TEMPLATES, encode_prompt
-from utils.tokenization import load_tokenizer
+from support.paths import EXAMPLES, SCRIPTS
+from utils.core.arguments import InferenceArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.core.files import hash_file
+from utils.evaluation.longbench.metrics import score_answer
+from utils.evaluation.longbench.tasks import TASKS
+from utils.generation import engine
+from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
+from utils.text.tokenizer import load_tokenizer
 
 WINDOW = 1024
 SOME = ["dureader", "hotpotqa", "passage_retrieval_en", "samsum", "trec", "lcc"]
@@ -174,7 +176,7 @@ def test_longbench_e(model_folder, data, tmp_path, capsys):
 def test_an_interrupted_run_goes_on(model_folder, data, tmp_path, monkeypatch):
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     whole = evaluate(model_folder, data, tmp_path / "whole", settings, batch_size=2)
-    wait, calls = generation.Answer.wait, []
+    wait, calls = engine.Answer.wait, []
 
     def stops(self):
         calls.append(1)
@@ -182,7 +184,7 @@ def test_an_interrupted_run_goes_on(model_folder, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return wait(self)
 
-    monkeypatch.setattr(generation.Answer, "wait", stops)
+    monkeypatch.setattr(engine.Answer, "wait", stops)
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         evaluate(model_folder, data, cut, settings, batch_size=3)
@@ -213,7 +215,7 @@ def test_datasets_may_be_added(model_folder, data, tmp_path, monkeypatch):
 
 def test_overwriting_begins_anew_once(model_folder, data, tmp_path, monkeypatch):
     evaluate(model_folder, data, tmp_path, {"max_new_tokens": 4}, predict_on="lcc,hotpotqa")
-    wait, calls = generation.Answer.wait, []
+    wait, calls = engine.Answer.wait, []
 
     def stops(self):
         calls.append(1)
@@ -221,7 +223,7 @@ def test_overwriting_begins_anew_once(model_folder, data, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return wait(self)
 
-    monkeypatch.setattr(generation.Answer, "wait", stops)
+    monkeypatch.setattr(engine.Answer, "wait", stops)
     for rounds in (1, 2):
         task = {"predict_on": "lcc,hotpotqa", "overwrite": True, "batch_size": 1}
         if rounds == 1:
@@ -309,7 +311,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_mistakes_are_named_before_the_model_is_loaded(case, model_folder, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.inference.load_for_inference", lambda *args: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "utils.generation.loading.load_for_inference", lambda *args: pytest.fail("the weights were read")
+    )
     task, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         evaluate(model_folder, data, tmp_path / "out", **task)

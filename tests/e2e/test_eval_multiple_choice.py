@@ -9,13 +9,13 @@ import sys
 import eval_multiple_choice
 import pytest
 import torch
-from conftest import SCRIPTS
 from eval_multiple_choice import AnswerArguments, EvalArguments
 
-from utils import choice_runs
-from utils.arguments import InferenceArguments
-from utils.files import InputError
-from utils.tokenization import encode_text, load_tokenizer
+from support.paths import SCRIPTS
+from utils.core.arguments import InferenceArguments
+from utils.core.errors import InputError
+from utils.evaluation.multiple_choice import runs
+from utils.text.tokenizer import encode_text, load_tokenizer
 
 FILES = {"multiple_choice.json", "multiple_choice.png", "answers.jsonl"}
 
@@ -127,7 +127,7 @@ def test_chat_and_the_forerunners_form_run(tiny_model_folder, exam, tmp_path):
 
 def test_an_interrupted_run_goes_on(tiny_model_folder, exam, tmp_path, monkeypatch):
     whole = evaluate(tiny_model_folder, tmp_path / "whole", exam)
-    add, calls = choice_runs.Parts.add, []
+    add, calls = runs.Parts.add, []
 
     def stops(self, *arguments):
         calls.append(1)
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, exam, tmp_path, monkeypat
             raise KeyboardInterrupt
         add(self, *arguments)
 
-    monkeypatch.setattr(choice_runs.Parts, "add", stops)
+    monkeypatch.setattr(runs.Parts, "add", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_model_folder, tmp_path / "cut", exam)
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {"answers.partial.jsonl"}
@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, exam, tmp_path, monkeypat
 
 
 def test_what_fails_is_an_error_and_is_asked_again(tiny_model_folder, exam, tmp_path, monkeypatch):
-    score, asked = choice_runs.Target.score, []
+    score, asked = runs.Target.score, []
 
     def fails(self, prompts, on_row):
         asked.append(len(prompts))
@@ -161,7 +161,7 @@ def test_what_fails_is_an_error_and_is_asked_again(tiny_model_folder, exam, tmp_
 
         score(self, prompts, pass_on)
 
-    monkeypatch.setattr(choice_runs.Target, "score", fails)
+    monkeypatch.setattr(runs.Target, "score", fails)
     first = evaluate(tiny_model_folder, tmp_path, exam)
     assert first["errors"] == 5 and sum(row.get("error") == "503" for row in read_rows(tmp_path)) == 5
     right = sum(row.get("letter") == row["answer"] for row in read_rows(tmp_path))
@@ -198,7 +198,7 @@ def test_scores_on_questions_that_training_data_does_not_hold(tiny_model_folder,
 
 
 def test_bad_input_is_found_before_the_model_is_loaded(tiny_model_folder, exam, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.inference.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(InputError, match="pass --base_model, a model folder or hub id, or --server_url"):
         evaluate(None, tmp_path / "out", exam)
     with pytest.raises(InputError, match="--server_url asks a server"):

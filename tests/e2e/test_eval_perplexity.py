@@ -17,14 +17,17 @@ from pathlib import Path
 import eval_perplexity
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPTS
 from eval_perplexity import EvalArguments
 from transformers import AutoModelForCausalLM
 
-from utils import llamacpp, perplexity, windows
-from utils.arguments import InferenceArguments, parse_args
-from utils.files import InputError, hash_file
-from utils.tokenization import encode_text, load_tokenizer
+from support.paths import EXAMPLES, SCRIPTS
+from utils.core.arguments import InferenceArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.core.files import hash_file
+from utils.evaluation import likelihood, perplexity
+from utils.gguf import llamacpp
+from utils.text.tokenizer import encode_text, load_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(
     not llamacpp.is_installed(), reason="llama-cpp-python is not installed (requirements-llamacpp.txt)"
@@ -198,7 +201,7 @@ def trained(tmp_path_factory, base_tokenizer_folder):
     """A model of 120 steps, so that its weights are no noise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.tokenization import save_tokenizer
+    from utils.text.tokenizer import save_tokenizer
 
     folder = tmp_path_factory.mktemp("trained") / "trained"
     tokenizer = load_tokenizer(base_tokenizer_folder)
@@ -335,7 +338,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, documents, tmp_path, monk
     other = shutil.copytree(tiny_model_folder, tmp_path / "other")
     settings = {"window": 32, "other_models": [str(other)]}
     expected = score(tiny_model_folder, tmp_path / "whole", documents, **settings)
-    real, scored = windows.ModelScorer.window_losses, []
+    real, scored = likelihood.ModelScorer.window_losses, []
 
     def stop_after_some(self, cut, progress=None):
         scored.append(len(cut))
@@ -343,7 +346,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, documents, tmp_path, monk
             raise KeyboardInterrupt
         return real(self, cut, progress)
 
-    monkeypatch.setattr(windows.ModelScorer, "window_losses", stop_after_some)
+    monkeypatch.setattr(likelihood.ModelScorer, "window_losses", stop_after_some)
     total = 0
     for stop in (3, 9, 10**6):
         scored.clear()
@@ -408,7 +411,7 @@ def test_mistakes_are_named_before_models_are_loaded(case, tiny_model_folder, te
     settings, rope, message = REFUSED[case]
     if settings.get("other_models") == ["SAME"]:
         settings = {"other_models": [str(tiny_model_folder)]}
-    monkeypatch.setattr("utils.inference.load_for_inference", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *args: pytest.fail("loaded"))
     with pytest.raises(InputError, match=message):
         if "texts" in settings:
             EvalArguments(**settings)

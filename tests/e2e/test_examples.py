@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from conftest import ROOT
 
-from utils import llamacpp
-from utils.arguments import InferenceArguments
-from utils.engines import EnginePlan
-from utils.serving import create_app
-from utils.serving_arguments import ServingArguments
-from utils.tokenization import load_tokenizer, save_tokenizer
+from support.paths import ROOT
+from utils.core.arguments import InferenceArguments
+from utils.generation.loading import EnginePlan
+from utils.gguf import llamacpp
+from utils.serving.app import create_app
+from utils.serving.arguments import ServingArguments
+from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
 FOLDER = ROOT / "examples"
 DOCUMENT = "\n\n".join(

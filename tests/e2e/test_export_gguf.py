@@ -19,13 +19,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLES, ROOT, train_sentencepiece, write_sentencepiece
-from fuzz_text import fuzz_texts, shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils import export, gguf_files, llamacpp
-from utils.files import InputError, hash_file
-from utils.tokenization import encode_texts, load_tokenizer, save_tokenizer
+from support.fuzz_text import fuzz_texts, shared_lines
+from support.paths import EXAMPLES, ROOT
+from support.tokenizers import train_sentencepiece, write_sentencepiece
+from utils.core import machine
+from utils.core.errors import InputError
+from utils.core.files import hash_file
+from utils.gguf import file as gguf_file
+from utils.gguf import llamacpp, self_test
+from utils.text.tokenizer import encode_texts, load_tokenizer, save_tokenizer
 
 SCRIPT = Path(export_gguf.__file__)
 needs_llama_cpp = pytest.mark.skipif(
@@ -79,7 +83,7 @@ def llama(tmp_path_factory, extended_tokenizer_folder):
 
 @needs_llama_cpp
 def test_export_proves_what_it_writes(llama, tmp_path):
-    from utils.prompts import CHAT_TEMPLATES
+    from utils.text.prompts import CHAT_TEMPLATES
 
     base = Path(shutil.copytree(llama, tmp_path / "base"))
     tokenizer = load_tokenizer(base)
@@ -228,18 +232,18 @@ def swap_nothing(rows, heads):
 
 def wrong_plan(monkeypatch, change):
     """Let the plan be changed before it is written."""
-    plan_gguf = gguf_files.plan_gguf
+    plan_gguf = gguf_file.plan_gguf
 
     def changed(*args):
         plan = plan_gguf(*args)
         change(plan)
         return plan
 
-    monkeypatch.setattr(gguf_files, "plan_gguf", changed)
+    monkeypatch.setattr(gguf_file, "plan_gguf", changed)
 
 
 WRONG_ARITHMETIC = {
-    "order of rows": lambda m: m.setattr(gguf_files, "_interleaved_rows", swap_nothing),
+    "order of rows": lambda m: m.setattr(gguf_file, "_interleaved_rows", swap_nothing),
     "rotary base": lambda m: wrong_plan(m, lambda plan: plan.metadata.update(add_rope_freq_base=500000.0)),
     "epsilon": lambda m: wrong_plan(m, lambda plan: plan.metadata.update(add_layer_norm_rms_eps=0.1)),
 }
@@ -251,7 +255,7 @@ WRONG_ARITHMETIC = {
 def test_wrong_arithmetic_is_not_published(llama, tmp_path, monkeypatch, mistake, file_type):
     WRONG_ARITHMETIC[mistake](monkeypatch)
     if file_type == "q8_0":  # perplexity of random weights is that of chance, whatever is computed
-        monkeypatch.setitem(export.LARGEST_RATIO, 8, 1.001)
+        monkeypatch.setitem(self_test.LARGEST_RATIO, 8, 1.001)
     with pytest.raises(InputError, match=f"{file_type.upper()}: .*") as caught:
         run_export(llama, tmp_path / "out", file_type)
     assert "nothing is published" in str(caught.value)
@@ -270,7 +274,7 @@ def forget_prefix(plan):
 @pytest.mark.parametrize("change", [shuffle_scores, forget_prefix])
 def test_wrong_tokens_are_found_before_weights_are_read(llama, tmp_path, monkeypatch, change):
     wrong_plan(monkeypatch, change)
-    monkeypatch.setattr(gguf_files, "write_gguf", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(gguf_file, "write_gguf", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(InputError, match=r"llama\.cpp cuts \d+ of \d+ texts otherwise than the tokenizer, first '"):
         run_export(llama, tmp_path / "out", self_test="tokens")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -292,7 +296,7 @@ def test_without_llama_cpp_files_are_written_and_called_unproven(llama, tmp_path
 
 @needs_llama_cpp
 def test_auto_tests_what_the_machine_can_do(llama, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(export, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
     report = run_export(llama, tmp_path / "out", "f16")
     assert report["self_test"]["level"] == "tokens" and "of memory" in report["self_test"]["reason"]
     assert report["self_test"]["results"] == {} and report["self_test"]["token_texts"] > 50
@@ -465,7 +469,7 @@ def token_errors(folder, tmp_path, texts):
     report = run_export(base, tmp_path / "exported", "q8_0", self_test="tokens")
     assert report["self_test"]["token_texts"] > 60
     path = tmp_path / "exported" / "model-Q8_0.gguf"
-    return export.token_differences(path, load_tokenizer(folder), texts)
+    return self_test.token_differences(path, load_tokenizer(folder), texts)
 
 
 @needs_llama_cpp

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, SCRIPTS, train_sentencepiece, write_sentencepiece
 
-import utils.arguments
+import utils.core.arguments
+import utils.core.command_line
+from support.paths import EXAMPLES, SCRIPTS
+from support.tokenizers import train_sentencepiece, write_sentencepiece
 
 QUICK = [
     "--precision",
@@ -36,10 +38,10 @@ def invoke(script: str, argv: list, monkeypatch, capsys) -> tuple[int, str]:
 
     shared = ("ModelArguments", "ExtendArguments", "LoraArguments", "DataArguments")
     own = pt.PretrainingArguments if script == "pt" else sft.TuningArguments
-    types = [*(getattr(utils.arguments, name) for name in shared), own, "utils.training:RunArguments"]
+    types = [*(getattr(utils.core.arguments, name) for name in shared), own, "utils.training.arguments:RunArguments"]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv), *QUICK])
     with pytest.raises(SystemExit) as end:
-        utils.arguments.run(pt.main if script == "pt" else sft.main, *types)
+        utils.core.command_line.run(pt.main if script == "pt" else sft.main, *types)
     return end.value.code, capsys.readouterr().err
 
 
@@ -97,14 +99,15 @@ def test_invalid_utf8_can_be_skipped_and_is_counted(tiny_model_folder, tmp_path,
 
     import pt
 
-    from utils.arguments import parse_args
+    from utils.core.command_line import parse_args
 
     data = write(tmp_path / "d.txt", b"some good text here\n" * 20 + b"\xff\n" + b"more of the good text\n" * 20)
     argv = ["--model_name_or_path", tiny_model_folder, "--train_data", data, "--output_dir", tmp_path / "o", *QUICK]
     shared = [
-        getattr(utils.arguments, n) for n in ("ModelArguments", "ExtendArguments", "LoraArguments", "DataArguments")
+        getattr(utils.core.arguments, n)
+        for n in ("ModelArguments", "ExtendArguments", "LoraArguments", "DataArguments")
     ]
-    types = [*shared, pt.PretrainingArguments, "utils.training:RunArguments"]
+    types = [*shared, pt.PretrainingArguments, "utils.training.arguments:RunArguments"]
     with caplog.at_level(logging.INFO):
         pt.main(*parse_args(*types, argv=[*map(str, argv), "--on_bad_text", "skip", "--block_size", "32"]))
     assert "skipped 1" in caplog.text or "1 skipped" in caplog.text or "1 line" in caplog.text, caplog.text
@@ -271,7 +274,7 @@ def test_a_finished_run_survives_a_mistake_in_the_command_that_replaces_it(
     tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
     """--overwrite_output_dir takes the old run away only when the new one has its data."""
-    from utils.runs import FINISHED
+    from utils.training.runs import FINISHED
 
     out = tmp_path / "out"
     out.mkdir()

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLES, SCRIPTS
+
+from support.paths import EXAMPLES, SCRIPTS
 
 LORA = "--lora_rank 64 --lora_alpha 128 --trainable q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj"
 LORA += " --lora_dropout 0.05"

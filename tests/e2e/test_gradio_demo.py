@@ -4,7 +4,6 @@ SCREENSHOT_MODEL=output/demo/assistant SCREENSHOT_LORA=output/demo/dpo pytest te
 makes those in pics/ with the models of `make demo`.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -15,63 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from utils.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
-from utils.files import InputError
-from utils.prompts import CHAT_TEMPLATES, encode_prompt
-from utils.web_access import AUTH_VARIABLE, WebArguments, is_welcome, read_accounts
-
-LONG = GenerationArguments(max_new_tokens=350, min_new_tokens=350)
-SHORT = GenerationArguments(max_new_tokens=8)
-
-
-@contextlib.contextmanager
-def served(model, settings=SHORT, speculation=None, **options):
-    """The demo's page, with the requests its engines get."""
-    import gradio_demo
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    demo = gradio_demo.DemoArguments(**{"port": port, **options})
-    page = gradio_demo.start(InferenceArguments(model_name_or_path=str(model)), settings, demo, speculation)
-    page.requests = []
-    for engine in page.engines:
-        engine.submit = recorded(engine.submit, page.requests, pause=0.015 if settings is LONG else 0)
-    try:
-        yield page
-    finally:
-        gradio_demo.stop(page)
-
-
-def recorded(submit, requests, pause):
-    """Remembers requests; the pause after each token makes a tiny model as slow as a large one."""
-
-    def wrapper(request, on_delta):
-        requests.append(request)
-        return submit(request, lambda delta: (time.sleep(pause), on_delta(delta)))
-
-    return wrapper
-
-
-@contextlib.contextmanager
-def visit(browser, page, **options):
-    """A visitor of the page; `.elsewhere` lists what it wanted to load from other places."""
-    context = browser.new_context(**{"locale": "zh-CN", "viewport": {"width": 1280, "height": 800}, **options})
-    tab = context.new_page()
-    tab.set_default_timeout(10_000)
-    tab.elsewhere, tab.errors = [], []
-    local = ("data:", "blob:", page.blocks.local_url)
-    tab.on("request", lambda request: None if request.url.startswith(local) else tab.elsewhere.append(request.url))
-    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(page.blocks.local_url)
-    tab.wait_for_selector("#question textarea")
-    yield tab
-    context.close()
-
-
-def ask(tab, text):
-    tab.fill("#question textarea", text)
-    tab.press("#question textarea", "Enter")
+from support.web import LONG, ask, served, visit, wait_idle
+from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
+from utils.core.errors import InputError
+from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
+from utils.web.access import AUTH_VARIABLE, WebArguments, is_welcome, read_accounts
 
 
 def answer(tab, chat=0):
@@ -82,14 +29,6 @@ def answer(tab, chat=0):
 
 def questions(tab, chat=0):
     return [found.inner_text() for found in tab.query_selector_all(f"#chat-{chat} [data-testid=user]")]
-
-
-def wait_idle(tab):
-    """Until the last question has its answer: the button that stops is gone, the notes say what it took."""
-    tab.wait_for_function(
-        "() => !document.querySelector('#question .stop-button')"
-        " && document.querySelector('#notes-0 .prose').innerText"
-    )
 
 
 def wait_until(holds, seconds=10.0):
@@ -534,7 +473,7 @@ def test_accounts_from_the_environment(monkeypatch):
 def test_flags_of_the_forerunners_are_accepted():
     import gradio_demo
 
-    from utils.arguments import parse_args
+    from utils.core.command_line import parse_args
 
     line = "--base_model m --lora_model l --tokenizer_path t --gpus 0 --only_cpu --load_in_4bit --share True"
     line += " --port 19324 --max_memory 1024 --use_flash_attention_2"

@@ -6,15 +6,17 @@ import sys
 import inference_hf
 import pytest
 import torch
-from conftest import ROOT
 from inference_hf import TaskArguments
 from transformers import AutoModelForCausalLM
 
-from utils import engines
-from utils.arguments import GenerationArguments, InferenceArguments, SpeculationArguments, parse_args
-from utils.files import InputError, read_json
-from utils.generation import Request
-from utils.tokenization import load_tokenizer, save_tokenizer
+from support.paths import ROOT
+from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.core.files import read_json
+from utils.generation import loading
+from utils.generation.engine import Request
+from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
 QUESTIONS = ["Where is the house?", "Tell me a story about the river.", "What is one and one?", "Once", "why", "a a a"]
 
@@ -136,7 +138,7 @@ def test_every_adapter_is_drafted_for_by_itself(deep_model, adapter):
     settings = GenerationArguments(max_new_tokens=24, temperature=0.0)
     answers = {}
     for speculation in (None, SpeculationArguments(draft_layers=3, draft_k=3)):
-        plan = engines.EnginePlan(
+        plan = loading.EnginePlan(
             InferenceArguments(model_name_or_path=str(deep_model), dtype="float32"), speculation=speculation
         )
         engine = plan.load(max_batch_size=2, adapters={"adapter": str(adapter)})
@@ -172,7 +174,7 @@ def test_a_run_goes_on_with_other_drafts_where_answers_stay_the_same(deep_model,
 def test_what_cannot_be_is_refused_before_weights_are_read(
     settings, drafts, message, deep_model, questions, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(engines, "load_for_inference", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_for_inference", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(InputError, match=message):
         ask(deep_model, questions, tmp_path / "p.json", settings=settings, **drafts)
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils.choice_benchmarks import read_benchmark
-from utils.choice_presets import PRESETS
-from utils.choice_prompts import ChoiceEncoder, ChoiceWriter
-from utils.choice_scoring import PrefixScorer
-from utils.choice_targets import open_scorer
-from utils.generation import Prompter
-from utils.tokenization import encode_texts, load_tokenizer, save_tokenizer
-from utils.transformers_engine import TransformersEngine
+from support.paths import EXAMPLES
+from utils.evaluation.multiple_choice.benchmarks import read_benchmark
+from utils.evaluation.multiple_choice.prompts import ChoiceEncoder, ChoiceWriter
+from utils.evaluation.multiple_choice.scorers import open_scorer
+from utils.evaluation.multiple_choice.scoring import PrefixScorer
+from utils.evaluation.multiple_choice.wordings import PRESETS
+from utils.generation.engine import Prompter
+from utils.generation.transformers_engine import TransformersEngine
+from utils.text.tokenizer import encode_texts, load_tokenizer, save_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared_data]
 SUBJECTS = ["college_actuarial_science", "elementary_chinese", "global_facts"]  # numbers, long texts, English names

@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLES, SCRIPTS, train_sentencepiece
 from merge_tokenizers import HARD_TEXTS, MergeTokenizersArguments, main, split_name
 from transformers import AutoTokenizer
-from unit.test_vocabulary import PATTERNS, make_byte_level
 
-from utils.files import InputError
-from utils.prompts import CHAT_TEMPLATES
-from utils.tokenization import embedding_rows, encode_texts, load_tokenizer
+from support.paths import EXAMPLES, SCRIPTS
+from support.tokenizers import PATTERNS, make_byte_level, train_sentencepiece
+from utils.core.errors import InputError
+from utils.text.prompts import CHAT_TEMPLATES
+from utils.text.tokenizer import embedding_rows, encode_texts, load_tokenizer
 
 PRETRAIN = EXAMPLES / "pretrain"
 FILES = ["chat_template.jinja", "run_config.yaml", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"]
@@ -162,7 +162,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, settings, chinese_m
 
 
 def test_an_unfaithful_base_leaves_nothing_behind(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr("utils.vocabulary.count_disagreements", lambda folder, texts: {"AutoTokenizer": 3})
+    monkeypatch.setattr("utils.text.vocabulary.count_disagreements", lambda folder, texts: {"AutoTokenizer": 3})
     with pytest.raises(InputError, match="does not cut all of 14 texts alike"):
         main(MergeTokenizersArguments(output_dir=str(tmp_path / "out"), **settings))
     assert len(HARD_TEXTS) == 14

@@ -10,17 +10,17 @@ import subprocess
 import sys
 import zipfile
 
-import meta_model
 import pytest
 import torch
 
-from utils import checkpoints, shards
-from utils.files import hash_file, write_json
-from utils.merge_inputs import open_merge
-from utils.merging import MergedModel
-from utils.meta import meta_config, open_meta_checkpoint
-from utils.meta_files import write_meta_checkpoint
-from utils.shards import plan_shards, write_shard
+from support import meta_model
+from utils.core.files import hash_file, write_json
+from utils.lora.inputs import open_merge
+from utils.lora.merged_model import MergedModel
+from utils.weights import reader, writer
+from utils.weights.meta_reader import meta_config, open_meta_checkpoint
+from utils.weights.meta_writer import write_meta_checkpoint
+from utils.weights.writer import plan_shards, write_shard
 
 TOKENS = torch.tensor([1, 5, 9, 33, 120, 400, 7, 64, 64, 3])
 MHA, GQA = {}, {"dim": 384, "n_heads": 16, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3}
@@ -29,7 +29,7 @@ VOCAB = 401  # odd: the last part has what remains
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1)
 
 
 def to_huggingface(meta, folder):
@@ -131,7 +131,7 @@ def test_memory_is_bounded_by_blocks_not_by_tensors(tmp_path, monkeypatch):
     weights = meta_model.make_weights(params, 4000)
     meta = meta_model.save(tmp_path / "meta", params, meta_model.cut(weights, 2))
     largest = {"read": 0, "written": 0}
-    read, write = checkpoints.Checkpoint._read_elements, shards.FileWriter.write
+    read, write = reader.Checkpoint._read_elements, writer.FileWriter.write
 
     def counted_read(self, info, start, stop):
         largest["read"] = max(largest["read"], (stop - start) * info.dtype.itemsize)
@@ -141,8 +141,8 @@ def test_memory_is_bounded_by_blocks_not_by_tensors(tmp_path, monkeypatch):
         largest["written"] = max(largest["written"], memoryview(data).nbytes)
         return write(self, data)
 
-    monkeypatch.setattr(checkpoints.Checkpoint, "_read_elements", counted_read)
-    monkeypatch.setattr(shards.FileWriter, "write", counted_write)
+    monkeypatch.setattr(reader.Checkpoint, "_read_elements", counted_read)
+    monkeypatch.setattr(writer.FileWriter, "write", counted_write)
     to_meta(to_huggingface(meta, tmp_path / "hf"), tmp_path / "back", 2)
     assert_parts_are(tmp_path / "back", meta_model.cut(weights, 2))
     assert 0 < largest["read"] <= (128 + 2 * 24) * 1024 * 4  # 128 rows of w2, and heads that a block cuts
@@ -152,8 +152,8 @@ def test_memory_is_bounded_by_blocks_not_by_tensors(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_tensors_and_files_beyond_4_gb(tmp_path, monkeypatch):
     """Zeros are skipped, so that the file takes no space; its offsets and sizes need 64 bits."""
-    from utils import meta_files
-    from utils.checkpoints import TensorSpec
+    from utils.weights import meta_writer
+    from utils.weights.reader import TensorSpec
 
     class SparseWriter:
         sha256 = ""
@@ -200,7 +200,7 @@ def test_tensors_and_files_beyond_4_gb(tmp_path, monkeypatch):
                 else:
                     yield spec, small.read(spec.name)
 
-        monkeypatch.setattr(meta_files, "FileWriter", SparseWriter)
+        monkeypatch.setattr(meta_writer, "FileWriter", SparseWriter)
         (tmp_path / "large").mkdir()
         write_meta_checkpoint(tmp_path / "large", config, specs, stream)
     file = tmp_path / "large" / "consolidated.00.pth"

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPTS, train_sentencepiece, write_sentencepiece
 from safetensors.torch import load_file, save_file
-from test_training import assert_equal_weights
 
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_args
-from utils.files import InputError
-from utils.training import RunArguments
+from support.paths import EXAMPLES, SCRIPTS
+from support.tokenizers import train_sentencepiece, write_sentencepiece
+from support.training import assert_equal_weights
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.training.arguments import RunArguments
 
 SMALL = [
     *("--precision", "fp32", "--preprocessing_num_workers", "1", "--prompt_template", "llama-2", "--lora_rank", "4"),
@@ -251,10 +253,10 @@ def make_reward_adapter(folder: Path, base: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from utils.base_record import record_base
-    from utils.prompts import CHAT_TEMPLATES
-    from utils.reward_model import set_pad_token
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.lora.base_record import record_base
+    from utils.rlhf.reward_model import set_pad_token
+    from utils.text.prompts import CHAT_TEMPLATES
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["k_proj", "q_proj"]))
@@ -377,8 +379,8 @@ WRAPPER = """
 import os, runpy, signal, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-from utils.decoding import Decoder
-from utils.ppo_trainer import PPOTrainer
+from utils.generation.batching import Decoder
+from utils.rlhf.ppo_trainer import PPOTrainer
 name, at, mark = os.environ["KILL_METHOD"], int(os.environ["KILL_AT"]), Path(os.environ["KILL_MARK"])
 owner = PPOTrainer if hasattr(PPOTrainer, name) else Decoder  # whose step is one token of every answer
 method, calls = getattr(owner, name), 0
@@ -504,8 +506,8 @@ def foreign_tokenizer(tmp_path_factory) -> Path:
 def test_bad_input_is_refused_before_anything_is_written(
     flags, message, tiny_model_folder, prompts, function, reward_adapter, ppo_run, foreign_tokenizer, tmp_path
 ):
-    from utils import modeling
-    from utils.tokenization import load_tokenizer, save_tokenizer
+    from utils.models import loading
+    from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     headless = copied(reward_adapter, tmp_path / "headless")
     tensors = load_file(headless / "adapter_model.safetensors")
@@ -523,7 +525,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     argv += [flag.format(**places) for flag in flags]
     loaded = []
     patch = pytest.MonkeyPatch()
-    patch.setattr(modeling, "load_model", lambda *args, **kwargs: loaded.append(1))
+    patch.setattr(loading, "load_model", lambda *args, **kwargs: loaded.append(1))
     try:
         with pytest.raises(InputError, match=message):
             run_ppo(argv)

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import quantize
 import torch
-from conftest import EXAMPLES, ROOT
 from safetensors.torch import load_file, save_file
 
-from utils import quantization
-from utils.files import InputError
-from utils.formats import model_nll, read_scored_text
-from utils.modeling import load_config
-from utils.quantization import Scheme
-from utils.tokenization import load_tokenizer
+from support.paths import EXAMPLES, ROOT
+from utils.core.errors import InputError
+from utils.evaluation.formats import model_nll, read_scored_text
+from utils.models import quantization
+from utils.models.quantization import Scheme
+from utils.text.tokenizer import load_tokenizer
+from utils.weights.config import load_config
 
 SCRIPT = Path(quantize.__file__)
 TRAIN, HELDOUT = EXAMPLES / "pretrain" / "en_train.txt", EXAMPLES / "pretrain" / "en_heldout.txt"
@@ -38,7 +38,7 @@ def base(tmp_path_factory, base_tokenizer_folder) -> Path:
     """A Llama that has learnt something: the worse a quantised copy, the higher its perplexity."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils.tokenization import encode_texts, save_tokenizer
+    from utils.text.tokenizer import encode_texts, save_tokenizer
 
     folder = tmp_path_factory.mktemp("quantize") / "base"
     tokenizer = load_tokenizer(base_tokenizer_folder)
@@ -189,7 +189,7 @@ def test_inference_loads_the_quantised_folder(tiny_model_folder, tmp_path, metho
     """Its weights are narrower than what bitsandbytes packs for AVX-512; that must be noticed without being told."""
     from inference_hf import TaskArguments, main
 
-    from utils.arguments import GenerationArguments, InferenceArguments
+    from utils.core.arguments import GenerationArguments, InferenceArguments
 
     run_quantize(tiny_model_folder, tmp_path / "out", method)
     greedy = GenerationArguments(max_new_tokens=8, do_sample=False, repetition_penalty=1.0)
@@ -402,9 +402,9 @@ def table_arguments(benchmark, base: Path, folder: Path, **settings):
 def test_the_table_of_formats(base, tmp_path, benchmark, monkeypatch, capsys):
     """GGUF files are written by this process here; the slow test below runs the command as the demo does."""
     pytest.importorskip("llama_cpp")
-    from utils import llamacpp
-    from utils.gguf_files import plan_gguf, write_gguf
-    from utils.merge_inputs import open_merge
+    from utils.gguf import llamacpp
+    from utils.gguf.file import plan_gguf, write_gguf
+    from utils.lora.inputs import open_merge
 
     with open_merge(str(base)) as inputs:
         plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "base")

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
-import fake_recipe
 import pytest
 import report
-from conftest import EXAMPLES, SCRIPTS
+
+from support import fake_recipe
+from support.paths import EXAMPLES, SCRIPTS
 
 
 @pytest.fixture

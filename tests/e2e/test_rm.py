@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
 
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_args
-from utils.files import InputError
-from utils.training import RunArguments
+from support.paths import SCRIPTS
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.training.arguments import RunArguments
 
 SMALL = [
     *("--max_seq_length", "256", "--prompt_template", "llama-2", "--precision", "fp32", "--lora_rank", "4"),
@@ -85,8 +86,8 @@ def rm_run(tmp_path_factory, tiny_model_folder, pairs) -> Path:
 
 
 def some_sequences(folder: Path) -> list[tuple[list[int], list[int]]]:
-    from utils.preferences import encode_answers
-    from utils.tokenization import load_tokenizer
+    from utils.data.preferences import encode_answers
+    from utils.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     messages = [{"role": "user", "content": "the river is green"}]
@@ -147,8 +148,8 @@ def test_evaluation_equals_a_plain_loop(tiny_model_folder, pairs, tmp_path):
     """The untrained model's loss with margin and centering, from transformers' own forward passes."""
     from transformers import AutoModelForSequenceClassification
 
-    from utils.preferences import encode_answers
-    from utils.tokenization import load_tokenizer
+    from utils.data.preferences import encode_answers
+    from utils.text.tokenizer import load_tokenizer
 
     settings = ("--full_finetuning", "--learning_rate", "1e-30", "--max_steps", 1, "--use_margin", "--centering", 0.1)
     results = run_rm(rm_argv(tiny_model_folder, pairs, tmp_path / "rm", *settings))
@@ -172,7 +173,7 @@ def test_evaluation_equals_a_plain_loop(tiny_model_folder, pairs, tmp_path):
 def test_a_four_bit_base_trains(tiny_model_folder, pairs, tmp_path):
     results = run_rm(rm_argv(tiny_model_folder, pairs, tmp_path / "rm", "--load_in_kbits", 4, "--max_steps", 20))
     assert results["eval_new_accuracy"] > 0.8
-    from utils.reward_model import load_reward_model
+    from utils.rlhf.reward_model import load_reward_model
 
     model = load_reward_model(tmp_path / "rm", load_in_kbits=4, device="cpu")
     kinds = {type(module).__name__ for module in model.model.modules()}
@@ -188,7 +189,7 @@ def test_adapter_pefts_merge_and_our_merge_score_alike(rm_run, tiny_model_folder
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from utils.reward_model import load_reward_model
+    from utils.rlhf.reward_model import load_reward_model
 
     sequences = some_sequences(rm_run)
     adapter = AutoPeftModelForSequenceClassification.from_pretrained(rm_run, num_labels=1).eval()
@@ -225,7 +226,7 @@ def test_a_reward_model_on_a_tuned_adapter_and_tied_embeddings_merges(rm_run, ti
     """base <- SFT adapter <- reward model, in one go, equals two merges; the base's head is tied."""
     import merge_llama2_with_chinese_lora_low_mem as merge
 
-    from utils.reward_model import load_reward_model
+    from utils.rlhf.reward_model import load_reward_model
 
     base, sft = tmp_path / "base", tmp_path / "sft"
     shutil.copytree(tiny_model_folder, base)
@@ -258,7 +259,7 @@ def test_a_reward_model_on_a_tuned_adapter_and_tied_embeddings_merges(rm_run, ti
 def test_a_fully_trained_model_is_loaded_by_transformers(tiny_model_folder, pairs, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    from utils.reward_model import load_reward_model
+    from utils.rlhf.reward_model import load_reward_model
 
     argv = rm_argv(tiny_model_folder, pairs, tmp_path / "rm", "--full_finetuning", "--learning_rate", "3e-3")
     assert run_rm(argv)["eval_new_accuracy"] > 0.95

@@ -7,16 +7,16 @@ import shutil
 import inference_hf
 import pytest
 import torch
-from conftest import CHROMIUM, FLAGS
-from test_gradio_demo import ask, served, visit, wait_idle
-from test_openai_server import GREEDY, serving
 from transformers import AutoModelForCausalLM
 
-from utils.arguments import GenerationArguments, InferenceArguments
-from utils.engines import EnginePlan
-from utils.llamacpp import is_installed
-from utils.prompts import CHAT_TEMPLATES
-from utils.tokenization import load_tokenizer, save_tokenizer
+from support.paths import CHROMIUM, FLAGS
+from support.server import GREEDY, serving
+from support.web import ask, served, visit, wait_idle
+from utils.core.arguments import GenerationArguments, InferenceArguments
+from utils.generation.loading import EnginePlan
+from utils.gguf.llamacpp import is_installed
+from utils.text.prompts import CHAT_TEMPLATES
+from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
 QUESTIONS = ["Tell me about the sea.", "你好吗？", "And what is *one* and one?"]
 LENGTH = 16

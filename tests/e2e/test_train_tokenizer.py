@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLES, SCRIPTS
 from train_tokenizer import TokenizerArguments, iter_sentences, main
 
-from utils.files import InputError
-from utils.pieces import inexact_reason
-from utils.tokenization import encode_text, load_tokenizer
+from support.paths import EXAMPLES, SCRIPTS
+from utils.core.errors import InputError
+from utils.text.pieces import inexact_reason
+from utils.text.tokenizer import encode_text, load_tokenizer
 
 CORPUS = EXAMPLES / "pretrain" / "zh_heldout.txt"
 

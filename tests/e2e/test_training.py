@@ -2,22 +2,19 @@
 
 import json
 import math
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, SCRIPTS
 from safetensors.torch import load_file
 
-from utils.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, parse_args
-from utils.files import InputError
-from utils.training import RunArguments
+from support.paths import EXAMPLES
+from support.training import assert_equal_weights, check_kills, losses
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
+from utils.core.command_line import parse_args
+from utils.core.errors import InputError
+from utils.training.arguments import RunArguments
 
 SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "2"]
 SMALL += [
@@ -67,18 +64,6 @@ def run_sft(argv):
 
     types = (ModelArguments, ExtendArguments, LoraArguments, DataArguments, sft.TuningArguments, RunArguments)
     return sft.main(*parse_args(*types, argv=argv))
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-
-
-def assert_equal_weights(one: Path, other: Path, name: str = "adapter_model.safetensors") -> None:
-    first, second = load_file(one / name), load_file(other / name)
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +117,7 @@ def test_bits_per_byte_equals_a_plain_loop(pt_run, tiny_model_folder, extended_t
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    from utils.tokenization import encode_text, load_tokenizer
+    from utils.text.tokenizer import encode_text, load_tokenizer
 
     tokenizer = load_tokenizer(extended_tokenizer_folder)
     base = LlamaForCausalLM.from_pretrained(tiny_model_folder)
@@ -274,44 +259,6 @@ def test_full_training_from_scratch(base_tokenizer_folder, texts, tmp_path):
     assert model.config.num_hidden_layers == 2 and model.config.vocab_size == 400 == len(
         AutoTokenizer.from_pretrained(tmp_path / "out")
     )
-
-
-def command(script: str, argv: list[str]) -> list[str]:
-    return [sys.executable, str(SCRIPTS / script), *argv]
-
-
-def run_until_done(script: str, argv: list[str], folder: Path, kills: int, generator: random.Random) -> int:
-    """Run the command, SIGKILL it `kills` times at random moments of its work, then let it end; returns kills done."""
-    done = 0
-    while True:
-        log = (folder.parent / f"{folder.name}.log").open("ab")
-        process = subprocess.Popen(command(script, argv), stdout=log, stderr=log)
-        if done == kills:
-            assert process.wait(timeout=300) == 0, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
-            return done
-        # From the moment training moves (a new checkpoint folder appears), at any point up to a few steps later.
-        seen = {path.name for path in folder.glob("checkpoint-*")}
-        early = generator.random() < 0.2
-        while process.poll() is None and not early and {path.name for path in folder.glob("checkpoint-*")} <= seen:
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0, 6 if early else 0.15))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            done += 1
-        assert process.wait() in (0, -signal.SIGKILL), (folder.parent / f"{folder.name}.log").read_text()[-3000:]
-        if (folder / "all_results.json").is_file():
-            return done
-
-
-def check_kills(script, argv_of, reference, tmp_path, kills):
-    generator = random.Random(kills)
-    total, attempt = 0, 0
-    while total < kills:
-        attempt += 1
-        folder = tmp_path / f"killed-{attempt}"
-        total += run_until_done(script, argv_of(folder), folder, min(kills - total, 5), generator)
-        assert_equal_weights(reference, folder)
-        assert losses(folder) == losses(reference), "every step saw the same samples"
 
 
 def test_sft_killed_once_ends_with_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
-from test_merge import (
+
+from support.merging import (
     DENSE,
     GROWING,
     KINDS,
@@ -30,13 +30,13 @@ from test_merge import (
     run_merge,
     small_blocks,  # noqa: F401 (an autouse fixture)
 )
-
-from utils import verification
-from utils.checkpoints import open_checkpoint
-from utils.comparison import Comparison
-from utils.files import InputError
-from utils.merge_inputs import open_merge
-from utils.merging import MergedModel
+from support.paths import SCRIPTS
+from utils.core.errors import InputError
+from utils.lora import verify as lora_verify
+from utils.lora.inputs import open_merge
+from utils.lora.merged_model import MergedModel
+from utils.lora.streamed_model import Comparison
+from utils.weights.reader import open_checkpoint
 
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -44,7 +44,7 @@ HALF = {"bf16": "bfloat16", "fp16": "float16"}
 def verify(base: Path, adapters: Path | list[Path], out: Path, tokenizer: Path | None = None, ids=None):
     adapters = [adapters] if isinstance(adapters, Path) else adapters
     with open_merge(str(base), [str(item) for item in adapters], str(tokenizer) if tokenizer else None) as inputs:
-        return verification.verify_merge(inputs, out, ids)
+        return lora_verify.verify_merge(inputs, out, ids)
 
 
 def assert_passes(base, adapters, out, expected=None, tokenizer=None) -> None:
@@ -164,10 +164,10 @@ def test_a_share_of_an_adapter(llama, tmp_path, base_tokenizer_folder):
     with open_merge(str(llama), [str(tmp_path / "adapter")], str(tokenizer)) as inputs:
         plain = inputs.model
         inputs.model = MergedModel(plain.base, plain.adapters, tied=False, shares=[0.5])
-        report = verification.verify_merge(inputs, out)
+        report = lora_verify.verify_merge(inputs, out)
         assert report.passed, report.verdict
         inputs.model = MergedModel(plain.base, plain.adapters, tied=False, shares=[0.6])
-        report = verification.verify_merge(inputs, out)
+        report = lora_verify.verify_merge(inputs, out)
     assert "lm_head.weight" in report.failed and "model.layers.1.self_attn.q_proj.weight" in report.failed
 
 
@@ -298,10 +298,10 @@ def test_new_rows_are_among_the_tokens(llama, tmp_path, base_tokenizer_folder):
     tokenizer = grown_tokenizer(base_tokenizer_folder, tmp_path / "tokenizer", 434)
     run_merge(llama, tmp_path / "adapter", tmp_path / "out", tokenizer_name_or_path=str(tokenizer))
     with open_merge(str(llama), [str(tmp_path / "adapter")], str(tokenizer)) as inputs:
-        ids = verification.choose_ids(inputs)
+        ids = lora_verify.choose_ids(inputs)
         first = inputs.tokenizer.decode(ids[:12].tolist())
     assert {0, 433, 400, 401, 3, 237} <= set(ids.tolist()) and len(ids) == 64
-    assert verification.TEXT.startswith(first.removeprefix("<s>").strip()) and len(first) > 10
+    assert lora_verify.TEXT.startswith(first.removeprefix("<s>").strip()) and len(first) > 10
 
     def drop(weights):  # the three rows as the resized base has them
         weights["model.embed_tokens.weight"][237] = all_weights(llama)["model.embed_tokens.weight"][237]
@@ -357,7 +357,7 @@ def test_other_architectures_are_refused(tmp_path):
         pytest.raises(InputError, match="gpt2 model: leave --verify out"),
         open_merge(str(tmp_path / "gpt2")) as inputs,
     ):
-        verification.check_supported(inputs)
+        lora_verify.check_supported(inputs)
 
 
 @pytest.mark.slow
@@ -370,8 +370,8 @@ def test_memory_does_not_grow_with_depth(tmp_path):
         code = (
             f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
             "from pathlib import Path\n"
-            "from utils.merge_inputs import open_merge\n"
-            "from utils.verification import verify_merge\n"
+            "from utils.lora.inputs import open_merge\n"
+            "from utils.lora.verify import verify_merge\n"
             f"with open_merge({str(base)!r}, [{str(adapter)!r}]) as inputs:\n"
             f"    report = verify_merge(inputs, Path({str(adapter / 'oracle')!r}))\n"
             "assert report.passed, report.verdict\n"

@@ -1,0 +1,228 @@
+"""The command line: flags and config files into dataclasses, what a run records of them, and how a script ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import errno
+import gc
+import importlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, raise_problems
+from .files import atomic_file
+from .old_flags import DROPPED, NTK_FLAGS, RENAMED, REPLACED_SWITCHES, translate_old_flags
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+from .arguments import InferenceArguments
+
+RUN_CONFIG = "run_config.yaml"
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "sentencepiece",
+    "bitsandbytes",
+    "deepspeed",
+)
+
+
+def select_gpus(args: InferenceArguments) -> None:
+    """Let this process see only the GPUs asked for; before torch first looks for them."""
+    if args.only_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif args.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+
+
+def build_parser(types: Sequence[type], description: str | None = None) -> ArgumentParser:
+    """The argparse parser of some dataclasses; its long help text is the scripts' reference."""
+    from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
+
+    parser: ArgumentParser = HfArgumentParser(types, allow_abbrev=False, description=description)
+    return parser
+
+
+def parse_args(
+    *types: type | str,
+    argv: Sequence[str] | None = None,
+    documented: Sequence[str] = (),
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Parse `[config.yaml|json] [--flag value ...]` into one instance of each dataclass in `types`.
+
+    Args:
+        types: dataclasses, or "module:name" of one whose import takes seconds (Ctrl-C then ends those well too).
+    Raises: InputError for an unknown key or flag, with the nearest known name; argparse exits with 2 on a bad value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    kinds = [resolve_type(kind) for kind in types]
+    parser = build_parser(kinds, description)
+    known = {action.dest for action in parser._actions}
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = _file_to_flags(argv[0], known, documented) + argv[1:]
+    argv = translate_old_flags(argv, known, documented)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(_describe_unknown("command line", [flag.removeprefix("--") for flag in unknown], known))
+    raise_problems(
+        [
+            f"--{name} {value}: need a finite number"
+            for name, value in vars(namespace).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+    )
+    instances = []
+    for kind in kinds:
+        names = {field.name for field in dataclasses.fields(kind) if field.init}
+        try:
+            instances.append(kind(**{name: value for name, value in vars(namespace).items() if name in names}))
+        except ValueError as error:  # transformers' own checks of its arguments
+            raise InputError(str(error)) from None
+    return tuple(instances)
+
+
+def resolve_type(kind: type | str) -> type:
+    """The dataclass itself, or the one that "module:name" names."""
+    if not isinstance(kind, str):
+        return kind
+    module, _, name = kind.partition(":")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _describe_unknown(where: str, names: Sequence[str], known: set[str]) -> str:
+    described = []
+    for name in names:
+        near = difflib.get_close_matches(name.partition("=")[0], sorted(known), n=1)
+        described.append(f"'{name}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+    return f"{where}: unknown: {', '.join(described)}"
+
+
+def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> list[str]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise InputError(f"config file not found: {path}")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise InputError(f"{path}{'' if line is None else f':{line + 1}'}: broken YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: need 'name: value' lines, got {type(settings).__name__}")
+    accepted = known | {old for old, new in RENAMED.items() if new in known} | set(REPLACED_SWITCHES) | set(DROPPED)
+    accepted |= set(NTK_FLAGS if "rope_scaling" in known else ())
+    if unknown := [str(name) for name in settings if name not in accepted]:
+        raise InputError(_describe_unknown(path, unknown, known))
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None or value == []:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words = [json.dumps(item) if isinstance(item, (bool, dict)) else str(item) for item in values]
+        flags += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+    return flags
+
+
+def describe_arguments(*arguments: Any) -> dict[str, Any]:
+    """The plain settings that differ from their defaults: what run_config.yaml holds."""
+    settings: dict[str, Any] = {}
+    for instance in arguments:
+        given = getattr(instance, "given", {})  # what was asked for, where the dataclass filled it in from the machine
+        for field in dataclasses.fields(instance):
+            if not field.init:
+                continue
+            value = given.get(field.name, getattr(instance, field.name))
+            value = value.value if isinstance(value, enum.Enum) else value
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            default = default.value if isinstance(default, enum.Enum) else default
+            plain = isinstance(value, (str, int, float, bool, list, dict))
+            if plain and value != default:
+                settings[field.name] = value
+    return settings
+
+
+def save_run_config(folder: str | Path, settings: dict[str, Any], notes: dict[str, str] | None = None) -> None:
+    """Write run_config.yaml: valid as a config file; package versions and `notes` stand in its comments."""
+    import yaml
+
+    lines = [f"# {name}: {value}" for name, value in (notes or {}).items()]
+    lines += [f"# {name}: {version}" for name, version in describe_environment().items()]
+    with atomic_file(Path(folder) / RUN_CONFIG) as file:
+        file.write("\n".join(lines) + "\n")
+        file.write(yaml.safe_dump(settings, allow_unicode=True, sort_keys=True))
+
+
+def describe_environment(*others: str) -> dict[str, str]:
+    """Versions of Python and of the packages that decide results: RECORDED_PACKAGES and `others`."""
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in (*RECORDED_PACKAGES, *others)}}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run(
+    main: Callable[..., Any], *types: type | str, documented: Sequence[str] = (), description: str | None = None
+) -> None:
+    """Parse, call `main`, and end with one clear line and a non-zero status where the user can mend it.
+
+    Exit status: 2 bad input, 1 the system refused (no space left), 130 interrupted.
+    """
+    # No telemetry from the libraries below; set before they are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # It warns about an optional kernel whenever it is imported without a GPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torch.compile does nothing unless it is asked for: bitsandbytes calls it when it is imported, and loading the
+    # compiler is a third of a start.
+    undecided = "TORCHDYNAMO_DISABLE" not in os.environ
+    if undecided:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        arguments = parse_args(*types, documented=documented, description=description)
+        if undecided and any(getattr(part, "torch_compile", False) for part in arguments):
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        main(*arguments)
+        # The end of the process need not look through all that was loaded, which takes a second. (What then stands in
+        # a cycle is not told of the end; files are closed where they are opened.)
+        gc.freeze()
+    except InputError as error:
+        _fail(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _fail(f"error: {error.strerror}{_named(error)}; pass a folder that you may write to", 2)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"error: no space left on the device{_named(error)}; free some, then run the same command again", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130)
+
+
+def _named(error: OSError) -> str:
+    return f" while writing {error.filename}" if error.filename else ""
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,15 @@
+"""The one exception for mistakes in what the user gives, and how several are reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class InputError(ValueError):
+    """A mistake in the user's input: scripts print its message without a traceback and exit with status 2."""
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises: InputError with all problems, if there is any."""
+    if problems:
+        raise InputError("\n".join(problems))

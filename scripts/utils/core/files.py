@@ -1,0 +1,196 @@
+"""Files: atomic output, hashes, and reading txt, json, jsonl and parquet with errors that name file and line."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from .errors import InputError
+
+RESUME_KEY = ".resume_key"
+
+
+# ---------------------------------------------------------------- output: complete or absent
+
+
+def fsync_path(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial_name(path: Path) -> Path:
+    # A sibling, so that the final rename stays within one file system and is atomic.
+    return path.with_name(f".{path.name}.partial")
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file or folder; nothing happens if it is absent."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `path` for writing; it takes the name `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_name(path)
+    try:
+        with open(partial, mode, encoding="utf-8" if mode == "w" else None) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        fsync_path(path.parent)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | None = None) -> Iterator[Path]:
+    """Yield an empty sibling folder that becomes `path` only when the block ends well; hidden files are left out.
+
+    What a killed run left under the sibling's name is removed first, unless it was made for the same `resume_key`:
+    then the block gets it back as it is. Ctrl-C leaves such a folder too, other errors do not.
+    The old folder stays until the new one is complete.
+    Raises: InputError if `path` holds anything and `overwrite` is False, or another run is writing it.
+    """
+    refuse_existing_output(path, overwrite)
+    path = Path(path).resolve()  # a link's target, not the link, is what is written
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked_folder(_partial_name(path)) as partial:
+        if resume_key is None or unfinished_folder(path, resume_key) is None:
+            for item in partial.iterdir():
+                remove(item)
+            if resume_key is not None:
+                (partial / RESUME_KEY).write_text(resume_key)
+        try:
+            yield partial
+            for item in partial.iterdir():
+                if item.name.startswith("."):
+                    remove(item)
+            for item in partial.rglob("*"):
+                if item.is_file():
+                    fsync_path(item)
+            _publish(partial, path)
+        except BaseException as error:
+            if resume_key is None or not isinstance(error, KeyboardInterrupt):
+                remove(partial)
+            raise
+
+
+def unfinished_folder(path: str | Path, resume_key: str) -> Path | None:
+    """The folder that an interrupted `atomic_folder` of the same key left, if there is one."""
+    key = _partial_name(Path(path).resolve()) / RESUME_KEY
+    return key.parent if key.is_file() and key.read_text() == resume_key else None
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, made if it is absent, for this process alone. Raises: InputError if another one has it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another run is writing {folder}; wait for it, or pass another --output_dir"
+                ) from None
+            except OSError:
+                pass  # this file system has no locks
+            if not folder.is_dir() or os.stat(folder).st_ino != os.fstat(descriptor).st_ino:
+                continue  # the run that had it has just ended
+            yield folder
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a complete folder its name."""
+    old = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        os.rename(path, old)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        remove(old)
+    else:
+        os.rename(partial, path)
+    fsync_path(path.parent)
+
+
+def refuse_existing_output(path: str | Path, overwrite: bool = False) -> None:
+    """Check an output folder's name. What a run killed while it replaced the folder left aside is put back first.
+
+    Raises: InputError if `path` is a file, holds the current folder, or holds anything unless `overwrite` is set.
+    """
+    name, path = path, Path(path).resolve()
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise InputError(f"--output_dir {name} is the current folder or holds it; pass the name of a new folder")
+    old = path.with_name(f".{path.name}.replaced")
+    if old.is_dir():
+        remove(old) if path.exists() else os.rename(old, path)
+    if path.is_file():
+        raise InputError(f"--output_dir {name} is a file; pass the name of a new folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"output folder {name} is not empty; pass another --output_dir, or --overwrite to replace it")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_file(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read one JSON value. Raises: InputError naming file and line if it is absent or broken."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"file not found: {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+
+
+# ---------------------------------------------------------------- hashes
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- input
+
+
+# ---------------------------------------------------------------- memory

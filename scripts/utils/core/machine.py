@@ -1,0 +1,55 @@
+"""The machine: cores and memory this process may use, what it used, and whether Ctrl-C reaches it."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+
+def available_cores() -> int:
+    """Cores this process may use, which containers and schedulers limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (line := re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())):
+        return int(line[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(line[1]) * 1024  # ru_maxrss would count what the parent held when it started this process
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+Result = TypeVar("Result")
+
+
+def interruptible(work: Callable[[], Result]) -> Result:
+    """Run a long call of foreign code in a thread of its own, so that Ctrl-C need not wait for its end."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # handed to the caller below
+            errors.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
+    return results[0]

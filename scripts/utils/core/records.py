@@ -1,0 +1,349 @@
+"""A JSON file read value by value, with only the part in work in memory, and errors that know line and column."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, NoReturn, cast
+
+from .errors import InputError
+
+CHUNK_CHARACTERS = 1 << 20  # read at a time; a longer value makes the buffer grow
+LOOKAHEAD = 16  # characters a cut token (an escape, a literal, a number) may reach back from the end of the buffer
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class JsonStreamError(ValueError):
+    """Broken JSON; `line` and `column` count from 1."""
+
+    def __init__(self, message: str, line: int, column: int) -> None:
+        super().__init__(message)
+        self.line, self.column = line, column
+
+
+def iter_json_values(file: IO[str]) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) for the elements of one list, or for values that stand one after another.
+
+    Raises: JsonStreamError.
+    """
+    stream = _JsonStream(file)
+    is_list = stream.skip("[")
+    while not stream.at_end():
+        if is_list and stream.skip("]"):
+            if not stream.at_end():
+                stream.fail("something follows the end of the list")
+            return
+        yield stream.read_value()
+        if is_list and not stream.skip(",") and not stream.next_is("]"):
+            stream.fail("expecting ',' or ']' after a record")
+    if is_list:
+        stream.fail("the list is not closed by ']'")
+
+
+class _JsonStream:
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+        self.decoder = json.JSONDecoder()
+        self.buffer, self.position, self.complete = "", 0, False
+        # `line` is that of buffer[counted]; column 1 lies at buffer[line_start], before the buffer if negative.
+        self.line, self.counted, self.line_start = 1, 0, 0
+
+    def _read_more(self) -> None:
+        self._count_lines(self.position)
+        rest = self.buffer[self.position :]
+        # Reading as much again as is held keeps the work linear in the length of a long value.
+        more = self.file.read(max(CHUNK_CHARACTERS, len(rest)))
+        self.line_start -= self.position
+        self.buffer, self.position, self.counted, self.complete = rest + more, 0, 0, not more
+
+    def _count_lines(self, position: int) -> None:
+        if breaks := self.buffer.count("\n", self.counted, position):
+            self.line += breaks
+            self.line_start = self.buffer.rfind("\n", self.counted, position) + 1
+        self.counted = position
+
+    def at_end(self) -> bool:
+        """Skip white space; whether nothing follows it."""
+        while True:
+            # A pattern that may be empty always matches.
+            self.position = cast(re.Match[str], SPACE.match(self.buffer, self.position)).end()
+            if self.position < len(self.buffer) or self.complete:
+                return self.position == len(self.buffer)
+            self._read_more()
+
+    def next_is(self, character: str) -> bool:
+        return not self.at_end() and self.buffer[self.position] == character
+
+    def skip(self, character: str) -> bool:
+        """Step over `character` if it comes next."""
+        found = self.next_is(character)
+        self.position += found
+        return found
+
+    def read_value(self) -> tuple[int, Any]:
+        self.at_end()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.buffer, self.position)
+            except json.JSONDecodeError as error:
+                # At the end of the buffer the value may only be cut; anywhere else it is broken.
+                cut = error.msg.startswith("Unterminated") or error.pos + LOOKAHEAD > len(self.buffer)
+                if self.complete or not cut:
+                    self.position = error.pos
+                    self.fail(error.msg)
+                self._read_more()
+            else:
+                self._count_lines(self.position)
+                self.position = end
+                return self.line, value
+
+    def fail(self, message: str) -> NoReturn:
+        self._count_lines(self.position)
+        raise JsonStreamError(message, self.line, self.position - self.line_start + 1)
+
+
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
+READ_BYTES = 4 << 20  # bytes of text handled at a time: large enough to be fast, small enough to keep memory flat
+
+MAX_LOCATIONS = 5  # of skipped rows named in the log
+
+
+def list_data_files(path: str | Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
+    """The data files that `path` names: itself, or all below a folder, recursive and sorted, hidden ones left out.
+
+    Raises: InputError if nothing is there.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() not in suffixes:
+            raise InputError(f"{path}: cannot read '{path.suffix}' files here; need one of {', '.join(suffixes)}")
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"data not found: {path}")
+    found = [item for item in path.rglob("*") if item.is_file() and item.suffix.lower() in suffixes]
+    found = sorted(item for item in found if not any(part.startswith(".") for part in item.relative_to(path).parts))
+    if not found:
+        raise InputError(f"no {', '.join(suffixes)} files below {path}")
+    return found
+
+
+@dataclass
+class BadText:
+    """What to do with text that is not UTF-8 (or holds a lone surrogate): raise an error, or skip and count it."""
+
+    policy: Literal["error", "skip"] = "error"
+    skipped: int = 0
+    locations: list[str] = field(default_factory=list)  # the first few, for the log
+
+    def handle(self, location: str, reason: str) -> None:
+        """Raises: InputError under the policy "error"."""
+        if self.policy == "error":
+            raise InputError(f"{location}: {reason}; repair the line, or pass --on_bad_text skip to leave it out")
+        self.add(1, [location])
+
+    def add(self, skipped: int, locations: Iterable[str]) -> None:
+        """Count what another reader (a worker process) skipped."""
+        self.skipped += skipped
+        self.locations = [*self.locations, *locations][:MAX_LOCATIONS]
+
+
+def iter_document_batches(
+    path: str | Path,
+    *,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    bad_text: BadText | None = None,
+    byte_range: tuple[int, int] | None = None,
+) -> Iterator[list[str]]:
+    """Yield the documents of one file in lists of about READ_BYTES of text. Blank documents are left out.
+
+    Args:
+        text_column: the field that holds the text in json, jsonl and parquet files.
+        document_separator: in txt files, the exact line that ends a document; None makes every line a document.
+        byte_range: (start, end) of a txt file: only documents whose first byte lies in it (lines only, no separator),
+            so ranges that adjoin give every document once.
+    Raises: InputError with file:line for broken JSON, a missing field, or invalid UTF-8.
+    """
+    path, bad_text = Path(path), bad_text or BadText()
+    if path.suffix.lower() == ".txt":
+        if document_separator is None:
+            yield from _iter_line_batches(path, bad_text, byte_range or (0, path.stat().st_size))
+        else:
+            yield from _batched(_iter_separated_documents(path, document_separator, bad_text))
+    else:
+        yield from _batched(_iter_record_texts(path, text_column, bad_text))
+
+
+def _iter_line_batches(path: Path, bad_text: BadText, byte_range: tuple[int, int]) -> Iterator[list[str]]:
+    start, end = byte_range
+    with open(path, "rb") as file:
+        if start > 0:
+            file.seek(start - 1)
+            file.readline()  # the line that began before the range belongs to the previous one
+        while (position := file.tell()) < end:
+            block = file.read(min(READ_BYTES, end - position))
+            if not block:
+                break  # the file is shorter than the range
+            if not block.endswith(b"\n"):
+                block += file.readline()
+            try:
+                lines = block.decode("utf-8-sig" if position == 0 else "utf-8").split("\n")
+            except UnicodeDecodeError:
+                lines = _decode_lines(path, position, block, bad_text)
+            if texts := [text for line in lines if (text := line.rstrip("\r")) and not text.isspace()]:
+                yield texts
+
+
+def _decode_lines(path: Path, position: int, block: bytes, bad_text: BadText) -> list[str]:
+    """Decode a block line by line to find (and report or skip) the lines that are not UTF-8."""
+    with open(path, "rb") as file:
+        number = sum(piece.count(b"\n") for piece in iter_blocks(file, position))
+    lines = []
+    for raw in block.split(b"\n"):
+        number += 1
+        line = _decode_line(raw, f"{path}:{number}", number == 1, bad_text)
+        if line is not None:
+            lines.append(line)
+    return lines
+
+
+def _decode_line(raw: bytes, location: str, first: bool, bad_text: BadText) -> str | None:
+    """One line as text, a byte order mark at the start of the file removed; None if it is to be skipped."""
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        bad_text.handle(location, f"invalid UTF-8 (byte {error.start + 1} of the line)")
+        return None
+
+
+def iter_blocks(file: IO[bytes], count: int) -> Iterator[bytes]:
+    """The next `count` bytes of an open file, in blocks."""
+    while count > 0 and (block := file.read(min(READ_BYTES, count))):
+        count -= len(block)
+        yield block
+
+
+def _iter_separated_documents(path: Path, separator: str, bad_text: BadText) -> Iterator[str]:
+    lines: list[str] = []
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = _decode_line(raw.rstrip(b"\r\n"), f"{path}:{number}", number == 1, bad_text)
+            if line == separator:
+                yield "\n".join(lines)
+                lines = []
+            elif line is not None:
+                lines.append(line)
+    yield "\n".join(lines)
+
+
+def _iter_record_texts(path: Path, text_column: str, bad_text: BadText) -> Iterator[str]:
+    for location, record in iter_records(path, bad_text, columns=[text_column]):
+        text = record.get(text_column)
+        if not isinstance(text, str):
+            raise InputError(
+                f"{location}: field '{text_column}' is {'missing' if text is None else 'not a string'}; "
+                f"the record has {sorted(record)}; pass --text_column"
+            )
+        yield text
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if not text or text.isspace():
+            continue
+        batch.append(text)
+        # A character outside ASCII is counted as three bytes, as Chinese ones are.
+        size += len(text) if text.isascii() else 3 * len(text)
+        if size >= READ_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def iter_records(
+    path: str | Path, bad_text: BadText | None = None, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (location, record) for every record of a json, jsonl or parquet file, read as a stream.
+
+    A json file may hold one list, or objects one after another. The location is "file:line" of the record's first
+    line, in parquet files "file: row 3".
+
+    Args:
+        columns: of a parquet file, read only these (all, if one of them is absent, so that errors can name them).
+    Raises: InputError for broken JSON, a record that is not an object, or (policy "error") invalid UTF-8.
+    """
+    path, bad_text = Path(path), bad_text or BadText()
+    if path.suffix.lower() not in RECORD_SUFFIXES:
+        raise InputError(f"{path}: need records in one of {', '.join(RECORD_SUFFIXES)}")
+    if path.suffix.lower() == ".parquet":
+        records = _iter_parquet(path, columns)
+    else:
+        records = _iter_jsonl(path, bad_text) if path.suffix.lower() == ".jsonl" else _iter_json(path)
+    for location, record in records:
+        if not isinstance(record, dict):
+            raise InputError(f"{location}: need an object with named fields, got {type(record).__name__}")
+        if not _is_unicode(record):
+            bad_text.handle(location, "text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)")
+            continue
+        yield location, record
+
+
+def _is_unicode(value: Any) -> bool:
+    # JSON can spell half a surrogate pair (backslash-u d800); such a string cannot be written as UTF-8 later.
+    if isinstance(value, str):
+        try:
+            return value.isascii() or bool(value.encode())
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, dict):
+        return all(map(_is_unicode, value)) and all(map(_is_unicode, value.values()))
+    return all(map(_is_unicode, value)) if isinstance(value, list) else True
+
+
+def _iter_jsonl(path: Path, bad_text: BadText) -> Iterator[tuple[str, Any]]:
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            location = f"{path}:{number}"
+            line = _decode_line(raw, location, number == 1, bad_text)
+            if line is None or not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{location}: broken JSON: {error.msg} (column {error.colno})") from None
+            yield location, record
+
+
+def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
+    # Invalid bytes become lone surrogates, which iter_records finds in the record that holds them.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        try:
+            # One list, or objects one after another: many ".json" data sets are really one object a line.
+            for line, value in iter_json_values(file):
+                yield f"{path}:{line}", value
+        except JsonStreamError as error:
+            raise InputError(f"{path}:{error.line}: broken JSON: {error} (column {error.column})") from None
+
+
+def _iter_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            known = set(file.schema_arrow.names)
+            chosen = list(columns) if columns and known.issuperset(columns) else None
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=chosen):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", record
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: not a readable parquet file: {error}") from None

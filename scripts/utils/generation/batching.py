@@ -1,0 +1,356 @@
+"""Decoding with a transformers model: many answers at once, which join and leave the batch at every step.
+
+A step computes the prompts of those that join (a part of them, where they are long and others wait for their next
+token), then one token of each of the others. Prompts that begin like one computed before go on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.arguments import GenerationArguments
+from .cache import SlotCache, common_prefix
+from .engine import Answer, Completion, Job, Prompter, Request, TextDecoder
+from .sampling import choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_TOKENS = 8192  # of prompts in one forward pass, while nobody waits for it
+PROMPT_TOKENS_BESIDE = 512  # while others wait for their next token
+WORTH_SHARING = 16  # tokens; copying a shorter beginning from another slot saves nothing
+
+
+class Rotations(Protocol):
+    """Rotary embeddings that differ from request to request; see utils.models.rope."""
+
+    def key(self, planned_length: int) -> Hashable:
+        """Which requests rotate alike, and so can share what was computed."""
+
+    def rotate(self, planned_lengths: Sequence[int]) -> None:
+        """Rotate the rows of the next forward pass for texts of these lengths."""
+
+
+@dataclass
+class Row:
+    """What stands in a slot: a job's own text, or the one it is guided away from."""
+
+    job: Job
+    tokens: list[int]
+    guides: bool = False
+
+
+class Decoder:
+    """Answers jobs in the slots of one model.
+
+    Attributes:
+        waiting: jobs without a slot, the first come first.
+        counts: totals of prompt_tokens, cached_tokens, new_tokens, steps.
+    """
+
+    def __init__(self, model: Any, num_slots: int, rotations: Rotations | None = None, cache: Any = None) -> None:
+        """`cache`: what holds keys and values; default: a SlotCache."""
+        self.model, self.num_slots, self.rotations = model, num_slots, rotations
+        self.waiting: deque[Job] = deque()
+        self.counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
+        self._cache: Any = cache or SlotCache(num_slots, getattr(model.config, "max_position_embeddings", None))
+        self._rows: list[Row] = []  # row i stands in slot i; those whose prompt is being computed come last
+        self._decoding = 0  # how many are past their prompt
+        self._used = [0] * num_slots  # the step in which a slot was in use last
+        self._keys: list[Hashable] = [None] * num_slots
+
+    @property
+    def running(self) -> int:
+        """Jobs that have slots."""
+        return sum(not row.guides for row in self._rows)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Compute the next tokens; returns whether there is more to do."""
+        for row in [row for row in self._rows if row.job.answer.cancelled and not row.guides]:
+            row.job.end("cancelled")
+            self._leave(row.job)
+        self._admit()
+        if self._rows:
+            self.counts["steps"] += 1
+            ready = self._decode() if self._decoding else {}
+            ready |= self._compute_prompts()
+            self._advance(ready)
+        return bool(self._rows or self.waiting)
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """End all jobs, with an error or as cancelled."""
+        jobs = [row.job for row in self._rows if not row.guides] + list(self.waiting)
+        for slot in range(len(self._rows) if error else 0):  # a pass that failed leaves tokens without their keys
+            self._cache.truncate(slot, 0)
+        self._rows, self._decoding = [], 0
+        self.waiting.clear()
+        for job in jobs:
+            job.end(None if error else "cancelled", error)
+
+    # ------------------------------------------------------------ who is in
+
+    def _admit(self) -> None:
+        for job in [job for job in self.waiting if job.answer.cancelled]:
+            self.waiting.remove(job)
+            job.end("cancelled")
+        while self.waiting:
+            job = self.waiting[0]
+            guided = job.request.settings.guidance_scale > 1 and job.request.negative_prompt is not None
+            if len(self._rows) + 1 + guided > self.num_slots or not self._fits(job):
+                return
+            row = Row(job, job.tokens)
+            key = self._key(row)
+            coming = [
+                common_prefix(other.tokens, row.tokens)
+                for slot, other in enumerate(self._rows)
+                if slot >= self._decoding and self._keys[slot] == key
+            ]
+            if max(coming, default=0) >= max(self._known(row)) + WORTH_SHARING:
+                return  # another row is computing what this one begins with
+            self.waiting.popleft()
+            job.answer.num_cached_tokens = self._enter(row)
+            if guided:
+                self._enter(Row(job, list(job.request.negative_prompt or ()), guides=True))
+            self.counts["prompt_tokens"] += len(job.tokens)
+            self.counts["cached_tokens"] += job.answer.num_cached_tokens
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is memory for a job beside those that run."""
+        return True
+
+    def _enter(self, row: Row) -> int:
+        """Give a row the next slot, with what is known of its tokens; returns how many are."""
+        cache, slot = self._cache, len(self._rows)
+        shared = self._known(row)
+        source = max(range(self.num_slots), key=shared.__getitem__)
+        length = shared[source] if shared[source] >= WORTH_SHARING or source >= slot else 0
+        target = min(range(slot, self.num_slots), key=lambda number: (self._used[number], number))
+        if source >= slot and 2 * length >= len(cache.tokens[source]):
+            target = source  # most of what it holds goes on
+        if source == slot:  # it changes places with the target
+            source = target
+        elif source == target:
+            source = slot
+        self._swap(slot, target)
+        if length:
+            self._copy(source, slot, length)
+        else:
+            cache.truncate(slot, 0)
+        self._keys[slot] = self._key(row)
+        self._rows.append(row)
+        return length
+
+    def _known(self, row: Row) -> list[int]:
+        """How many of a row's tokens each slot holds, rotated as it is; at most all but the last."""
+        key = self._key(row)
+        return [
+            min(common_prefix(tokens, row.tokens), len(row.tokens) - 1) if self._keys[slot] == key else 0
+            for slot, tokens in enumerate(self._cache.tokens)
+        ]
+
+    def _leave(self, job: Job) -> None:
+        for number in reversed([number for number, row in enumerate(self._rows) if row.job is job]):
+            if number < self._decoding:
+                self._decoding -= 1
+                self._swap(number, self._decoding)
+                self._rows[number], self._rows[self._decoding] = self._rows[self._decoding], self._rows[number]
+                number = self._decoding
+            last = len(self._rows) - 1
+            self._swap(number, last)
+            self._rows[number] = self._rows[last]
+            self._rows.pop()
+
+    def _swap(self, one: int, other: int) -> None:
+        self._cache.swap(one, other)
+        self._used[one], self._used[other] = self._used[other], self._used[one]
+        self._keys[one], self._keys[other] = self._keys[other], self._keys[one]
+
+    def _copy(self, source: int, slot: int, length: int) -> None:
+        self._cache.copy(source, slot, length)
+
+    def _key(self, row: Row) -> Hashable:
+        return self.rotations.key(self._planned(row)) if self.rotations else None
+
+    def _planned(self, row: Row) -> int:
+        return len(row.job.request.negative_prompt or () if row.guides else row.job.request.prompt) + row.job.room
+
+    # ------------------------------------------------------------ forward passes
+
+    def _forward(self, first: int, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Compute the next tokens of neighbouring slots; returns the logits after the last of each, (B, V)."""
+        return self.logits(first, tokens)[:, -1]
+
+    def logits(self, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+        """The same; returns the logits after the last `keep` tokens of each, (B, keep, V)."""
+        if self.rotations:
+            self.rotations.rotate([self._planned(row) for row in self._rows[first : first + len(tokens)]])
+        for slot in range(first, first + len(tokens)):
+            self._used[slot] = self.counts["steps"]
+        return compute(self.model, self._cache, first, tokens, keep)
+
+    def _decode(self) -> dict[int, Tensor]:
+        """Logits (V,) of the rows past their prompts, by slot."""
+        logits = self._forward(0, [row.tokens[-1:] for row in self._rows[: self._decoding]])
+        return dict(enumerate(logits))
+
+    def _compute_prompts(self) -> dict[int, Tensor]:
+        """Compute prompts as far as there is time; logits (V,) of those that are done, which then decode."""
+        budget = PROMPT_TOKENS_BESIDE if self._decoding else PROMPT_TOKENS
+        ready: dict[int, Tensor] = {}
+        group: list[list[int]] = []
+        first = slot = self._decoding
+        while slot < len(self._rows) and budget > 0:
+            row = self._rows[slot]
+            rest = row.tokens[len(self._cache.tokens[slot]) :]
+            guided = slot + 1 < len(self._rows) and self._rows[slot + 1].guides
+            if not (guided or row.guides):  # those need both logits in the same step
+                rest = rest[:budget]
+            joined = [*group, rest]
+            if len(joined) * max(map(len, joined)) > 2 * sum(map(len, joined)):  # it would be mostly padding
+                ready |= self._finish_prompts(first, group)
+                first, group = slot, []
+            group.append(rest)
+            budget -= len(rest)
+            slot += 1
+        if group:
+            ready |= self._finish_prompts(first, group)
+        return ready
+
+    def _finish_prompts(self, first: int, group: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        logits = self._forward(first, group)
+        ready = {}
+        for number, row in enumerate(logits):
+            if len(self._cache.tokens[first + number]) == len(self._rows[first + number].tokens):
+                ready[first + number] = row
+                self._decoding += 1
+        return ready
+
+    # ------------------------------------------------------------ tokens
+
+    def _advance(self, ready: dict[int, Tensor]) -> None:
+        """Choose the next token of every row that has logits (V,), and tell its reader."""
+        slots = [slot for slot in ready if not self._rows[slot].guides]
+        if not slots:
+            return
+        jobs = [self._rows[slot].job for slot in slots]
+        guides = {id(row.job): slot for slot, row in enumerate(self._rows) if row.guides}
+        rows = [
+            _guide(ready[slot], ready[guides[id(job)]], job.request.settings.guidance_scale)
+            if id(job) in guides
+            else ready[slot]
+            for slot, job in zip(slots, jobs, strict=True)
+        ]
+        # One row is not copied: torch's threads would go on spinning beside those that compute the next token.
+        logits = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+        tokens, logprobs = choose(logits, [job.chooser for job in jobs])
+        self.counts["new_tokens"] += len(tokens)
+        ended = []
+        for job, token, logprob in zip(jobs, tokens, logprobs, strict=True):
+            if id(job) in guides:
+                self._rows[guides[id(job)]].tokens.append(token)
+            if job.advance(token, logprob):
+                ended.append(job)
+        for job in ended:
+            self._leave(job)
+
+
+def compute(model: Any, cache: SlotCache, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+    """A forward pass over the next tokens of neighbouring slots; logits after the last `keep` of each, (B, keep, V).
+
+    A row with fewer tokens than `keep` has logits that mean nothing before its own.
+    """
+    inputs = cache.prepare(first, tokens, model.config)
+    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    with _masks_of_any_form(model):
+        logits: Tensor = model(**inputs, use_cache=True, logits_to_keep=keep).logits
+    return logits
+
+
+def _guide(logits: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Logits (V,) led away from those of the negative prompt.
+
+    Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", eq. 7.
+    """
+    one, other = (torch.log_softmax(part.float(), -1) for part in (logits, negative))
+    return other + scale * (one - other)
+
+
+@contextlib.contextmanager
+def _masks_of_any_form(model: Any) -> Iterator[None]:
+    """Within the block attention takes masks over slots, which FlashAttention's interface does not."""
+    config = model.config
+    before = config._attn_implementation
+    if before not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+class Generator(Prompter):
+    """A model that answers within the caller's thread, call by call: PPO's, whose weights change between calls."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        super().__init__(tokenizer, template, getattr(model.config, "max_position_embeddings", None))
+        self.model = model
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationArguments,
+        seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        strip: bool = True,
+    ) -> list[Completion]:
+        """Answer prompts; each answer is the one the prompt would get alone.
+
+        Args:
+            seeds: one for each prompt; default: settings.seed and the numbers after it.
+            batch_size: prompts at once, the next one joins when one is answered; default: all.
+            strip: leave out white space around the text, which continued text needs and answers do not.
+        Raises: InputError if a prompt leaves no room in the context.
+        """
+        seeds = [settings.seed + number for number in range(len(prompts))] if seeds is None else seeds
+        requests = [Request(prompt, settings, seed, strip) for prompt, seed in zip(prompts, seeds, strict=True)]
+        jobs = [Job(request, self, Answer(len(request.prompt))) for request in requests]
+        decoder = Decoder(self.model, min(batch_size or len(jobs), len(jobs)))
+        decoder.waiting.extend(jobs)
+        while decoder.step():
+            pass
+        return [job.answer.completion for job in jobs if job.answer.completion is not None]
+
+
+def search_beams(model: Any, prompter: Prompter, request: Request) -> Completion:
+    """Beam search, which transformers does. Raises: InputError if the prompt leaves no room in the context."""
+    from transformers import GenerationConfig
+
+    settings, stop_ids = request.settings, prompter.stop_ids
+    config = GenerationConfig(
+        max_new_tokens=prompter.check(request),
+        min_new_tokens=settings.min_new_tokens or None,
+        do_sample=False,
+        num_beams=settings.num_beams,
+        repetition_penalty=float(settings.repetition_penalty),
+        eos_token_id=stop_ids or None,
+        pad_token_id=stop_ids[0] if stop_ids else 0,
+    )
+    input_ids = torch.tensor([list(request.prompt)], device=model.device)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
+        )
+    ids: list[int] = output[0, len(request.prompt) :].tolist()
+    end = next((number for number, index in enumerate(ids) if index in stop_ids), None)
+    ids = ids if end is None else ids[: end + 1]
+    decoder = TextDecoder(prompter.surfaces, request.strip, settings.stop)
+    text = decoder.push(ids if end is None else ids[:-1]) + decoder.finish()
+    return Completion(text, ids, len(request.prompt), "length" if end is None and not decoder.stopped else "stop")

@@ -1,0 +1,240 @@
+"""Engines that decode here: a thread works for whoever submits, with one set of slots for each adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..core.arguments import GUIDED_DRAFTS
+from ..core.errors import InputError
+from ..models.loading import causal_model
+from .batching import Decoder, Rotations, search_beams
+from .engine import Answer, Completion, Delta, Job, Prompter, Request
+from .speculation import Speculation, SpeculativeDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
+BASE = "default"  # the name of the model itself
+
+
+class DecodingEngine(Prompter):
+    """What generation.Engine asks for, given decoders."""
+
+    name: str
+
+    def __init__(
+        self,
+        decoders: Mapping[str, Decoder],
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        context: int | None,
+    ) -> None:
+        """`decoders`: one for each model, by name; all have the same number of slots."""
+        super().__init__(tokenizer, template, context)
+        self.models = list(decoders)
+        self._decoders = dict(decoders)
+        self.max_batch_size = decoders[self.models[0]].num_slots
+        self._tasks: deque[Callable[[], None]] = deque()  # what is to be done between two steps
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ Engine
+
+    def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
+        """See generation.Engine."""
+        name = self.models[0] if request.model is None else request.model
+        if name not in self._decoders:
+            raise InputError(f"there is no model {name!r}; there are {', '.join(self.models)}")
+        if request.settings.num_beams > 1:
+            raise InputError("beam search gives nothing before its end; need num_beams 1 here")
+        if request.settings.guidance_scale > 1 and request.negative_prompt is not None and self.max_batch_size < 2:
+            raise InputError("guidance_scale needs two slots, one for the negative prompt; pass --max_batch_size 2")
+        answer = Answer(len(request.prompt), on_delta)
+        job = Job(request, self, answer)
+        with self._changed:
+            if self._closed:
+                raise InputError("the engine is closed")
+            self._decoders[name].waiting.append(job)
+            self._changed.notify()
+        return answer
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See generation.Engine."""
+        return [answer.wait() for answer in [self.submit(request) for request in requests]]
+
+    def _call(self, function: Callable[[], Result]) -> Result:
+        """What a function returns (or raises) that the engine's thread calls between two steps."""
+        future: Future[Result] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # raised again where it was asked for
+                future.set_exception(error)
+
+        with self._changed:
+            if self._closed:
+                raise InputError("the engine is closed")
+            self._tasks.append(task)
+            self._changed.notify()
+        return future.result()
+
+    def statistics(self) -> dict[str, float]:
+        """See generation.Engine."""
+        decoders = list(self._decoders.values())
+        totals: dict[str, float] = {
+            "running": sum(decoder.running for decoder in decoders),
+            "waiting": sum(len(decoder.waiting) for decoder in decoders),
+            "max_batch_size": self.max_batch_size,
+        }
+        for decoder in decoders:
+            for name, count in decoder.counts.items():
+                totals[name] = totals.get(name, 0) + count
+        return totals
+
+    def close(self) -> None:
+        """See generation.Engine."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # ------------------------------------------------------------ the thread
+
+    def _work(self) -> None:
+        decoders = self._decoders
+        while True:
+            with self._changed:
+                while not (self._closed or self._tasks or any(d.waiting or d.running for d in decoders.values())):
+                    self._changed.wait()
+                closed = self._closed
+            while self._tasks:
+                self._tasks.popleft()()
+            for name, decoder in decoders.items():
+                if closed:
+                    decoder.abandon()
+                elif decoder.waiting or decoder.running:
+                    self._step(name, decoder)
+            if closed:
+                return
+
+    def _adapter(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Within it the model is the one of this name."""
+        return contextlib.nullcontext()
+
+    def _step(self, name: str, decoder: Decoder) -> None:
+        try:
+            with self._adapter(name):
+                decoder.step()
+        except BaseException as error:  # raised again where the answers are read
+            decoder.abandon(error)
+
+
+class TransformersEngine(DecodingEngine):
+    """generation.Engine on a transformers model."""
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        *,
+        max_batch_size: int = 8,
+        context: int | None = None,
+        rotations: Rotations | None = None,
+        adapters: Sequence[str] = (),
+        speculation: Speculation | None = None,
+    ) -> None:
+        """
+        Args:
+            max_batch_size: requests answered at once.
+            context: tokens of prompt and answer together; default: what the model was made for.
+            adapters: names of a PeftModel's adapters, each a model of its own beside the base.
+            speculation: what drafts, if anything does.
+        """
+        own: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.model, self._rotations, self._speculation = model, rotations, speculation
+
+        def decoder() -> Decoder:
+            if speculation is None:
+                return Decoder(model, max_batch_size, rotations)
+            return SpeculativeDecoder(model, max_batch_size, rotations, speculation)
+
+        decoders = {name: decoder() for name in (BASE, *adapters)}
+        super().__init__(decoders, tokenizer, template, min(filter(None, (own, context)), default=None))
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See generation.Engine. Searches beams too, one request after another."""
+        if any(request.settings.num_beams > 1 for request in requests):
+            return [self._call(partial(self._search, request)) for request in requests]
+        return super().generate(requests)
+
+    def _search(self, request: Request) -> Completion:
+        if self._rotations:
+            self._rotations.rotate([len(request.prompt) + self.check(request)])
+        return search_beams(self.model, self, request)
+
+    def check(self, request: Request) -> int:
+        """See Prompter. Raises: InputError for guidance beside drafts."""
+        if self._speculation and request.settings.guidance_scale > 1:
+            raise InputError(GUIDED_DRAFTS)
+        return super().check(request)
+
+    def statistics(self) -> dict[str, float]:
+        """See generation.Engine; with drafts also drafted, accepted, passes, and speed_up once it is known."""
+        totals = super().statistics()
+        if self._speculation and (speed_up := self._speculation.clock.speed_up):
+            totals["speed_up"] = speed_up
+        return totals
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """See generation.Engine."""
+
+        def compute() -> Tensor:
+            if self._rotations:
+                self._rotations.rotate([len(prompt) for prompt in prompts])
+            with self._adapter(BASE):
+                return embed(self.model, prompts)
+
+        return self._call(compute)
+
+    @contextlib.contextmanager
+    def _adapter(self, name: str) -> Iterator[None]:
+        if len(self.models) == 1:
+            yield
+        elif name == BASE:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self.model.set_adapter(name)
+            yield
+
+
+@torch.no_grad()
+def embed(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """The mean of the last layer's states (after its norm) over each prompt's tokens, of length 1: (N, H) float32."""
+    backbone = causal_model(model).model
+    length = max(map(len, prompts))
+    ids = torch.tensor([list(prompt) + [prompt[0]] * (length - len(prompt)) for prompt in prompts])
+    inside = torch.arange(length) < torch.tensor([[len(prompt)] for prompt in prompts])
+    ids, inside = ids.to(model.device), inside.to(model.device)
+    # Padding on the right: causal attention does not see it, so no mask is needed.
+    positions = torch.arange(length, device=ids.device).expand(len(prompts), -1)
+    states = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
+    means = (states * inside.unsqueeze(-1)).sum(1) / inside.sum(1, keepdim=True)
+    return torch.nn.functional.normalize(means, dim=-1).cpu()

@@ -1,0 +1,178 @@
+"""The tokenizer in a GGUF file, as load_tokenizer gives it: the way back from gguf_vocabulary."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from ..core.errors import InputError
+from ..core.files import write_json
+from ..text.pieces import CONTROL, NORMAL, SAMPLE, UNKNOWN, USER_DEFINED
+from ..text.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE, TOKENIZERS_FILE, encode_texts, load_tokenizer
+from .llamacpp import open_model, tokenize
+from .vocabulary import PRE_TOKENIZERS, SINGLE_DIGITS, SPLIT_OF_GPT2, UNUSED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# GGUF's value types that have a fixed size, as struct writes them; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_SPECIALS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a GGUF file says about its model, without its tensors; the gguf package needs seconds for a vocabulary.
+
+    Raises: InputError if it is no GGUF file of version 2 or 3, or is truncated.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(f"{path} is no GGUF file; make one with export_gguf.py")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Header(data).read()
+            except (struct.error, KeyError, UnicodeDecodeError):
+                raise InputError(f"{path}: the GGUF header is damaged or truncated; copy the file again") from None
+
+
+class _Header:
+    """Reads one value after another.   Source: ggml's docs/gguf.md."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._position = data, 4
+
+    def read(self) -> dict[str, Any]:
+        version, _, count = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
+        if version not in (2, 3):
+            raise InputError(f"GGUF version {version}: need 2 or 3 in little-endian order; export the model again")
+        return {self._string(): self._value(self._scalar("I")) for _ in range(count)}
+
+    def _scalar(self, kind: str) -> Any:
+        (value,) = struct.unpack_from(f"<{kind}", self._data, self._position)
+        self._position += struct.calcsize(f"<{kind}")
+        return value
+
+    def _string(self) -> str:
+        (size,) = struct.unpack_from("<Q", self._data, self._position)
+        start = self._position + 8
+        self._position = start + size
+        if self._position > len(self._data):
+            raise struct.error("a string ends behind the file")
+        return self._data[start : self._position].decode()
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(_SCALARS[kind])
+        element, count = self._scalar("I"), self._scalar("Q")
+        if element == _STRING:
+            return [self._string() for _ in range(count)]
+        form = f"<{count}{_SCALARS[element]}"
+        values = list(struct.unpack_from(form, self._data, self._position))
+        self._position += struct.calcsize(form)
+        return values
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+def load_gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the file holds, with its chat template.
+
+    Args: metadata: what read_metadata found in the file.
+    Raises: InputError for a kind of tokenizer that is not known here.
+    """
+    ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(ggml.get("add_bos_token", "llama" in (ggml.get("model"), ggml.get("pre", "")[:5]))),
+        "add_eos_token": bool(ggml.get("add_eos_token", False)),
+    }
+    template = metadata.get("tokenizer.chat_template") or ""
+    if template:
+        settings["chat_template"] = template
+    for name, key in _SPECIALS.items():
+        index = ggml.get(f"{key}_token_id", -1)
+        if 0 <= index < len(ggml["tokens"]):
+            settings[name] = ggml["tokens"][index]
+    if not settings["add_bos_token"] and "bos_token" not in template:
+        settings["bos_token"] = None  # files name one also where the model has none
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if ggml.get("model") == "llama":
+            (folder / SENTENCEPIECE_FILE).write_bytes(_sentencepiece_model(ggml))
+        elif ggml.get("model") == "gpt2":
+            _byte_level_tokenizer(path, ggml).save(str(folder / TOKENIZERS_FILE))
+        else:
+            raise InputError(_advice(path, f"its vocabulary is of the kind {ggml.get('model')}"))
+        write_json(folder / CONFIG_FILE, settings)
+        return load_tokenizer(folder)
+
+
+def _advice(path: Path, reason: str) -> str:
+    return f"{path.name}: {reason}, which cannot be read here; pass the model's tokenizer folder as --tokenizer_path"
+
+
+def _sentencepiece_model(ggml: dict[str, Any]) -> bytes:
+    proto = sentencepiece_model_pb2.ModelProto()
+    unknown = ggml.get("unknown_token_id", 0)
+    for index, (piece, score, kind) in enumerate(zip(ggml["tokens"], ggml["scores"], ggml["token_type"], strict=True)):
+        # One piece is the unknown one; llama.cpp's converter has called padding so too.
+        kind = UNKNOWN if index == unknown else UNUSED if kind == UNKNOWN else kind or NORMAL
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(proto.pieces)
+    trainer.unk_id = unknown
+    trainer.bos_id, trainer.eos_id = ggml.get("bos_token_id", 1), ggml.get("eos_token_id", 2)
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer.add_dummy_prefix = bool(ggml.get("add_space_prefix", True))
+    return bytes(proto.SerializeToString())
+
+
+def _byte_level_tokenizer(path: Path, ggml: dict[str, Any]) -> Tokenizer:
+    forms = {name: form for form, name in PRE_TOKENIZERS.items()}
+    if ggml.get("pre") not in forms:
+        raise InputError(_advice(path, f"it cuts text the way {ggml.get('pre', 'default')}"))
+    patterns, ignore_merges = forms[ggml["pre"]]
+    vocab = {token: index for index, token in enumerate(ggml["tokens"])}
+    merges = [tuple(pair.split(" ", 1)) for pair in ggml["merges"]]
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    steps: list[Any] = []
+    for pattern in patterns:
+        if pattern == SINGLE_DIGITS:
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        elif pattern != SPLIT_OF_GPT2:
+            steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLIT_OF_GPT2 in patterns))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
+        found = [token for token, other in zip(ggml["tokens"], ggml["token_type"], strict=True) if other == kind]
+        add([AddedToken(token, normalized=False) for token in found])
+    return backend
+
+
+def check_same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: InputError if llama.cpp, given the file's vocabulary, cuts text otherwise than the tokenizer."""
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special][:16]
+    texts = [*SAMPLE, *(f"你好{token}world" for token in specials)]
+    with open_model(path, 1) as model:
+        found = [tokenize(model, text) for text in texts]
+    expected = encode_texts(tokenizer, texts)
+    different = [text for text, one, other in zip(texts, expected, found, strict=True) if one != other]
+    if different:
+        raise InputError(
+            f"{path.name}: the tokenizer in {tokenizer.name_or_path} cuts {len(different)} of {len(texts)} texts "
+            f"otherwise than the file's vocabulary, first {different[0][:40]!r}; pass the tokenizer folder of the "
+            "exported model as --tokenizer_path"
+        )

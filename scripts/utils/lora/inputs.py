@@ -1,0 +1,199 @@
+"""Merge inputs: a base, its adapters and its tokenizer found, checked against each other, and opened as one model.
+
+What merges, exports and converts share. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import InputError
+from ..core.files import read_json
+from ..text.tokenizer import has_tokenizer, load_tokenizer
+from ..weights.config import load_config, local_folder
+from ..weights.meta_reader import is_meta_folder, meta_config, open_meta_checkpoint
+from ..weights.names import CLASSIFIER, EMBEDDING, HEAD, SCORE
+from ..weights.reader import Checkpoint, open_checkpoint
+from .base_record import check_base
+from .config import load_adapter_config
+from .merged_model import MergedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+KNOWN_MODELS = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+
+
+@dataclass
+class MergeInputs:
+    """A base with its adapters, ready to stream."""
+
+    base_folder: Path
+    adapter_folders: list[Path]
+    model: MergedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    config: dict[str, Any]  # the content of the merged model's config.json
+
+
+@contextlib.contextmanager
+def open_merge(
+    base: str,
+    adapters: Sequence[str] = (),
+    tokenizer: str | None = None,
+    output: str | Path | None = None,
+    shares: Sequence[float] | None = None,
+) -> Iterator[MergeInputs]:
+    """Find, check and open a base and its adapters.
+
+    Args:
+        base, adapters: folders or hub ids, adapters in the order they were trained; none: the base as it is.
+        shares: how much of each adapter's change is taken; default: all.
+        tokenizer: a folder; default: that of the last adapter that has one, else the base's.
+        output: where the result goes; it must not overlap with an input.
+    Raises: InputError naming what is missing, damaged or does not belong together.
+    """
+    base_folder, adapter_folders = _find_folders(base, adapters, output)
+    is_meta = is_meta_folder(base_folder)
+    if is_meta:
+        config = meta_config(base_folder)
+        tied = config["tie_word_embeddings"]
+    else:
+        tied = load_config(str(base_folder)).tie_word_embeddings  # names what is wrong with the file, knows defaults
+        config = read_json(base_folder / "config.json")
+    if config.get("quantization_config"):
+        raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context((open_meta_checkpoint if is_meta else open_checkpoint)(base_folder))
+        opened = [
+            (load_adapter_config(folder), stack.enter_context(open_checkpoint(folder))) for folder in adapter_folders
+        ]
+        for number, (adapter, _) in enumerate(opened):
+            check_base(adapter, base_folder, checkpoint, config, first=number == 0)
+        _check_complete(checkpoint, config)
+        model = MergedModel(checkpoint, opened, tied=bool(tied), shares=shares)
+        found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
+        _check_vocabulary(model, checkpoint, found)
+        merged = _merged_config(model, config)
+        if model.is_reward_model and SCORE not in checkpoint.tensors:
+            merged |= _classifier_config(config, found)
+        yield MergeInputs(base_folder, adapter_folders, model, found, merged)
+
+
+def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
+    """The base's and the adapters' folders. Raises: InputError for output that would touch them."""
+    base_folder = local_folder(base)
+    adapter_folders = [local_folder(name) for name in adapters]
+    if output is not None:
+        target = Path(output).resolve()
+        for source in (base_folder.resolve(), *(folder.resolve() for folder in adapter_folders)):
+            if target == source or source in target.parents or target in source.parents:
+                raise InputError(f"--output_dir {output} and the input {source} overlap; pass another one")
+    if len({folder.resolve() for folder in adapter_folders}) < len(adapter_folders):
+        raise InputError(f"--lora_model {','.join(adapters)} names an adapter twice; it would be added twice")
+    return base_folder, adapter_folders
+
+
+def _check_complete(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Raises: InputError if the weights of a known kind of model lack some that its config asks for."""
+    if config.get("model_type") not in KNOWN_MODELS:
+        return
+    layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.layers.")}
+    count = int(config["num_hidden_layers"])
+    parts = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.weight"]
+    parts += [f"self_attn.{name}_proj.weight" for name in "kvo"]
+    if config["model_type"] != "mixtral":
+        parts += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    wanted = [EMBEDDING, "model.norm.weight", *(f"model.layers.{i}.{part}" for i in range(count) for part in parts)]
+    if any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
+        wanted.append(SCORE)
+    elif not config.get("tie_word_embeddings", False):
+        wanted.append(HEAD)
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing or len(layers) != count:
+        named = f": {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}" if missing else ""
+        raise InputError(
+            f"{checkpoint.folder}: config.json describes {count} layers, the weights hold {len(layers)} and lack "
+            f"{len(missing)} tensors{named}; download the model again"
+        )
+
+
+def _find_tokenizer(name: str | None, base: Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer named, else that of the last adapter that has one, else the base's; None if nobody has one."""
+    if name:
+        return load_tokenizer(name)
+    for folder in (*reversed(adapters), base):
+        if has_tokenizer(folder):
+            logger.info("tokenizer: %s", folder)
+            return load_tokenizer(folder)
+    return None
+
+
+def _check_vocabulary(model: MergedModel, base: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises: InputError if the tokenizer is not the one the merged embeddings were trained with."""
+    rows = model.vocab_size
+    if rows is None:
+        return
+    old_rows = base.shapes[EMBEDDING][0]
+    if tokenizer is None:
+        if rows != old_rows:
+            raise InputError(
+                f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but neither they nor the base have "
+                "a tokenizer; pass --tokenizer_path"
+            )
+        logger.warning("no tokenizer found: the merged model has none; copy one there before using it")
+        return
+    size = len(tokenizer)
+    if size > rows:
+        raise InputError(
+            f"the tokenizer has {size} tokens, the merged model {rows} embedding rows: they come from different runs; "
+            "pass the adapter that was trained with this tokenizer, or another --tokenizer_path"
+        )
+    padded = rows in {math.ceil(size / multiple) * multiple for multiple in (2**power for power in range(10))}
+    if rows != old_rows and size <= old_rows and not padded:
+        raise InputError(
+            f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but the tokenizer has {size} tokens: "
+            "it is the one from before; pass the trained one as --tokenizer_path"
+        )
+    if not padded and rows != old_rows:
+        logger.warning("the tokenizer has %d tokens, the merged model %d rows: %d are unused", size, rows, rows - size)
+
+
+def _merged_config(model: MergedModel, base: dict[str, Any]) -> dict[str, Any]:
+    """The base's own config with what the merge changed; a config in an adapter folder never replaces it."""
+    config = dict(base)
+    if model.vocab_size is not None:
+        config["vocab_size"] = model.vocab_size
+    if model.untied:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _classifier_config(base: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What the config of a language model says otherwise once its lm_head is a reward model's head."""
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise InputError(
+            "a reward model needs a tokenizer with a padding token, which tells where an answer ends; leave "
+            "--tokenizer_path out: the adapter's folder has it"
+        )
+    names = [name.replace("ForCausalLM", CLASSIFIER) for name in base.get("architectures") or ()]
+    labels: dict[str, Any] = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": names, **labels, "pad_token_id": tokenizer.pad_token_id}
+
+
+def check_space(output: Path, num_bytes: int) -> None:
+    """Raises: InputError if so many bytes of weights cannot fit where they are to go."""
+    place = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise InputError(
+            f"no space for the merged model: it needs {num_bytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free"
+        )

@@ -1,0 +1,155 @@
+"""Models: loading, precision, attention, quantisation, new vocabulary rows and adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..core.arguments import ExtendArguments, ModelArguments
+from ..core.errors import InputError
+from ..weights.config import load_config
+from ..weights.reader import check_readable
+from .gathering import full_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def bf16_is_supported() -> bool:
+    """Whether bf16 arithmetic is native here (GPU, or a CPU with AVX-512 BF16 or AMX), not emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_attention(requested: str) -> str:
+    """The attention implementation for "auto". Raises: InputError if flash-attn is asked for and cannot run."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    if requested == "auto":
+        return "flash_attention_2" if available else "sdpa"
+    if requested == "flash_attention_2" and not available:
+        if torch.cuda.is_available():
+            raise InputError("flash_attention_2 needs the package flash-attn: pip install -r requirements-gpu.txt")
+        logger.warning("flash_attention_2 needs a CUDA GPU; sdpa is used")
+        return "sdpa"
+    return requested
+
+
+def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Any:
+    """transformers' bitsandbytes configuration for 4 or 8 bits, None for 16. Raises: InputError without
+    bitsandbytes."""
+    if bits == 16:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"--load_in_kbits {bits} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_model(
+    args: ModelArguments,
+    compute_dtype: torch.dtype,
+    device_map: Any = None,
+    auto_class: str = "AutoModelForCausalLM",
+    **config: Any,
+) -> PreTrainedModel:
+    """Load a model's weights, with damaged or missing files named before anything slow.
+
+    Args:
+        compute_dtype: the type arithmetic runs in; k-bit weights are dequantised to it.
+        auto_class: the class of transformers that loads it.
+        config: settings that replace those of the model's config.
+    Raises: InputError.
+    """
+    import transformers
+
+    assert args.model_name_or_path is not None
+    load_config(args.model_name_or_path)
+    if Path(args.model_name_or_path).is_dir():
+        check_readable(args.model_name_or_path)
+    quantization = quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, compute_dtype)
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if quantization is not None and dtype == "auto":
+        dtype = compute_dtype
+    # None would replace what the config of a quantised folder says.
+    settings = {} if quantization is None else {"quantization_config": quantization}
+    model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=choose_attention(args.attn_implementation),
+        device_map=device_map,
+        **settings,
+        **config,
+    )
+    _pack_whole_blocks_only(model)
+    return model
+
+
+def _pack_whole_blocks_only(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing weights for AVX-512 that its packed form cannot hold (tiny models have them)."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and (
+            module.out_features % 32 or module.in_features % 64
+        ):
+            module.support_avx512bf16_for_cpu = False
+
+
+def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreTrainedModel:
+    """A model with random weights from --config_name and --config_overrides, with `vocabulary` rows."""
+    from transformers import AutoModelForCausalLM
+
+    assert args.config_name is not None
+    path = Path(args.config_name)
+    config = load_config(str(path.parent if path.name == "config.json" else path)) if path.exists() else None
+    if config is None:
+        raise InputError(f"--config_name {args.config_name}: no such folder or file")
+    for override in (args.config_overrides or "").split(","):
+        if not override:
+            continue
+        name, equals, text = override.partition("=")
+        if not equals or not hasattr(config, name):
+            raise InputError(f"--config_overrides {override}: need name=value with a name of {type(config).__name__}")
+        old = getattr(config, name)
+        value = text.lower() == "true" if isinstance(old, bool) else type(old)(text)
+        setattr(config, name, value)
+    config.vocab_size = vocabulary
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=choose_attention(attention)
+    )
+    return model
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The causal language model inside a PEFT model, or the model itself."""
+    # Not by peft_config: PEFT leaves that on the inner model too.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def count_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for, also where 4-bit weights are packed or ZeRO-3 has spread them."""
+    count = full_shape(parameter).numel()
+    return 2 * count if parameter.__class__.__name__ == "Params4bit" else count

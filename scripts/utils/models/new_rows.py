@@ -1,0 +1,108 @@
+"""New rows: embeddings and head of a model whose vocabulary grew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..text.tokenizer import embedding_rows, load_tokenizer, segment_with
+from .gathering import full_shape, whole_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, may_grow: bool) -> None:
+    """Raises: InputError if the tokenizer has ids the model has no rows for and growing was not allowed."""
+    if len(tokenizer) > rows and not may_grow:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay "
+            "untrained; train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the "
+            "model's own tokenizer"
+        )
+
+
+def extend_vocabulary(
+    model: PreTrainedModel,
+    old_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    seed: int,
+) -> int:
+    """Give embed_tokens and lm_head rows for every token of a larger tokenizer; returns how many were added.
+
+    Rows the model has beyond its old tokenizer (padding) are initialised too. Methods: see --embedding_init.
+    """
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    first_new = min(rows, len(old_tokenizer)) if old_tokenizer is not None else rows
+    if len(tokenizer) <= first_new:
+        return 0
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(embedding_rows(tokenizer), mean_resizing=False)
+    initialise_rows(model, old_tokenizer, tokenizer, method, first_new, seed)
+    return len(tokenizer) - first_new
+
+
+def check_extends(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+    """Raises: InputError unless the new tokenizer has every token of the old one at its old id."""
+    ids = list(range(len(old)))
+    for index, token in enumerate(old.convert_ids_to_tokens(ids)):
+        other = new.convert_ids_to_tokens(index) if index < len(new) else None
+        if token != other:
+            raise InputError(
+                f"token {index} is {token!r} in the model's tokenizer but {other!r} in {new.name_or_path}: the new "
+                "vocabulary must extend the model's own; pass one that merge_tokenizers.py made from this base"
+            )
+
+
+@torch.no_grad()
+def initialise_rows(
+    model: PreTrainedModel,
+    old_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    first_new: int,
+    seed: int,
+) -> None:
+    """Set the rows from `first_new` on of embed_tokens and (untied) lm_head. Raises: InputError as
+    extend_vocabulary."""
+    if method == "mean_of_pieces" and old_tokenizer is None:
+        raise InputError(
+            "--embedding_init mean_of_pieces needs the old tokenizer in the model's folder; copy it there or pass mean"
+        )
+    pieces: Sequence[Sequence[int]] = []
+    if method == "mean_of_pieces" and old_tokenizer is not None:
+        pieces = [segment_with(old_tokenizer, tokenizer, index) for index in range(first_new, len(tokenizer))]
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for weight in [embedding] if head is embedding else [embedding, head]:
+        with whole_weights([weight]):
+            weight[first_new:] = _new_rows(weight, first_new, pieces, method, seed).to(weight)
+
+
+def _new_rows(weight: Tensor, first_new: int, pieces: Sequence[Sequence[int]], method: str, seed: int) -> Tensor:
+    """Rows (new, H) in float32 on the CPU; rows past the tokenizer (padding) get the mean."""
+    old = weight[:first_new].float().cpu()
+    count = weight.shape[0] - first_new
+    mean = old.mean(0)
+    if method == "zero":
+        return torch.zeros(count, old.shape[1])
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return mean + old.std(0) * torch.randn(count, old.shape[1], generator=generator)
+    rows = mean.repeat(count, 1)
+    for index, ids in enumerate(pieces):
+        if ids:
+            rows[index] = old[list(ids)].mean(0)
+    return rows
+
+
+def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model's folder, None if the folder has none."""
+    try:
+        return load_tokenizer(str(name_or_path))
+    except InputError:
+        return None

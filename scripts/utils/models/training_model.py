@@ -1,0 +1,171 @@
+"""The model that is trained: checked, loaded, grown, with its adapter."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
+from ..core.errors import InputError
+from ..lora.config import load_adapter_config, resolve_target_modules
+from ..text.tokenizer import embedding_rows
+from ..weights.config import load_config
+from ..weights.reader import check_readable, open_checkpoint
+from .gathering import full_shape
+from .lm_loss import install_loss_head
+from .new_rows import check_extends, check_vocabulary, extend_vocabulary, find_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .loading import count_weights, create_model, load_model
+
+logger = logging.getLogger(__name__)
+
+
+def build_training_model(
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    lora_args: LoraArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> PreTrainedModel:
+    """Load or create the model with a row for every token, weights in training precision, and its LossHead.
+
+    attach_adapter comes next, unless every weight is trained. Raises: InputError.
+    """
+    if extend_args.config_name:
+        model = create_model(extend_args, embedding_rows(tokenizer), model_args.attn_implementation)
+    else:
+        device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
+        model = load_model(model_args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
+        old_tokenizer = find_tokenizer(model_args.model_name_or_path)
+        added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
+        if added:
+            logger.info("%d rows of embed_tokens and lm_head are new, set by %s", added, extend_args.embedding_init)
+    if lora_args.full_finetuning and model_args.dtype == "auto":
+        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
+    if lora_args.output_router_logits:
+        model.config.output_router_logits = True
+    install_loss_head(model)
+    return model
+
+
+def check_training_request(
+    model_args: ModelArguments,
+    extend_args: ExtendArguments,
+    lora_args: LoraArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
+    if extend_args.config_name:
+        if not lora_args.full_finetuning:
+            raise InputError("--config_name makes a model from scratch: add --full_finetuning")
+        return
+    if not model_args.model_name_or_path:
+        raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
+    config = load_config(model_args.model_name_or_path)
+    old_tokenizer = find_tokenizer(model_args.model_name_or_path)
+    if old_tokenizer is not None:
+        check_extends(old_tokenizer, tokenizer)
+    if Path(model_args.model_name_or_path).is_dir():
+        check_readable(model_args.model_name_or_path)
+    if lora_args.full_finetuning and model_args.load_in_kbits != 16:
+        raise InputError(
+            f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
+        )
+    trained = set((lora_args.modules_to_save or "").split(","))
+    if lora_args.adapter_name_or_path:
+        trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
+        check_readable(lora_args.adapter_name_or_path)
+    may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
+    check_vocabulary(config.vocab_size, tokenizer, may_grow)
+
+
+def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task_type: str = "CAUSAL_LM") -> Any:
+    """Wrap a model for LoRA training, or open a trainable adapter to go on with; trainable weights become float32.
+
+    Args: task_type: PEFT's; SEQ_CLS adds the model's `score` head to the modules trained in full.
+    Raises: InputError for unknown modules, an adapter of another shape, or lm_head among target_modules.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if kbits != 16:
+        # Not PEFT's prepare_model_for_kbit_training: it makes norms, embeddings and lm_head float32, and with them
+        # hidden states, what checkpointing keeps, and the KV cache of PPO's answers: twice the memory.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # At the first pass in evaluation mode bitsandbytes would pack the weights for a kernel that has no
+                # gradient, and whatever is trained below them would silently learn nothing more.
+                module.support_avx512bf16_for_cpu = False
+    if args.adapter_name_or_path:
+        check_adapter_fits(args.adapter_name_or_path, model)
+        wrapped: Any = PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
+    else:
+        targets = resolve_target_modules(args.target_modules, model.config)
+        saved = [name for name in (args.modules_to_save or "").split(",") if name]
+        if "lm_head" in targets:
+            raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
+        config = LoraConfig(
+            task_type=task_type,
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+            modules_to_save=saved or None,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+            ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
+        )
+        wrapped = get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates
+    return wrapped
+
+
+def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
+    """Raises: InputError if the adapter's embeddings have other rows than the model, or its files are damaged."""
+    load_adapter_config(adapter)
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    for name, shape in open_checkpoint(adapter).shapes.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
+            raise InputError(
+                f"adapter {adapter}: {name} has {shape[0]} rows, the model {rows}: they belong to different "
+                "vocabularies; "
+                f"pass --tokenizer_name_or_path {adapter} and the base model this adapter was trained on"
+            )
+
+
+def trainable_summary(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) weights."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = count_weights(parameter)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def train_flops_per_token(model: nn.Module, tokens_per_row: float) -> float:
+    """Model FLOPs of one training token: 2 forward, 2 for input gradients, 2 for the gradients of trained weights.
+
+    Plus causal attention, 6 L H T. Embedding look-ups count nothing. Source: Kaplan et al. 2020, section 2.1.
+    """
+    config = model.config
+    frozen = trained = 0
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or ".original_module." in name:
+            continue
+        count = count_weights(parameter)
+        if getattr(config, "num_local_experts", None) and ".experts." in name:
+            count = count * config.num_experts_per_tok // config.num_local_experts
+        trained, frozen = (trained + count, frozen) if parameter.requires_grad else (trained, frozen + count)
+    if getattr(config, "tie_word_embeddings", False):
+        trained += config.vocab_size * config.hidden_size
+    return 6.0 * trained + 4.0 * frozen + 6.0 * config.num_hidden_layers * config.hidden_size * tokens_per_row

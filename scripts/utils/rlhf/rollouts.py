@@ -1,0 +1,208 @@
+"""Rollouts: answers sampled from the policy, and what PPO learns from each of their tokens.
+
+N answers of up to A tokens. Experience is small beside the model (a few numbers a token), so every process gets all of
+it: statistics are then those of the whole iteration, and which process learns from which answer does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..text.prompts import IGNORE_INDEX
+from .objectives import gae, kl_per_token, masked_mean, masked_moments, masked_whiten, token_rewards
+
+
+@dataclass
+class Rollout:
+    """One answer.
+
+    Attributes:
+        prompt, answer: token ids; the answer's end token included, if it came.
+        ended: whether it ended by itself.
+        logprobs, ref_logprobs, values, entropies: (A,) float32 of each answer token.
+        score: the reward of the whole answer.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    text: str
+    ended: bool
+    number: int  # its place in the iteration, whatever the process
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+    score: float = 0.0
+
+
+@dataclass
+class Experience:
+    """The rollouts of an iteration; tables are (N, A), right-padded.
+
+    Attributes:
+        mask: which places hold answer tokens.
+        kl: per-token estimates of KL(policy || reference), nats.
+        returns: what the critic should have said.
+    """
+
+    rollouts: list[Rollout]
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    kl: Tensor
+    advantages: Tensor
+    returns: Tensor
+    kl_of_answer: float  # mean over answers of the sum over tokens, k1: nats
+    entropy: float
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+
+def build_experience(
+    rollouts: Sequence[Rollout],
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    score_clip: float | None = None,
+    whiten_scores: bool = False,
+    whiten_advantages: bool = True,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> Experience:
+    """Rewards, advantages and returns of every token; arguments as in utils.rlhf.objectives.
+
+    Args: whiten_scores: scale the scores of the iteration to mean 0 and deviation 1 (after clipping).
+    Raises: ValueError if a score or log-probability is not finite.
+    """
+    mask = _table([torch.ones(len(rollout.answer)) for rollout in rollouts]).bool()
+    logprobs, ref_logprobs, values, entropies = (
+        _table([getattr(rollout, name) for rollout in rollouts])
+        for name in ("logprobs", "ref_logprobs", "values", "entropies")
+    )
+    scores = torch.tensor([rollout.score for rollout in rollouts])
+    if not (torch.isfinite(scores).all() and torch.isfinite(logprobs).all() and torch.isfinite(ref_logprobs).all()):
+        raise ValueError("scores or log-probabilities of the rollouts are not finite")
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    if whiten_scores:
+        scores = masked_whiten(scores, torch.ones_like(scores))
+    kl = kl_per_token(logprobs, ref_logprobs, kl_estimator).masked_fill(~mask, 0.0)
+    rewards = token_rewards(scores, kl, mask, kl_coef)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    if whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    plain_kl = kl_per_token(logprobs, ref_logprobs).masked_fill(~mask, 0.0)
+    return Experience(
+        rollouts=list(rollouts),
+        mask=mask,
+        logprobs=logprobs,
+        values=values,
+        kl=kl,
+        advantages=advantages,
+        returns=returns,
+        kl_of_answer=plain_kl.sum(1).mean().item(),
+        entropy=masked_mean(entropies, mask).item(),
+    )
+
+
+def score_moments(rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """Mean and standard deviation of the answers' scores."""
+    scores = torch.tensor([rollout.score for rollout in rollouts])
+    mean, variance = masked_moments(scores, torch.ones_like(scores))
+    return mean.item(), variance.sqrt().item()
+
+
+def _table(rows: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+# ---------------------------------------------------------------- batches of sequences
+
+
+def collate(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts and their answers as rows padded on the right.
+
+    Returns: input_ids, position_ids and targets (the answers' tokens), (B, T) each, as data.blocks lays them out; and
+        `places` (B, A), the column of the target that each answer token is, -1 behind its end.
+    """
+    length = max(len(prompt) + len(answer) for prompt, answer in sequences)
+    longest = max(len(answer) for _, answer in sequences)
+    shape = (len(sequences), length)
+    ids, positions = torch.full(shape, pad_token_id), torch.arange(length).repeat(len(sequences), 1)
+    targets, places = torch.full(shape, IGNORE_INDEX), torch.full((len(sequences), longest), -1)
+    for row, (prompt, answer) in enumerate(sequences):
+        start, end = len(prompt), len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor([*prompt, *answer])
+        targets[row, start - 1 : end - 1] = torch.tensor(list(answer))
+        places[row, : len(answer)] = torch.arange(start - 1, end - 1)
+        positions[row, end:] -= end  # padding is a segment of its own
+    return {"input_ids": ids, "position_ids": positions, "targets": targets}, places
+
+
+def take(values: Tensor, places: Tensor) -> list[Tensor]:
+    """Of values (B, T), each row's entries at its places (B, A): tensors (A,) on the CPU."""
+    picked = values.gather(1, places.clamp(min=0).to(values.device)).float().cpu()
+    return [row[place >= 0] for row, place in zip(picked, places, strict=True)]
+
+
+def put(rows: Tensor, places: Tensor, length: int) -> Tensor:
+    """The inverse of take for a table (B, A): (B, length), 0 elsewhere."""
+    inside = places >= 0
+    table = rows.new_zeros(len(rows), length)
+    row = torch.arange(len(rows)).unsqueeze(1).expand_as(places)
+    table[row[inside], places[inside]] = rows[:, : places.shape[1]][inside]
+    return table
+
+
+def make_batch(experience: Experience, numbers: Sequence[int], pad_token_id: int) -> dict[str, Tensor]:
+    """What the update learns from, for some rollouts: collate's tensors, and the experience at the targets' places."""
+    index = torch.tensor(list(numbers))
+    batch, places = collate(
+        [(experience.rollouts[n].prompt, experience.rollouts[n].answer) for n in numbers], pad_token_id
+    )
+    length = batch["input_ids"].shape[1]
+    for name in ("logprobs", "values", "advantages", "returns"):
+        batch[f"old_{name}" if name in ("logprobs", "values") else name] = put(
+            getattr(experience, name)[index], places, length
+        )
+    return batch
+
+
+def minibatches(
+    experience: Experience, size: int, micro_size: int, seed: Sequence[int], rank: int, world_size: int
+) -> Iterator[list[list[int]]]:
+    """The rollouts of each optimizer step, as this process's micro-batches; one random pass over all of them.
+
+    Rollouts of a minibatch are sorted by length before they are cut, which changes no gradient and saves padding.
+    Args: size: rollouts of a minibatch over all processes; seed: integers that name this pass.
+    """
+    order = np.random.default_rng(list(seed)).permutation(len(experience))
+    lengths = [len(rollout.prompt) + len(rollout.answer) for rollout in experience.rollouts]
+    for start in range(0, len(order), size):
+        chosen = sorted(order[start : start + size].tolist(), key=lambda number: -lengths[number])
+        mine = chosen[rank::world_size]
+        yield [mine[place : place + micro_size] for place in range(0, len(mine), micro_size)]
+
+
+def prompt_numbers(step: int, batch_size: int, num_prompts: int, seed: int) -> list[int]:
+    """The prompts of iteration `step`: consecutive places in an endless sequence of shuffled passes over all prompts.
+
+    It depends on nothing but its arguments, so that a resumed run goes on with the right ones.
+    """
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {place // num_prompts: None for place in places}
+    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in orders}
+    return [int(shuffled[place // num_prompts][place % num_prompts]) for place in places]
+
+
+def rollout_seed(seed: int, step: int, number: int) -> int:
+    """The seed of one answer's random numbers, the same on any number of processes."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))

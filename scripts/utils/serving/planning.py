@@ -1,0 +1,343 @@
+"""What a request of the OpenAI protocol asks of the engine: prompts as tokens, settings, constraints.
+
+The functions here tokenise and compile grammars, which takes time: they run outside the event loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.arguments import GenerationArguments
+from ..core.errors import InputError
+from ..generation.engine import Engine, Prompter, Request
+from ..text.prompts import Message
+from ..text.tool_calls import add_tools, call_forms, write_call
+from .errors import ApiError, bad_request, context_error, missing
+from .grammar import JSON_OBJECT, Grammars, JsonConstraint
+from .requests import ChatMessage, ChatRequest, CompletionRequest, NamedTool, SamplingRequest
+
+SMALLEST_TOP_P = 1e-6  # top_p 0 means: the likeliest token only
+ROLES = {"developer": "system", "function": "tool"}
+
+
+@dataclass
+class Plan:
+    """What the engine is to do for one HTTP request.
+
+    Attributes:
+        model: the name shown in the reply.
+        requests: for each prompt `per_prompt` of them, side by side.
+        prompts: how each prompt reads, where it is echoed.
+        num_choices: of the answers to a prompt, how many are returned: the best.
+        logprobs: how many likeliest tokens are shown beside each; None: no log-probabilities.
+        include_usage: whether a stream ends with the usage.
+        calls: whether an answer may be a tool call.
+    """
+
+    model: str
+    requests: list[Request]
+    per_prompt: int
+    num_choices: int
+    logprobs: int | None = None
+    include_usage: bool = False
+    prompts: list[str] | None = None
+    calls: bool = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(request.prompt) for request in self.requests[:: self.per_prompt])
+
+
+class Planner:
+    """Plans requests for one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: dict[str, str],
+        defaults: GenerationArguments,
+        *,
+        context: int | None = None,
+        system_prompt: str | None = None,
+        completions_template: bool = False,
+    ) -> None:
+        """
+        Args:
+            models: the engine's models by the names that requests use; the first is the default.
+            defaults: settings of requests that give none.
+            context: at most so many tokens of prompt and answer; None: the engine's own.
+            system_prompt: of conversations that have none; None: the template's.
+            completions_template: texts to be completed are put into the chat template.
+        """
+        self.engine, self.models, self.defaults = engine, models, defaults
+        self.context = min(filter(None, (engine.context, context)), default=None)
+        self._system_prompt, self._completions_template = system_prompt, completions_template
+        prompter = Prompter(engine.tokenizer, engine.template, engine.context)
+        self.surfaces, self._stop_ids = prompter.surfaces, prompter.stop_ids
+        self._grammars: Grammars | None = None
+
+    # ------------------------------------------------------------ chat
+
+    def chat(self, body: ChatRequest) -> Plan:
+        """Raises: ApiError."""
+        model = self.find_model(body.model)
+        self._refuse_other_services(body)
+        self._check_answering(body)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
+        functions = self._functions(body)
+        messages = read_messages(body)
+        if self._system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        if functions:
+            messages = add_tools(messages, functions)
+        prompt = self._encode(messages)
+        settings = self._settings(body, body.max_completion_tokens or body.max_tokens, len(prompt), "messages")
+        count = body.n or 1
+        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        requests = self._requests(body, [prompt], count, [settings], top_logprobs, strip=True)
+        negative, constraint = self._negative(messages), self._constraint(body, functions)
+        for request in requests:
+            request.negative_prompt, request.constraint = negative, constraint and constraint.copy()
+        return Plan(
+            model, requests, count, count, top_logprobs, include_usage=_wants_usage(body), calls=bool(functions)
+        )
+
+    def _negative(self, messages: list[Message]) -> list[int] | None:
+        """The conversation that answers are guided away from, where the server was started with one."""
+        if self.defaults.guidance_scale <= 1 or self.defaults.negative_prompt is None:
+            return None
+        turns = messages[1:] if messages[0]["role"] == "system" else messages
+        return self._encode([{"role": "system", "content": self.defaults.negative_prompt}, *turns])
+
+    def _refuse_other_services(self, body: ChatRequest) -> None:
+        if set(body.modalities or ()) - {"text"} or body.audio is not None:
+            raise bad_request(
+                "This server's models write text only, no audio.", "modalities" if body.modalities else "audio"
+            )
+        if body.functions is not None or body.function_call is not None:
+            raise bad_request(
+                "functions and function_call are the old form of tools and tool_choice; use those.",
+                "functions" if body.functions is not None else "function_call",
+            )
+        if body.web_search_options is not None:
+            raise bad_request("This server does not search the web.", "web_search_options")
+        if body.moderation is not None:
+            raise bad_request("This server does not moderate.", "moderation")
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        try:
+            return self.engine.encode(messages)
+        except InputError as error:  # a template that refuses this order of roles
+            raise bad_request(str(error), "messages") from None
+
+    def _functions(self, body: ChatRequest) -> list[dict[str, Any]]:
+        """The functions that this answer may call."""
+        listed = [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in body.tools or ()]
+        if body.tool_choice is None or body.tool_choice == "auto":
+            return listed
+        if body.tool_choice == "none":
+            return []
+        if not listed:
+            raise bad_request("tool_choice needs tools.", "tool_choice")
+        if isinstance(body.tool_choice, NamedTool):
+            name = body.tool_choice.function.name
+            listed = [function for function in listed if function["name"] == name]
+            if not listed:
+                raise bad_request(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
+        return listed
+
+    def _constraint(self, body: ChatRequest, functions: Sequence[dict[str, Any]]) -> JsonConstraint | None:
+        """What the answer must look like; None: anything."""
+        wanted = body.response_format
+        param = "response_format"
+        try:
+            if functions:
+                if wanted is not None and wanted.type != "text":
+                    raise bad_request("tools and a response_format other than text exclude each other.", param)
+                param = "tools"
+                free = body.tool_choice in (None, "auto")
+                return self._get_grammars().json(*call_forms(functions), or_text=free)
+            if wanted is None or wanted.type == "text":
+                return None
+            if wanted.type == "json_object":
+                return self._get_grammars().json(("", JSON_OBJECT, ""))
+            if wanted.json_schema is None:
+                raise missing("response_format.json_schema")
+            param = "response_format.json_schema.schema"
+            return self._get_grammars().json(("", wanted.json_schema.schema_ or JSON_OBJECT, ""))
+        except InputError as error:
+            raise bad_request(str(error), param) from None
+
+    def _get_grammars(self) -> Grammars:
+        if self._grammars is None:
+            self._grammars = Grammars(self.engine.tokenizer, self._stop_ids)
+        return self._grammars
+
+    # ------------------------------------------------------------ completions
+
+    def completions(self, body: CompletionRequest) -> Plan:
+        """Raises: ApiError."""
+        model = self.find_model(body.model)
+        self._check_answering(body)
+        if body.suffix:
+            raise bad_request("suffix is not supported: the model continues texts, it does not fill gaps.", "suffix")
+        if body.echo and body.logprobs is not None:
+            raise bad_request("echo with logprobs is not supported: prompts get no log-probabilities.", "echo")
+        count = body.n or 1
+        tried = body.best_of or count
+        if tried < count:
+            raise bad_request(f"best_of ({tried}) must be at least n ({count}).", "best_of")
+        if tried > count and body.stream:
+            raise bad_request("best_of above n cannot be streamed: the best is known at the end.", "best_of")
+        inputs = list_inputs(body.prompt)
+        prompts = [self._encode_input(text, "prompt", self._completions_template) for text in inputs]
+        settings = [self._settings(body, body.max_tokens, len(prompt), "prompt") for prompt in prompts]
+        top_logprobs = 0 if tried > count and body.logprobs is None else body.logprobs
+        requests = self._requests(body, prompts, tried, settings, top_logprobs, strip=self._completions_template)
+        echoed = [text if isinstance(text, str) else self.engine.decode(text) for text in inputs]
+        return Plan(
+            model, requests, tried, count, body.logprobs, _wants_usage(body), prompts=echoed if body.echo else None
+        )
+
+    def _encode_input(self, text: str | list[int], param: str, template: bool = False) -> list[int]:
+        if isinstance(text, str):
+            return self._encode([{"role": "user", "content": text}]) if template else self.engine.encode_text(text)
+        if max(text) >= len(self.surfaces):
+            raise bad_request(
+                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.surfaces)} tokens.", param
+            )
+        return text
+
+    def embedding_inputs(self, inputs: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
+        """Token ids of texts to be embedded. Raises: ApiError."""
+        prompts = [self._encode_input(text, "input") for text in list_inputs(inputs)]
+        longest = max(map(len, prompts))
+        if self.context is not None and longest > self.context:
+            raise bad_request(
+                f"This model's maximum context length is {self.context} tokens; an input has {longest}.",
+                "input",
+                "context_length_exceeded",
+            )
+        if not all(prompts):
+            raise bad_request("An input is empty.", "input")
+        return prompts
+
+    # ------------------------------------------------------------ both
+
+    def find_model(self, name: str | None) -> str:
+        """The name of the model asked for. Raises: ApiError 404."""
+        if name is None:
+            return next(iter(self.models))
+        if name not in self.models:
+            raise ApiError(
+                404, f"The model '{name[:200]}' does not exist; see /v1/models.", param="model", code="model_not_found"
+            )
+        return name
+
+    def _check_answering(self, body: SamplingRequest) -> None:
+        if body.stream_options is not None and not body.stream:
+            raise bad_request("stream_options needs stream to be true.", "stream_options")
+        if (body.num_beams or 1) > 1:
+            raise bad_request(
+                "Beam search is not served, it cannot join a running batch; use num_beams 1.", "num_beams"
+            )
+
+    def _settings(
+        self, body: SamplingRequest, max_tokens: int | None, num_prompt_tokens: int, param: str
+    ) -> GenerationArguments:
+        """Settings of the answers to one prompt; an answer ends where the context does."""
+        room = self.defaults.max_new_tokens if max_tokens is None else max_tokens
+        if self.context is not None:
+            if num_prompt_tokens >= self.context:
+                raise context_error(num_prompt_tokens, self.context, param)
+            room = min(room, self.context - num_prompt_tokens)
+        names = ("temperature", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "do_sample")
+        given: dict[str, Any] = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+        if body.top_p is not None:
+            given["top_p"] = max(body.top_p, SMALLEST_TOP_P)
+        if body.top_k is not None:
+            given["top_k"] = max(body.top_k, 0)
+        if body.stop is not None:
+            given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+        least = min(self.defaults.min_new_tokens, room)
+        return dataclasses.replace(self.defaults, max_new_tokens=room, min_new_tokens=least, **given)
+
+    def _requests(
+        self,
+        body: SamplingRequest,
+        prompts: Sequence[Sequence[int]],
+        per_prompt: int,
+        settings: Sequence[GenerationArguments],
+        top_logprobs: int | None,
+        strip: bool,
+    ) -> list[Request]:
+        """For each prompt `per_prompt` requests; with a seed, they use the numbers from it on."""
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+        if bias and max(bias) >= len(self.surfaces):
+            raise bad_request(
+                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.surfaces)} tokens.", "logit_bias"
+            )
+        seed = secrets.randbits(62) if body.seed is None else body.seed
+        model = self.models[self.find_model(body.model)]
+        return [
+            Request(
+                prompt,
+                settings[number],
+                seed + number * per_prompt + choice,
+                strip,
+                logit_bias=bias,
+                top_logprobs=top_logprobs,
+                model=model,
+            )
+            for number, prompt in enumerate(prompts)
+            for choice in range(per_prompt)
+        ]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def list_inputs(inputs: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One or several texts, one or several lists of ids -> a list of them."""
+    if isinstance(inputs, str) or isinstance(inputs[0], int):
+        return [inputs]
+    return list(inputs)
+
+
+def _wants_usage(body: SamplingRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def read_messages(body: ChatRequest) -> list[Message]:
+    """The conversation as templates take it; a bare text is a user's. Raises: ApiError for what is not text."""
+    if isinstance(body.messages, str):
+        return [{"role": "user", "content": body.messages}]
+    return [
+        {"role": ROLES.get(message.role, message.role), "content": _read_content(message, f"messages[{number}]")}
+        for number, message in enumerate(body.messages)
+    ]
+
+
+def _read_content(message: ChatMessage, param: str) -> str:
+    content = message.content
+    if content is None and not message.tool_calls:
+        raise missing(f"{param}.content")
+    texts = [content] if isinstance(content, str) else []
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in ("text", "input_text", "output_text", "refusal"):
+            raise bad_request(
+                f"This model reads text only: a content part of type '{part.type[:50]}' is not supported.",
+                f"{param}.content[{number}].type",
+            )
+        if text is None:
+            raise missing(f"{param}.content[{number}].text")
+        texts.append(text)
+    calls = [write_call(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return "\n".join([*texts, *calls])

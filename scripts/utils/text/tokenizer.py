@@ -1,0 +1,423 @@
+"""Tokenizers: loading any so that it segments exactly as its own model file does, bulk encoding, saving.
+
+A folder with tokenizer.model is read by sentencepiece itself: transformers 5 rebuilds merges from piece ids, which
+cuts text otherwise wherever scores and ids disagree. A folder with tokenizer.json alone is read by tokenizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+from ..core.errors import InputError
+from ..core.files import hash_json, read_json, write_json
+from .pieces import (
+    CONTROL,
+    SAMPLE,
+    SPACE,
+    build_tokenizer_json,
+    inexact_rate,
+    inexact_reason,
+    is_byte_level,
+    parse_sentencepiece_model,
+    piece_surface,
+    processor_without_prefix,
+    read_sentencepiece_model,
+    to_byte_characters,
+    token_surface,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZERS_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"
+TOKENIZER_FILES = (
+    SENTENCEPIECE_FILE,
+    TOKENIZERS_FILE,
+    CONFIG_FILE,
+    SPECIALS_FILE,
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+# ---------------------------------------------------------------- the sentencepiece tokenizer
+
+
+class SentencePieceTokenizer(SentencePieceBackend):
+    """A transformers tokenizer whose every stretch of text is cut by sentencepiece itself.
+
+    Special tokens in templates are split off first; each stretch between them is encoded as a text of its own, with
+    its dummy prefix, as the exported tokenizer.json does.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+        # legacy=False would take the dummy prefix out of the model file's own rules.
+        super().__init__(vocab_file=vocab_file, **{**kwargs, "legacy": True})
+        self._read_model()
+
+    def _read_model(self) -> None:
+        proto = self.proto
+        self.surfaces = [piece_surface(piece.piece, piece.type) for piece in proto.pieces]
+        self.has_dummy_prefix = bool(proto.normalizer_spec.add_dummy_prefix)
+        # What a stretch of text inside a line becomes.
+        self.plain_processor = processor_without_prefix(proto)
+
+    @property
+    def proto(self) -> Any:
+        """The model file's content, a parsed ModelProto."""
+        return parse_sentencepiece_model(self.sp_model.serialized_model_proto())
+
+    def _convert_id_to_token(self, index: int) -> str:
+        # Embeddings may be padded beyond the vocabulary; such an id stands for nothing.
+        return str(self.sp_model.IdToPiece(index)) if index < self.vocab_size else ""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self._decode(self.convert_tokens_to_ids(tokens))
+
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        # The library's version strips spaces and writes byte pieces as "<0x0A>".
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        surfaces, added = self.surfaces, self._added_tokens_decoder
+        parts = []
+        for index in ids:
+            if index in skipped:
+                continue
+            if index in added:
+                parts.append(added[index].content.encode())
+            elif index < len(surfaces):
+                parts.append(surfaces[index])
+        text = b"".join(parts).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.has_dummy_prefix else text
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that segments exactly as its own model file does. `folder` may also be a hub id.
+
+    Raises: InputError if there is no tokenizer, or its files contradict each other.
+    """
+    folder = _local_folder(folder)
+    if (folder / SENTENCEPIECE_FILE).is_file() and not _is_tiktoken(folder / SENTENCEPIECE_FILE):
+        return _load_sentencepiece(folder)
+    if (folder / TOKENIZERS_FILE).is_file():
+        return _load_tokenizers(folder)
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        raise InputError(
+            f"{folder / SENTENCEPIECE_FILE} is in tiktoken's format, which is not read here; copy {TOKENIZERS_FILE} "
+            "from the model's Hugging Face version there, or pass a folder that has it"
+        )
+    found = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
+    raise InputError(
+        f"no tokenizer in {folder}: need {SENTENCEPIECE_FILE} or {TOKENIZERS_FILE}, found {found}; "
+        "copy the tokenizer's files there or pass the folder that has them"
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether load_tokenizer can open the folder."""
+    model = folder / SENTENCEPIECE_FILE
+    return (folder / TOKENIZERS_FILE).is_file() or (model.is_file() and not _is_tiktoken(model))
+
+
+def _local_folder(name: str | Path) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"tokenizer {name} is a file; pass the folder it lies in")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+        raise InputError(f"tokenizer folder not found: {name}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*TOKENIZER_FILES, "config.json"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"tokenizer {name}: no such folder, and the hub gave none for it: {reason}") from None
+
+
+def _is_tiktoken(path: Path) -> bool:
+    # Llama-3 repositories ship a base64 list under the name tokenizer.model, beside the real tokenizer.json.
+    with open(path, "rb") as file:
+        return re.match(rb"[A-Za-z0-9+/=]+ \d+\n", file.read(256)) is not None
+
+
+def _load_sentencepiece(folder: Path) -> SentencePieceTokenizer:
+    proto = read_sentencepiece_model(folder / SENTENCEPIECE_FILE)
+    exported = read_json(folder / TOKENIZERS_FILE) if (folder / TOKENIZERS_FILE).is_file() else {}
+    _check_same_pieces(folder, proto, exported.get("model", {}).get("vocab", {}))
+    settings = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    map_file = folder / "special_tokens_map.json"
+    named = {**settings, **(read_json(map_file) if map_file.is_file() else {})}
+    spec = proto.trainer_spec
+    numbered = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
+    missing = {
+        name: proto.pieces[index].piece
+        for name, index in numbered.items()
+        if not named.get(name) and 0 <= index < len(proto.pieces)
+    }
+    add_bos, add_eos = _added_ends(settings, exported)
+    tokenizer: SentencePieceTokenizer = SentencePieceTokenizer.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        vocab_file=str(folder / SENTENCEPIECE_FILE),
+        add_bos_token=add_bos,
+        add_eos_token=add_eos,
+        special_tokens_pattern={(1, 0): "bos", (1, 1): "bos_eos", (0, 1): "eos", (0, 0): "none"}[add_bos, add_eos],
+        **missing,
+    )
+    # Control pieces, such as Mistral's brackets, are split off in templates whether a config names them or not.
+    controls = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
+    unnamed = [piece for piece in controls if piece not in tokenizer._added_tokens_encoder]
+    if unnamed:
+        tokenizer.add_tokens([AddedToken(piece, special=True, normalized=False) for piece in unnamed], True)
+    return tokenizer
+
+
+def _check_same_pieces(folder: Path, proto: Any, vocab: dict[str, int]) -> None:
+    for piece, index in vocab.items():
+        if index < len(proto.pieces) and proto.pieces[index].piece != piece:
+            raise InputError(
+                f"{folder}: {TOKENIZERS_FILE} has {piece!r} at id {index}, {SENTENCEPIECE_FILE} "
+                f"{proto.pieces[index].piece!r}: they come from different tokenizers; remove the wrong one"
+            )
+
+
+def _added_ends(settings: dict[str, Any], exported: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether plain calls add BOS and EOS: as the config says, else as tokenizer.json does, else as Llama does."""
+    single = (exported.get("post_processor") or {}).get("single")
+    first, last = ("SpecialToken" in single[0], "SpecialToken" in single[-1]) if single else (not exported, False)
+    add_bos, add_eos = settings.get("add_bos_token"), settings.get("add_eos_token")
+    return bool(first if add_bos is None else add_bos), bool(last if add_eos is None else add_eos)
+
+
+def _load_tokenizers(folder: Path) -> PreTrainedTokenizerFast:
+    read_json(folder / TOKENIZERS_FILE)  # a broken file is named with its line
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return tokenizer
+
+
+# ---------------------------------------------------------------- encoding text as text
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of `text` as text: no BOS or EOS, and what looks like a special token is cut into ordinary pieces."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        ids: list[int] = tokenizer.sp_model.encode(text)  # ten times faster than the call for many
+        return ids
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], num_threads: int = 1) -> list[list[int]]:
+    """`encode_text` of many texts, without Python work per text.
+
+    `num_threads` rules sentencepiece; the tokenizers library takes RAYON_NUM_THREADS from the environment.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        ids: list[list[int]] = tokenizer.sp_model.encode(texts, num_threads=num_threads)
+        return ids
+    backend = tokenizer.backend_tokenizer
+    # Calls of the tokenizer leave their settings behind in the backend, and set them anew themselves.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+# ---------------------------------------------------------------- what ids stand for
+
+
+def token_surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The UTF-8 bytes each id stands for: special tokens none, other added tokens their text, unused ids none."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        surfaces = list(tokenizer.surfaces)
+    else:
+        backend = tokenizer.backend_tokenizer
+        vocab, byte_level = backend.get_vocab(with_added_tokens=False), is_byte_level(backend)
+        surfaces = [b""] * (max(vocab.values(), default=-1) + 1)
+        for token, index in vocab.items():
+            surfaces[index] = token_surface(token, byte_level)
+    for index, token in tokenizer.added_tokens_decoder.items():
+        surfaces += [b""] * (index + 1 - len(surfaces))
+        surfaces[index] = b"" if token.special else token.content.encode()
+    return surfaces
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """How many UTF-8 bytes each id stands for: (ids,) int32, specials 0, byte pieces 1."""
+    return np.array([len(surface) for surface in token_surfaces(tokenizer)], dtype=np.int32)
+
+
+def segment_with(
+    old_tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase, token_id: int
+) -> list[int]:
+    """The old tokenizer's ids for what a token of the new one stands for, without a dummy prefix.
+
+    A token that both have, byte pieces included, maps to itself; a special token only the new one has is cut as text;
+    an unused id gives none.
+    """
+    token = new_tokenizer.convert_ids_to_tokens(token_id)
+    if not token:
+        return []
+    if (same := _token_id(old_tokenizer, token)) is not None:
+        return [same]
+    if isinstance(new_tokenizer, SentencePieceTokenizer):
+        surface = new_tokenizer.surfaces[token_id] if token_id < new_tokenizer.vocab_size else b""
+    else:
+        surface = token_surface(token, is_byte_level(new_tokenizer.backend_tokenizer))
+    return encode_surface(old_tokenizer, surface or token.encode())
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        index: int | None = tokenizer.backend_tokenizer.token_to_id(token)
+        return index
+    if token in tokenizer._added_tokens_encoder:
+        return int(tokenizer._added_tokens_encoder[token])
+    found = int(tokenizer.sp_model.piece_to_id(token))  # the unknown piece's id if there is none
+    return found if tokenizer.sp_model.IdToPiece(found) == token else None
+
+
+def encode_surface(tokenizer: PreTrainedTokenizerBase, surface: bytes) -> list[int]:
+    """The ids of bytes inside a line: no dummy prefix, and what is no whole character becomes byte pieces."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        try:
+            return list(tokenizer.plain_processor.encode(surface.decode()))
+        except UnicodeDecodeError:
+            return [tokenizer.sp_model.piece_to_id(f"<0x{byte:02X}>") for byte in surface]
+    backend = tokenizer.backend_tokenizer
+    byte_level = is_byte_level(backend)
+    text = to_byte_characters(surface) if byte_level else surface.decode(errors="replace").replace(" ", SPACE)
+    # The model alone, past normaliser and pre-tokenizer: the stretch lies within one word.
+    return [token.id for token in backend.model.tokenize(text)]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides segmentation and special ids; equal for equal tokenizers wherever they lie."""
+    added = [[index, str(token), token.special] for index, token in sorted(tokenizer.added_tokens_decoder.items())]
+    content: dict[str, Any] = {"added": added, "special": dict(tokenizer.special_tokens_map)}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        proto = tokenizer.proto
+        trainer = proto.trainer_spec  # holds paths and other traces of training too
+        content["pieces"] = [[piece.piece, piece.score, piece.type] for piece in proto.pieces]
+        content["normalizer"] = proto.normalizer_spec.SerializeToString().hex()
+        content["rules"] = [trainer.model_type, trainer.byte_fallback, trainer.treat_whitespace_as_suffix]
+    else:
+        content["backend"] = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state in ("truncation", "padding", "post_processor"):
+            content["backend"].pop(state, None)
+    return hash_json(content)
+
+
+def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows the model's embeddings should have: the vocabulary, padded as --pad_to_multiple_of asked when merging."""
+    return max(len(tokenizer), int(tokenizer.init_kwargs.get("embedding_rows") or 0))
+
+
+# ---------------------------------------------------------------- saving
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write every file an engine may look for, so that `load_tokenizer(folder)` gives the same tokenizer.
+
+    With tokenizer.json, AutoTokenizer gives the same ids too. Where no exact tokenizer.json exists there is none, and
+    a warning gives the measured share of lines that transformers alone would cut otherwise.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = saved_settings(tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        exact = _save_sentencepiece(tokenizer, folder)
+    else:
+        exact = True
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()  # left behind by calls
+        backend.no_padding()
+        backend.save(str(folder / TOKENIZERS_FILE))
+    if not exact:
+        settings |= {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": _added_settings(tokenizer)}
+    settings, _ = tokenizer.save_chat_templates(str(folder), settings, None, True)
+    write_json(folder / CONFIG_FILE, settings)
+    write_json(folder / SPECIALS_FILE, {name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+
+
+def _save_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> bool:
+    source, target = Path(tokenizer.vocab_file), folder / SENTENCEPIECE_FILE
+    if not source.is_file():
+        target.write_bytes(tokenizer.sp_model.serialized_model_proto())
+    elif source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+    proto = tokenizer.proto
+    if inexact_reason(proto, tokenizer.added_tokens_decoder) is not None:
+        (folder / TOKENIZERS_FILE).unlink(missing_ok=True)
+        _warn_inexact(tokenizer.sp_model.serialized_model_proto(), tuple(tokenizer.added_tokens_decoder))
+        return False
+    settings = tokenizer.init_kwargs
+    build_tokenizer_json(
+        proto,
+        tokenizer.added_tokens_decoder,
+        tokenizer.bos_token if settings.get("add_bos_token") else None,
+        tokenizer.eos_token if settings.get("add_eos_token") else None,
+    ).save(str(folder / TOKENIZERS_FILE))
+    return True
+
+
+def saved_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenizer_config.json that every engine reads alike."""
+    # LlamaTokenizer would replace tokenizer.json's normaliser by its own, so the generic class is named.
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {name: getattr(tokenizer, name) for name in SPECIAL_NAMES}
+    if tokenizer.extra_special_tokens:
+        settings["extra_special_tokens"] = [str(token) for token in tokenizer.extra_special_tokens]
+    kept = ("add_bos_token", "add_eos_token", "embedding_rows", "padding_side", "model_input_names")
+    settings |= {name: tokenizer.init_kwargs[name] for name in kept if name in tokenizer.init_kwargs}
+    settings["model_max_length"] = tokenizer.model_max_length
+    return settings
+
+
+def _added_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in tokenizer.added_tokens_decoder.items()
+    }
+
+
+@functools.lru_cache(maxsize=8)  # once per tokenizer and process, however many checkpoints are saved
+def _warn_inexact(model: bytes, added_ids: tuple[int, ...]) -> None:
+    logger.warning(
+        "no tokenizer.json can segment as this tokenizer.model does (%s): sentencepiece, llama.cpp and this project's "
+        "load_tokenizer are exact, transformers' own LlamaTokenizer cuts %.0f %% of %d sample lines otherwise; "
+        "vocabularies made by merge_tokenizers.py are exact everywhere",
+        inexact_reason(parse_sentencepiece_model(model), added_ids),
+        100 * inexact_rate(model),
+        len(SAMPLE),
+    )
+
+
+def encode_raw(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text to be continued: BOS, where the tokenizer has one, as pre-training documents begin."""
+    bos = tokenizer.bos_token_id
+    return ([] if bos is None else [int(bos)]) + encode_text(tokenizer, text)

@@ -1,0 +1,211 @@
+"""Training: the arguments of a run, DeepSpeed configs made to fit, and what is measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from ..core.arguments import arg
+from ..core.errors import InputError, raise_problems
+from ..core.files import read_json
+from ..core.machine import peak_resident_bytes
+from ..models.loading import bf16_is_supported
+
+logger = logging.getLogger(__name__)
+
+# Fields that __post_init__ fills in from the machine.
+RESOLVED = ("precision", "bf16", "fp16", "use_cpu", "deepspeed", "dataloader_pin_memory")
+PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first name found in the device's name
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments with this project's defaults and its rules for output folders."""
+
+    if TYPE_CHECKING:  # inherited, named for the type checker
+        fp16: bool
+        bf16: bool
+        use_cpu: bool
+        deepspeed: Any
+        fsdp: Any
+        fsdp_config: Any
+        gradient_checkpointing: Any
+        dataloader_pin_memory: bool
+        resume_from_checkpoint: str | None
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
+        "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."
+    )
+    overwrite_output_dir: bool = arg(
+        False, help="Replace a finished run in output_dir (an unfinished one is resumed)."
+    )
+    restart: bool = arg(False, help="Start over, also where output_dir holds an unfinished run.")
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses (they stop training here)."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Not used: batches hold what the model needs."}
+    )
+    save_total_limit: int | None = field(default=3, metadata={"help": "How many checkpoints are kept."})
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in (
+            "learning_rate",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if not getattr(self, name) > 0:
+                problems.append(f"--{name} {getattr(self, name)}: need a number above 0")
+        if self.fp16 and self.bf16:
+            problems.append("--fp16 and --bf16 exclude each other")
+        raise_problems(problems)
+        # What was asked for; run_config.yaml records this, so that it fits another machine too.
+        self.given = {name: getattr(self, name) for name in RESOLVED} | {
+            "restart": False,
+            "overwrite_output_dir": False,
+        }
+        if self.resume_from_checkpoint:
+            logger.warning("--resume_from_checkpoint is not needed: an unfinished run resumes by itself")
+            self.resume_from_checkpoint = None
+        self._choose_precision()
+        if self.deepspeed:
+            self.deepspeed = prepare_deepspeed(self.deepspeed)
+        self._prepare_checkpointing()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._check_fsdp()
+        super().__post_init__()
+        if self.deepspeed:
+            join_deepspeed()
+        if self.n_gpu > 1:
+            raise InputError(
+                f"{self.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+            )
+
+    def _choose_precision(self) -> None:
+        if not (self.fp16 or self.bf16):
+            self.fp16 = self.precision == "fp16"
+            self.bf16 = self.precision == "bf16" or (self.precision == "auto" and bf16_is_supported())
+        if self.fp16 and not torch.cuda.is_available():
+            logger.warning("--fp16 needs a GPU; bf16 is used instead")
+            self.fp16, self.bf16 = False, True
+        self.precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+
+    def _prepare_checkpointing(self) -> None:
+        # transformers renamed gradient_checkpointing to activation_checkpointing; people know the first name.
+        new = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+        if self.gradient_checkpointing or getattr(self, new):
+            self.gradient_checkpointing = None if new != "gradient_checkpointing" else True
+            setattr(self, new, True)
+            if getattr(self, f"{new}_kwargs") is None:
+                # The re-entrant form loses gradients when the embeddings are frozen, as in LoRA training.
+                setattr(self, f"{new}_kwargs", {"use_reentrant": False})
+
+    def _check_fsdp(self) -> None:
+        if not self.fsdp:
+            return
+        config = self.fsdp_config or {}
+        if isinstance(config, str):
+            config = json.loads(config) if config.startswith("{") else read_json(config)
+        given = {name.removeprefix("fsdp_"): value for name, value in config.items()}
+        problems = []
+        if int(given.get("version", 2)) != 2:
+            problems.append(f"--fsdp_config: version {given['version']} of FSDP is on its way out; need version 2")
+        if given.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+            problems.append(
+                f"--fsdp_config: state_dict_type {given['state_dict_type']} leaves no model files behind; need "
+                "FULL_STATE_DICT"
+            )
+        raise_problems(problems)
+        if self.use_cpu:
+            logger.warning("--fsdp needs GPUs; without them every process holds the whole model")
+            self.fsdp = self.fsdp_config = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type matrix products run in."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+
+
+def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
+    """Read a DeepSpeed config and mend what today's DeepSpeed or this machine refuses, each with a warning."""
+    settings: dict[str, Any] = dict(config) if isinstance(config, dict) else read_json(config)
+    fp16 = dict(settings.get("fp16", {}))
+    if 0 < fp16.get("min_loss_scale", 1) < 1:
+        logger.warning("DeepSpeed: min_loss_scale %s is refused today, 1 is used", fp16["min_loss_scale"])
+        fp16["min_loss_scale"] = 1
+        settings["fp16"] = fp16
+    for section in ("optimizer", "scheduler"):
+        if settings.pop(section, None) is not None:
+            logger.warning("DeepSpeed: the %s section is dropped, the flags of this command decide", section)
+    zero = dict(settings.get("zero_optimization", {}))
+    whole = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and zero.get(whole) is not True:
+        logger.warning("DeepSpeed: %s is switched on, or models would be saved without their weights", whole)
+        settings["zero_optimization"] = {**zero, whole: True}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if settings.pop("fp16", None) is not None:
+            logger.warning("DeepSpeed: the fp16 section is dropped, there is no GPU")
+    settings.setdefault("bf16", {"enabled": "auto"})
+    # Without torchrun there is one process, and DeepSpeed would look for MPI.
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    return settings
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed know this run's processes before a model is loaded, which ZeRO-3 cuts into one shard for each.
+
+    On GPUs transformers has done so; on CPUs it would come only with the Trainer.
+    """
+    import deepspeed
+
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+# ---------------------------------------------------------------- what a run measures
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in 1e9 bytes: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return peak_resident_bytes() / 1e9
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of the GPU from its data sheet, None where it is not known (CPUs too)."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def check_validation(args: TrainingArguments, names: Sequence[str]) -> None:
+    """Raises: InputError if evaluation is asked of validation sets (their names) that are not there."""
+    if not names and (args.eval_strategy != "no" or args.load_best_model_at_end):
+        raise InputError(
+            "--eval_strategy and --load_best_model_at_end need validation data: pass --validation_data, or "
+            "--validation_split 0.05"
+        )

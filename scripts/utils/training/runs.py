@@ -1,0 +1,190 @@
+"""Runs: who may write into an output folder, what is resumed, and when a checkpoint or a run counts as complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.command_line import RUN_CONFIG, describe_arguments, save_run_config
+from ..core.errors import InputError
+from ..core.files import atomic_file, read_json, remove, write_json
+
+if TYPE_CHECKING:
+    from .arguments import RunArguments
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "all_results.json"  # the last file a run writes; a folder without it is unfinished
+COMPLETE = "complete"  # the last file of a checkpoint; a checkpoint without it is removed
+INPUTS = "run_inputs.json"  # hashes of what the run learns from; other data cannot go on where it stopped
+CHECKPOINT_PREFIX = "checkpoint-"
+# Settings that may change between the two halves of an interrupted run without changing the weights it ends with.
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers",
+    "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps",
+    "logging_strategy", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train",
+    "local_rank", "resume_from_checkpoint",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What open_run decided.
+
+    Attributes:
+        checkpoint: where to resume, None to start.
+        settings: what run_config.yaml records.
+        replaces: whether the folder holds a run that the user allowed to go.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    settings: dict[str, Any]
+    replaces: bool
+
+
+def open_run(args: RunArguments, *arguments: Any) -> Run:
+    """Decide whether this run starts, resumes or is refused; nothing is written yet, so that bad data costs nothing.
+
+    Sets the recorded seed in `args` when a run is resumed, and seeds the process.
+    Raises: InputError if output_dir holds a finished run, a run with other settings, or anything else.
+    """
+    assert args.output_dir is not None
+    folder = Path(args.output_dir)
+    run = Run(folder, None, describe_arguments(*arguments, args), replaces=False)
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder} is a file; pass the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        _inspect(run, args)
+    prepare_process(args.seed)
+    return run
+
+
+def _inspect(run: Run, args: RunArguments) -> None:
+    folder = run.folder
+    if not (folder / RUN_CONFIG).is_file():
+        raise InputError(f"--output_dir {folder} holds files that are no training run; pass another folder")
+    finished = (folder / FINISHED).is_file()
+    if finished and not (args.overwrite_output_dir or args.restart):
+        raise InputError(f"--output_dir {folder} holds a finished run; pass another folder, or --overwrite_output_dir")
+    checkpoint = last_checkpoint(folder)
+    # A run that stopped before its first checkpoint has nothing to keep.
+    if finished or args.restart or checkpoint is None:
+        run.replaces = True
+        return
+    recorded = _read_settings(folder)
+    if changed := changed_settings(recorded, run.settings):
+        raise InputError(
+            f"--output_dir {folder} holds an unfinished run with other settings ({', '.join(changed)}); repeat them "
+            "to resume, pass another folder, or --restart to start over"
+        )
+    if recorded.get("seed", 42) != args.seed:
+        logger.warning("resuming with the recorded seed %s, not %s", recorded.get("seed", 42), args.seed)
+        args.seed = recorded.get("seed", 42)
+    logger.info("resuming from %s", checkpoint)
+    run.checkpoint = checkpoint
+
+
+def start_run(run: Run, inputs: dict[str, Any], is_main_process: bool) -> None:
+    """Take the folder: remove what is replaced or was cut off, and record settings and the hashes of the inputs.
+
+    Args: inputs: JSON-like, for instance the tokenizer's fingerprint and the keys of the token caches.
+    Raises: InputError if the run being resumed learned from other inputs.
+    """
+    if not is_main_process:
+        return
+    inputs = json.loads(json.dumps(inputs))
+    if run.checkpoint is not None:
+        recorded = read_json(run.folder / INPUTS)
+        if changed := [name for name in inputs if recorded.get(name) != inputs[name]]:
+            raise InputError(
+                f"--output_dir {run.folder} holds an unfinished run with other {', '.join(changed)} (the contents "
+                "changed since it began); restore them to resume, pass another folder, or --restart to start over"
+            )
+        for checkpoint in run.folder.glob(f"{CHECKPOINT_PREFIX}*"):
+            if not (checkpoint / COMPLETE).is_file():
+                remove(checkpoint)  # its writing was cut off
+        return
+    if run.replaces:
+        logger.info("replacing the run in %s", run.folder)
+        remove(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / INPUTS, inputs)
+    save_run_config(run.folder, run.settings, {"command": " ".join(sys.argv)})
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    settings: dict[str, Any] = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8")) or {}
+    return settings
+
+
+def changed_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The settings that differ and would change the weights, each as "name old -> new"."""
+    current = json.loads(json.dumps(settings))  # as YAML gives them back, so that equal settings compare equal
+    names = sorted((recorded.keys() | current.keys()) - FREE_TO_CHANGE)
+    pairs = [(name, recorded.get(name), current.get(name)) for name in names]
+    return [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if old != new]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    complete = [path.parent for path in folder.glob(f"{CHECKPOINT_PREFIX}*/{COMPLETE}")]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step a checkpoint folder's name tells."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+def seal_checkpoint(folder: Path, step: int, keep: int | None, best: str | None) -> None:
+    """Mark checkpoint `step` complete, then remove all but the newest `keep` (and the best)."""
+    with atomic_file(folder / f"{CHECKPOINT_PREFIX}{step}" / COMPLETE) as file:
+        file.write(f"{step}\n")
+    if not keep:
+        return
+    for checkpoint in sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"), key=checkpoint_step)[:-keep]:
+        if best is None or checkpoint.name != Path(best).name:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def named_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise on a full disk into the OSError the system gave them."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
+def prepare_process(seed: int) -> None:
+    """Seed every generator."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+
+
+def finish_run(folder: Path, metrics: dict[str, Any], next_command: str) -> None:
+    """Write the results, which marks the run finished, and log its summary."""
+    write_json(folder / FINISHED, metrics)
+    width = max(len(name) for name in metrics)
+    lines = [f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}"
+             for name, value in metrics.items()]  # fmt: skip
+    logger.info("finished\n%s\n  files in %s\n  next: %s", "\n".join(lines), folder, next_command)

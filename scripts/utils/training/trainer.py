@@ -1,0 +1,278 @@
+"""The Trainer of pt.py and sft.py: chunked loss, complete checkpoints, evaluation in bits per byte, throughput."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+
+from ..core.errors import InputError
+from ..core.files import remove
+from ..data.batches import Collator
+from ..lora.base_record import record_base
+from ..models.lm_loss import loss_targets
+from ..models.training_model import train_flops_per_token, trainable_summary
+from ..text.prompts import IGNORE_INDEX
+from ..text.tokenizer import save_tokenizer
+from .arguments import RunArguments, peak_flops, peak_memory_gb
+from .plots import plot_losses
+from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class RecipeTrainer(Trainer):
+    """transformers' Trainer with this project's loss, checkpoints and measurements.
+
+    Batches hold input_ids, position_ids, labels and shift_labels, each (B, T); see data.Collator.
+    """
+
+    args: RunArguments
+    loss_unit = "nats a token"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RunArguments,
+        train_set: Any,
+        eval_sets: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        collator: Collator,
+    ) -> None:
+        if collator.flatten:
+            args.per_device_eval_batch_size = 1  # flattened batches are one row; evaluation sums row by row
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_set,
+            eval_dataset=eval_sets or None,
+            processing_class=tokenizer,
+            compute_metrics=self._summarise_losses,
+        )
+        # The loss is divided by the number of scored tokens of the whole optimizer step, over all devices.
+        self.loss_is_scaled_for_ga = True
+        self.eval_bytes = 0
+        self.flops_per_token = train_flops_per_token(model, self._tokens_per_row())
+        self.tokens_done = 0.0
+        self._last_log = (time.perf_counter(), 0.0)
+
+    # ------------------------------------------------------------ loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean negative log-likelihood a scored token, in nats; plus the router's balancing loss of a mixture."""
+        targets = inputs["shift_labels"]
+        features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        with loss_targets(model, targets):
+            outputs = model(**features, use_cache=False)
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum()
+        loss = outputs.logits.sum() / count
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        auxiliary = getattr(outputs, "aux_loss", None)
+        if auxiliary is not None and torch.is_tensor(auxiliary):
+            weight = self.accelerator.unwrap_model(model).config.router_aux_loss_coef
+            loss = loss + weight * auxiliary / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward pass. Raises: InputError when the loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            last = last_checkpoint(Path(self.args.output_dir))
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning_rate, or use "
+                f"--precision bf16 or fp32; the last good checkpoint is {last or 'none'}"
+            )
+        self.tokens_done += self._tokens_in(inputs)
+        return loss
+
+    def _tokens_in(self, inputs: dict[str, Any]) -> float:
+        """Tokens without padding of the batches of all processes, from their mean number in a row."""
+        rows = len(inputs["input_ids"]) if not self.data_collator.flatten else self.args.per_device_train_batch_size
+        return rows * self._tokens_per_row() * self.args.world_size
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run stopped after its last step, but before its results were written, has no step left; transformers
+        # would look for that only after one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _tokens_per_row(self) -> float:
+        return float(self.train_dataset.num_tokens) / max(len(self.train_dataset), 1)
+
+    # ------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, perplexity and bits per byte of every validation set, and their mean as "eval_loss"."""
+        sets = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not isinstance(sets, dict):
+            self.eval_bytes = sets.num_bytes
+            return super().evaluate(sets, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(sets, ignore_keys, metric_key_prefix)
+        losses = [metrics[f"{metric_key_prefix}_{name}_loss"] for name in sets]
+        metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, summed losses, scored tokens), one entry a row of the batch."""
+        inputs = self._prepare_inputs(inputs)
+        targets = inputs["shift_labels"]
+        features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        with torch.no_grad(), self.compute_loss_context_manager(), loss_targets(model, targets):
+            losses = model(**features, use_cache=False).logits
+        return None, losses.float().sum(1, keepdim=True), (targets != IGNORE_INDEX).sum(1, keepdim=True)
+
+    def _summarise_losses(self, prediction: EvalPrediction) -> dict[str, float]:
+        total = float(np.asarray(prediction.predictions, dtype=np.float64).sum())
+        tokens = int(np.asarray(prediction.label_ids).sum())
+        loss = total / max(tokens, 1)
+        summary = {"loss": loss, "perplexity": math.exp(min(loss, 80.0))}
+        if self.eval_bytes:
+            summary["bits_per_byte"] = total / math.log(2) / self.eval_bytes
+        return summary
+
+    # ------------------------------------------------------------ saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model)
+        options: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
+        if hasattr(model, "peft_config"):
+            # Decided here, because PEFT would ask the hub whether the base's vocabulary changed.
+            options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
+            record_base(folder, model.peft_config["default"].base_model_name_or_path)
+        model.save_pretrained(folder, **options)
+        save_tokenizer(self.processing_class, folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint counts only once its mark is written; older ones go after that, never before.
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        if self.args.should_save:
+            remove(checkpoint)
+        try:
+            with named_disk_errors(folder):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            remove(checkpoint)
+            raise
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(folder, self.state.global_step, keep, self.state.best_model_checkpoint)
+
+    # ------------------------------------------------------------ logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens/s, utilisation and memory to the training lines."""
+        if "loss" in logs:
+            now, (then, before) = time.perf_counter(), self._last_log
+            rate = (self.tokens_done - before) / max(now - then, 1e-9)
+            self._last_log = (now, self.tokens_done)
+            logs["tokens_per_second"] = round(rate, 1)
+            peak = peak_flops()
+            if peak is not None:
+                logs["mfu"] = round(rate * self.flops_per_token / (peak * self.args.world_size), 4)
+            logs["peak_memory_gb"] = round(peak_memory_gb(), 3)
+        super().log(logs, start_time)
+
+    def draw(self, folder: Path, title: str) -> None:
+        """Pictures of the finished run."""
+        plot_losses(self.state.log_history, folder / "loss.png", title, self.loss_unit)
+
+
+def describe_model(model: nn.Module) -> str:
+    """One line for the log: which share of the weights is trained."""
+    trainable, total = trainable_summary(model)
+    return f"{total:,} parameters, {trainable:,} trained ({trainable / total:.2%})"
+
+
+def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_launcher: str) -> dict[str, Any]:
+    """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
+
+    Args: next_launcher: what a fully trained model goes into next; an adapter is merged first.
+    Returns: the metrics, as in all_results.json.
+    """
+    args, folder = trainer.args, run.folder
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    seconds = time.perf_counter() - started
+    metrics: dict[str, Any] = {
+        "train_loss": result.training_loss,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(trainer.tokens_done / max(seconds, 1e-9), 1),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+    }
+    if trainer.eval_dataset:
+        evaluated = trainer.evaluate()
+        metrics |= {
+            name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name
+        }
+    with named_disk_errors(folder):
+        trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        trainer.save_state()
+        write_model_card(folder, title, metrics)
+        trainer.draw(folder, title)
+        finish_run(
+            folder, metrics, next_command(trainer.accelerator.unwrap_model(trainer.model), folder, next_launcher)
+        )
+    return metrics
+
+
+def next_command(model: Any, folder: Path, launcher: str) -> str:
+    """The command to run on what this run made."""
+    if not hasattr(model, "peft_config"):
+        return f"MODEL={folder} bash scripts/{launcher}"
+    base = model.peft_config["default"].base_model_name_or_path
+    return f"MODEL={base} LORA={folder} OUT={folder}-merged bash scripts/run_merge.sh"
+
+
+def write_model_card(folder: Path, title: str, metrics: dict[str, Any]) -> None:
+    """README.md of the output folder: what this is, how it was made, what it measured."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "---",
+        f"# {title}",
+        "",
+        "Settings: run_config.yaml. Losses: loss.png.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+              for name, value in metrics.items()]  # fmt: skip
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""What the documents claim is so: file tree, layers, data lines, prompt texts, old flags, error texts, links."""
+
+import ast
+import json
+import re
+
+import jinja2
+import pytest
+import yaml
+
+from support import house
+from support.paths import EXAMPLES, ROOT, SCRIPTS
+from utils.core.old_flags import DROPPED, RENAMED, REPLACED_SWITCHES
+from utils.text.prompts import CHAT_TEMPLATES, LONG_SYSTEM_PROMPT, SYSTEM_PROMPT
+
+READMES = ("README.md", "README_EN.md")
+TURNS = (("user", "你好"), ("assistant", "你好！"), ("user", "天空是什么颜色？"), ("assistant", "蓝色。"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_map_names_every_wing_and_script(name):
+    text = read(name)
+    listed = [path.name for path in [*SCRIPTS.glob("*.py"), *(SCRIPTS / "configs").iterdir()]]
+    listed += [f"{wing}/" for wing in house.wing_order()]
+    assert not [file for file in listed if not re.search(rf"(?<![\w.]){re.escape(file)}(?![\w.])", text)]
+    tree = text.split("\nscripts/\n")[1].split("\nexamples/ ")[0]
+    for file in re.findall(r"[a-z_0-9.]+\.(?:py|jinja)\b", tree):
+        assert (SCRIPTS / file).is_file() or list((SCRIPTS / "utils").rglob(file)), file
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_order_of_the_wings_is_the_one_of_the_package(name):
+    assert " > ".join(house.wing_order()) in " ".join(read(name).split())
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_stage_table_has_every_script_and_launcher(name):
+    for path in [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("run_*.sh")]:
+        assert path.name in read(name)
+
+
+def example_lines():
+    """Every line and record of the example data, as the files have them."""
+    lines = set()
+    for path in EXAMPLES.rglob("*"):
+        if path.suffix in (".txt", ".json", ".jsonl"):
+            lines |= {line.rstrip(",") for line in path.read_text(encoding="utf-8").splitlines()}
+    return lines
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md"])
+def test_shown_data_is_example_data(name):
+    known = example_lines()
+    shown = [line for block in re.findall(r"```json\n(.*?)```", read(name), re.S) for line in block.splitlines()]
+    assert len(shown) >= 3
+    for line in shown:
+        record = json.loads(line)
+        if "text" in record:
+            line = record["text"]
+        # The one line that is said not to be example data shows a tool call.
+        assert line in known or "function_call" in line, f"{name}: not in examples/data: {line}"
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_prompt_texts_are_what_the_templates_write(template):
+    messages = [{"role": role, "content": content} for role, content in TURNS]
+    if template == "mixtral":
+        messages.insert(0, {"role": "system", "content": "你是一位老师。"})
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    source = environment.from_string(CHAT_TEMPLATES[template])
+    text = source.render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=False)
+    for name in ("docs/data.md", "docs/data_EN.md"):
+        shown = re.search(rf"\n`{template}`.*?```text\n(.*?)\n```", read(name), re.S).group(1)
+        assert shown == text
+    assert SYSTEM_PROMPT in read("docs/data.md") and LONG_SYSTEM_PROMPT in read("docs/data.md")
+
+
+@pytest.mark.parametrize("name", ["docs/migrating.md", "docs/migrating_EN.md"])
+def test_every_old_flag_is_in_the_migration_tables(name):
+    rows = [line for line in read(name).splitlines() if line.startswith("| `--")]
+    for old, new in {**RENAMED, **{old: flags[0][2:] for old, flags in REPLACED_SWITCHES.items()}}.items():
+        assert any(f"`--{old}`" in row and re.search(rf"`--{new}\b", row) for row in rows), old
+    for old in DROPPED:
+        assert any(re.search(rf"`--{old}\b", row) for row in rows), old
+
+
+def message_parts():
+    """The constant parts of all strings in the code, adjoining literals joined as Python does."""
+    parts = []
+    for path in house.files_with_code():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        parts += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    return parts
+
+
+def faq_headings(name):
+    return [line.removeprefix("### ").strip("`") for line in read(name).splitlines() if line.startswith("### ")]
+
+
+def test_faq_is_keyed_by_errors_the_code_raises():
+    parts = message_parts()
+    headings = faq_headings("docs/faq.md")
+    assert headings == faq_headings("docs/faq_EN.md") and len(headings) > 30
+    unknown = [heading for heading in headings if not any(heading in part for part in parts)]
+    assert not unknown
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_readme_errors_are_in_the_faq(name):
+    rows = [line for line in read(name).splitlines() if "docs/faq" in line and line.startswith("| `")]
+    headings = faq_headings("docs/faq.md")
+    for row in rows:
+        for error in re.findall(r"`([^`]+)`", row):
+            assert error in headings, error
+    assert len(rows) > 8
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{path.name}: {target}"
+        if anchor:
+            assert f'<a id="{anchor}"></a>' in linked.read_text(encoding="utf-8"), f"{path.name}: {target}"
+
+
+def test_commands_with_torchrun_parse_too():
+    from support.scripts import old_names, script_flags
+
+    checked = 0
+    for path in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := re.search(r"torchrun .*?scripts/(\S+\.py)(.*)", line):
+                    flags = {word.split("=")[0] for word in match[2].split() if word.startswith("--")}
+                    assert not flags - script_flags(match[1]) - old_names(), line
+                    checked += 1
+    assert checked >= 4
+
+
+def test_workflow_and_issue_forms_are_sound():
+    workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 60
+        for step in job["steps"]:
+            assert "uses" not in step or re.search(r"@[0-9a-f]{40}$", step["uses"]), "pinned by commit"
+        rows = {row["constraints"] for row in job["strategy"]["matrix"]["include"]}
+        assert all(row == "/dev/null" or (ROOT / row).is_file() for row in rows)
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.name != "config.yml":
+            assert {"name", "description", "body"} <= form.keys()
+            names = [part["id"] for part in form["body"] if "id" in part]
+            assert len(set(names)) == len(names)
+    assert yaml.safe_load(read("CITATION.cff"))["license"] == "Apache-2.0"

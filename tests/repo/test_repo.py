@@ -1,0 +1,223 @@
+"""The house itself: launchers match parsers, layers hold, every flag is documented, both READMEs agree."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import house
+from support.paths import ROOT, SCRIPTS
+from support.scripts import old_names, script_flags, script_types, tracked
+
+PYTHON_SCRIPTS = sorted(path for path in SCRIPTS.glob("*.py"))
+LAUNCHERS = sorted(path for path in SCRIPTS.glob("run_*.sh"))
+OTHER_NAMES = {"merge_llama2_with_chinese_lora_low_mem": "merge", "inference_hf": "inference"}
+DRIVES_SEVERAL = {"run_demo.sh"}
+TRAINING_SCRIPTS = {"pt.py", "sft.py", "rm.py", "ppo.py", "dpo.py"}
+# What each launcher needs in its environment to print its command.
+NEEDS = {
+    "run_pt.sh": {"MODEL": "m", "DATA": "d"},
+    "run_sft.sh": {"MODEL": "m", "DATA": "d"},
+    "run_rm.sh": {"MODEL": "m", "DATA": "d"},
+    "run_ppo.sh": {"MODEL": "m", "DATA": "d"},
+    "run_dpo.sh": {"MODEL": "m", "DATA": "d"},
+    "run_eval_alignment.sh": {"MODEL": "m"},
+    "run_eval_multiple_choice.sh": {"MODEL": "m", "DATA": "d"},
+    "run_eval_perplexity.sh": {"MODEL": "m", "TEXTS": "t"},
+    "run_eval_longbench.sh": {"MODEL": "m"},
+    "run_arena.sh": {"MODELS": "a=b c=d"},
+    "run_merge.sh": {"MODEL": "m", "LORA": "l"},
+    "run_export_gguf.sh": {"MODEL": "m"},
+    "run_quantize.sh": {"MODEL": "m"},
+    "run_inference.sh": {"MODEL": "m"},
+    "run_gradio_demo.sh": {"MODEL": "m"},
+    "run_openai_api_server.sh": {"MODEL": "m"},
+    "run_train_tokenizer.sh": {"DATA": "d"},
+    "run_merge_tokenizers.sh": {"BASE": "b", "SP": "s"},
+    "run_report.sh": {"RUN_DIR": "r", "QUESTIONS": "q"},
+}
+
+
+def test_every_script_has_its_launcher_and_back():
+    expected = {f"run_{OTHER_NAMES.get(path.stem, path.stem)}.sh" for path in PYTHON_SCRIPTS}
+    assert {path.name for path in LAUNCHERS} == expected | DRIVES_SEVERAL
+
+
+def test_the_wings_keep_their_rules():
+    """Order, faces, no cycles, no private names, docstrings alone in __init__, at most 15 modules in a folder."""
+    assert house.find_faults(scripts=PYTHON_SCRIPTS) == []
+    assert len(house.module_paths()) > 100 and len(house.wing_order()) == 14
+
+
+def test_no_script_is_imported():
+    assert house.find_imported_scripts() == []
+
+
+@pytest.mark.parametrize("module", house.module_paths())
+def test_nothing_happens_at_import(module):
+    """Only definitions and constants at module level: no argparse, no prints, no globals."""
+    assert house.find_import_time_work(module) == []
+
+
+def test_decided_once():
+    """Prompt markers stand in text/prompts.py, adapter file names in weights/names.py, nowhere else in the code."""
+    assert house.find_decided_twice() == []
+
+
+@pytest.mark.parametrize(
+    "launcher", [path for path in LAUNCHERS if path.name not in DRIVES_SEVERAL], ids=lambda p: p.name
+)
+def test_launcher_prints_a_command_its_script_parses(launcher, tmp_path):
+    environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python", **NEEDS.get(launcher.name, {})}
+    result = subprocess.run(
+        ["bash", str(launcher), "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    words = shlex.split(result.stdout.strip().splitlines()[-1])
+    script = next(Path(word) for word in words if word.endswith(".py"))
+    assert script.is_absolute() and script.is_file()
+    flags = words[words.index(str(script)) + 1 : -1]
+    known = script_flags(script.name) | old_names()
+    assert {word for word in flags if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("launcher", [path for path in LAUNCHERS if path.name in NEEDS], ids=lambda path: path.name)
+def test_launcher_names_what_is_missing(launcher):
+    environment = {name: value for name, value in os.environ.items() if name not in NEEDS[launcher.name]}
+    if launcher.name == "run_inference.sh" or launcher.name == "run_report.sh":
+        pytest.skip("has defaults")
+    result = subprocess.run(
+        ["bash", str(launcher)], env={**environment, "DRY_RUN": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "set " in result.stderr
+
+
+@pytest.mark.parametrize("script", [path.name for path in PYTHON_SCRIPTS if path.name not in TRAINING_SCRIPTS])
+def test_help_is_quick_and_imports_nothing_heavy(script):
+    """Seconds are measured in benchmarks; here: torch, peft and gradio stay unimported."""
+    code = (
+        "import os, sys, runpy; sys.argv = [sys.argv[1], '--help']; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'peft', 'gradio', 'datasets'} & set(sys.modules); assert not code and not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, str(SCRIPTS / script)], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(TRAINING_SCRIPTS))
+def test_help_of_training_scripts_exits_well(script):
+    result = subprocess.run([sys.executable, str(SCRIPTS / script), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "--lora_rank" in result.stdout
+
+
+def own_fields(name: str) -> set[str]:
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return {field.name for kind in script_types(name) for field in dataclasses.fields(kind)} - inherited
+
+
+@pytest.mark.parametrize("script", [path.name for path in PYTHON_SCRIPTS])
+def test_every_flag_has_its_line_in_the_docs(script):
+    chinese = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md") if "_EN" not in path.name
+    )
+    english = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*_EN.md"))
+    for text in (chinese, english):
+        missing = {field for field in own_fields(script) if not re.search(rf"`(--)?{field}\b", text)}
+        assert not missing, f"{script}: flags without a line in docs: {sorted(missing)}"
+
+
+def code_blocks(path: Path) -> list[str]:
+    return re.findall(r"```[a-z]*\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+
+
+def document_pairs() -> list[tuple[Path, Path]]:
+    pairs = [(ROOT / "README.md", ROOT / "README_EN.md")]
+    pairs += [
+        (path, path.with_name(f"{path.stem}_EN.md")) for path in (ROOT / "docs").glob("*.md") if "_EN" not in path.name
+    ]
+    return pairs
+
+
+@pytest.mark.parametrize("pair", document_pairs(), ids=lambda pair: pair[0].name)
+def test_both_languages_carry_the_same_code(pair):
+    chinese, english = pair
+    assert english.is_file()
+    assert code_blocks(chinese) == code_blocks(english)
+
+
+def test_commands_in_documents_parse():
+    """Every `python scripts/X.py ...` and `bash scripts/run_X.sh ...` names a script and known flags."""
+    checked = 0
+    for chinese, _ in document_pairs():
+        for block in code_blocks(chinese):
+            for line in block.replace("\\\n", " ").splitlines():
+                match = re.search(r"(?:python|bash) scripts/(\S+\.(?:py|sh))(.*)", line)
+                if not match:
+                    continue
+                assert (SCRIPTS / match[1]).is_file(), line
+                script = match[1] if match[1].endswith(".py") else launcher_script(match[1])
+                if script is None:
+                    continue
+                flags = {word.split("=")[0] for word in match[2].split() if word.startswith("--")}
+                unknown = flags - script_flags(script) - old_names()
+                assert not unknown, f"{chinese.name}: {line}: {unknown}"
+                checked += 1
+    assert checked > 5
+
+
+def launcher_script(launcher: str) -> str | None:
+    stem = launcher.removeprefix("run_").removesuffix(".sh")
+    stem = {short: name for name, short in OTHER_NAMES.items()}.get(stem, stem)
+    return f"{stem}.py" if (SCRIPTS / f"{stem}.py").is_file() else None
+
+
+def test_readmes_are_short():
+    for name in ("README.md", "README_EN.md"):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_imports_are_in_requirements():
+    assert house.find_unlisted_imports(requirements()) == []
+
+
+def requirements() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt"))
+
+
+def test_nothing_names_this_machine():
+    for path in tracked():
+        if path.stat().st_size < 2_000_000 and path.suffix not in (".png", ".model"):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert str(ROOT) + "/" not in text or path.name == "test_repo.py", path
+
+
+def test_set_up_is_skipped_by_content_not_by_time(tmp_path):
+    """make decides by a mark that carries the requirement files' hash: touching them changes nothing, editing does."""
+    for name in ("Makefile", "requirements.txt", "requirements-serve.txt", "requirements-dev.txt", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+    # Not the variables of the make that runs these tests.
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "VENV"}
+
+    def plan() -> str:
+        command = ["make", "-n", "setup"]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    mark = re.search(r"touch (\S+)", plan()).group(1)
+    (tmp_path / mark).parent.mkdir()
+    (tmp_path / mark).touch()
+    assert "pip install" not in plan()
+    os.utime(tmp_path / "requirements.txt", (2_000_000_000, 2_000_000_000))
+    assert "pip install" not in plan()
+    (tmp_path / "requirements.txt").write_text("numpy\n")
+    assert "pip install" in plan()

@@ -1,0 +1,130 @@
+"""Arguments: precedence, unknown names, old spellings, and run_config.yaml as a config file."""
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from support.paths import ROOT
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg
+from utils.core.command_line import describe_arguments, parse_args, save_run_config
+from utils.core.errors import InputError
+
+
+@dataclass
+class RateArguments:
+    learning_rate: float = arg(5e-5, help="step size")
+    use_cpu: bool = arg(False, help="no GPU")
+
+
+def write_yaml(folder, text):
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_command_line_beats_file_beats_default(tmp_path):
+    path = write_yaml(tmp_path, "learning_rate: 1e-4\nuse_cpu: true\n")
+    assert parse_args(RateArguments, argv=[])[0].learning_rate == 5e-5
+    (from_file,) = parse_args(RateArguments, argv=[path])
+    assert from_file.learning_rate == 1e-4  # YAML reads 1e-4 as text; it must still become a number
+    assert from_file.use_cpu is True
+    assert parse_args(RateArguments, argv=[path, "--learning_rate", "2e-4"])[0].learning_rate == 2e-4
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
+    with pytest.raises(InputError, match=r"config\.yaml: unknown: 'learnin_rate' \(did you mean 'learning_rate'\?\)"):
+        parse_args(RateArguments, argv=[write_yaml(tmp_path, "learnin_rate: 1\n")])
+    with pytest.raises(InputError, match="did you mean 'learning_rate'"):
+        parse_args(RateArguments, argv=["--learning_rat", "1"])
+
+
+def test_abbreviations_are_not_guessed():
+    with pytest.raises(InputError, match="model_name"):
+        parse_args(ModelArguments, argv=["--model_name", "x"])
+
+
+def test_broken_yaml_names_file_and_line(tmp_path):
+    with pytest.raises(InputError, match=r"config\.yaml:2: broken YAML"):
+        parse_args(RateArguments, argv=[write_yaml(tmp_path, "learning_rate: 1\nuse_cpu: {]\n")])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_learning_rate_that_is_no_number_is_refused(value):
+    with pytest.raises(InputError, match=r"--learning_rate .*finite"):
+        parse_args(RateArguments, argv=[f"--learning_rate={value}"])
+
+
+def test_old_flags_keep_their_meaning_with_one_warning(caplog):
+    argv = ["--model_path", "base", "--peft_path", "lora", "--trainable", "q_proj", "--torch_dtype", "float16"]
+    argv += ["--save_safetensors", "False", "--overwrite_cache", "--dataset_dir", "data", "--lora_rank", "4"]
+    with caplog.at_level(logging.WARNING):
+        model, lora, data = parse_args(ModelArguments, LoraArguments, DataArguments, argv=argv)
+    assert (model.model_name_or_path, model.dtype) == ("base", "float16")
+    assert (lora.adapter_name_or_path, lora.target_modules, lora.lora_rank) == ("lora", "q_proj", 4)
+    assert data.train_data == ["data"]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    for words in ("--peft_path is now --adapter_name_or_path", "--save_safetensors has no effect", "docs/migrating"):
+        assert words in warning
+
+
+def test_documented_old_spellings_do_not_warn(caplog):
+    with caplog.at_level(logging.WARNING):
+        (model,) = parse_args(ModelArguments, argv=["--base_model", "x"], documented=("base_model",))
+    assert model.model_name_or_path == "x" and not caplog.records
+
+
+def test_several_mistakes_are_reported_together():
+    with pytest.raises(InputError) as error:
+        parse_args(LoraArguments, argv=["--lora_rank", "0", "--lora_dropout", "1.5"])
+    assert "--lora_rank 0" in str(error.value) and "--lora_dropout 1.5" in str(error.value)
+
+
+def test_run_config_repeats_the_run(tmp_path):
+    argv = [
+        "--model_name_or_path",
+        "a b",
+        "--lora_rank",
+        "64",
+        "--lora_alpha",
+        "128",
+        "--train_data",
+        "x=1.txt",
+        "二.txt",
+    ]
+    first = parse_args(ModelArguments, LoraArguments, DataArguments, argv=argv)
+    save_run_config(tmp_path, describe_arguments(*first), {"command": "test"})
+    again = parse_args(ModelArguments, LoraArguments, DataArguments, argv=[str(tmp_path / "run_config.yaml")])
+    assert again == first
+    assert set(yaml.safe_load((tmp_path / "run_config.yaml").read_text(encoding="utf-8"))) == {
+        "model_name_or_path",
+        "lora_rank",
+        "lora_alpha",
+        "train_data",
+    }
+
+
+COMPILES = """
+import sys
+from dataclasses import dataclass
+sys.path.insert(0, "scripts")
+from utils.core.arguments import InferenceArguments; from utils.core.command_line import run
+
+def main(args):
+    import bitsandbytes, torch
+    print("torch._inductor.compile_fx" in sys.modules, torch.compile(len) is len)
+
+run(main, InferenceArguments)
+"""
+
+
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_compiler_is_loaded_where_it_was_asked_for(asked):
+    command = [sys.executable, "-c", COMPILES, *(["--torch_compile", "True"] if asked else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{asked} {not asked}\n", done.stderr

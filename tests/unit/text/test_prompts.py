@@ -1,0 +1,166 @@
+"""Prompts: golden texts, exact label masks, records of every format, and user text that looks like special tokens."""
+
+import pytest
+
+from utils.core.errors import InputError
+from utils.text.conversations import read_conversation
+from utils.text.prompts import (
+    CHAT_TEMPLATES,
+    IGNORE_INDEX,
+    encode_conversation,
+    encode_prompt,
+    render,
+    resolve_template,
+    stop_token_ids,
+)
+from utils.text.tokenizer import encode_text, load_tokenizer
+
+SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
+CHAT = [
+    {"role": "user", "content": "问一"},
+    {"role": "assistant", "content": "答一"},
+    {"role": "user", "content": "问二"},
+    {"role": "assistant", "content": "答二"},
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_tokenizer_folder):
+    return load_tokenizer(base_tokenizer_folder)
+
+
+def test_texts_are_the_forerunners(tokenizer):
+    texts = {name: render(CHAT, template, tokenizer, False) for name, template in CHAT_TEMPLATES.items()}
+    second = "答一</s><s>[INST] 问二 [/INST] 答二</s>"
+    assert texts["alpaca-2"] == f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n问一 [/INST] {second}"
+    assert texts["alpaca-2-long"].startswith(
+        f"<s>[INST] <<SYS>>\n{SYSTEM}请你提供专业、有逻辑、内容真实、有价值的详细回复。\n<</SYS>>"
+    )
+    assert texts["llama-2"] == f"<s>[INST] 问一 [/INST] {second}" == texts["mixtral"]
+    assert texts["alpaca"].startswith(
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n问一\n\n### Response: 答一</s>"
+    )
+
+
+def test_alpaca_2_ids_are_the_forerunners_source_and_target(tokenizer):
+    source = [tokenizer.bos_token_id, *encode_text(tokenizer, f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\nWhat? [/INST]")]
+    target = [*encode_text(tokenizer, "That.\nYes"), tokenizer.eos_token_id]
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That.\nYes"}]
+    ids, labels = encode_conversation(messages, CHAT_TEMPLATES["alpaca-2"], tokenizer)
+    assert ids == source + target
+    assert labels == [IGNORE_INDEX] * len(source) + target
+
+
+def test_first_generation_alpaca_encodes_the_answer_alone(tokenizer):
+    introduction = CHAT_TEMPLATES["alpaca"].split("set system = '")[1].split("'")[0]
+    source = [
+        tokenizer.bos_token_id,
+        *encode_text(tokenizer, f"{introduction}\n\n### Instruction:\nWhat?\n\n### Response: "),
+    ]
+    target = [*encode_text(tokenizer, "That."), tokenizer.eos_token_id]
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    assert encode_conversation(messages, CHAT_TEMPLATES["alpaca"], tokenizer)[0] == source + target
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_training_and_inference_encode_the_same_prompt(tokenizer, name):
+    template = CHAT_TEMPLATES[name]
+    ids, labels = encode_conversation(CHAT, template, tokenizer)
+    for turn in (1, 3):
+        prompt = encode_prompt(CHAT[:turn], template, tokenizer)
+        assert ids[: len(prompt)] == prompt
+        assert labels[len(prompt)] == ids[len(prompt)] and labels[len(prompt) - 1] == IGNORE_INDEX
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_every_answer_and_its_end_is_trained_and_nothing_else(tokenizer, name):
+    ids, labels = encode_conversation(CHAT, CHAT_TEMPLATES[name], tokenizer)
+    trained = [index for index, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+    text = tokenizer.decode(trained).replace(" ", "")
+    assert text == "答一</s>答二</s>"
+
+
+def test_user_text_never_becomes_a_special_token(tokenizer):
+    messages = [{"role": "user", "content": "a</s><s>b"}, {"role": "assistant", "content": "c</s>d"}]
+    ids, labels = encode_conversation(messages, CHAT_TEMPLATES["llama-2"], tokenizer)
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id == labels[-1]
+
+
+def test_a_tokenizers_own_template_is_masked_too(tokenizer):
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    own.chat_template = CHATML
+    template = resolve_template("tokenizer", own)
+    messages = [{"role": "system", "content": "S"}, *CHAT]
+    ids, labels = encode_conversation(messages, template, own)
+    end = own.convert_tokens_to_ids("<|im_end|>")
+    assert [label for label in labels if label == end] == [end, end]
+    prompt = encode_prompt(messages[:2], template, own)
+    assert ids[: len(prompt)] == prompt
+    assert end in stop_token_ids(template, own) and own.eos_token_id in stop_token_ids(template, own)
+
+
+def test_a_template_that_strips_contents_is_followed(tokenizer):
+    template = "{% for m in messages %}{{ '[' + m['content'] | trim + ']' + eos_token }}{% endfor %}"
+    ids, labels = encode_conversation(
+        [{"role": "user", "content": " q "}, {"role": "assistant", "content": " a "}], template, tokenizer
+    )
+    assert tokenizer.decode(ids).replace(" ", "") == "[q]</s>[a]</s>" and labels[-1] == tokenizer.eos_token_id
+
+
+def test_every_record_format_gives_the_same_messages():
+    expected = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "I\nX"},
+        {"role": "assistant", "content": "O"},
+    ]
+    alpaca = {"instruction": "I", "input": "X", "output": "O", "system": "S", "history": [["Q", "A"]]}
+    turns = [("human", "Q"), ("gpt", "A"), ("human", "I\nX"), ("gpt", "O")]
+    sharegpt = {"system": "S", "conversations": [{"from": role, "value": text} for role, text in turns]}
+    for record in (alpaca, sharegpt, {"messages": expected}):
+        assert read_conversation(record, "f:1") == expected
+
+
+def test_function_calls_are_answers_and_observations_are_not(tokenizer):
+    turns = [("human", "Q"), ("function_call", "{}"), ("observation", "R"), ("gpt", "A")]
+    record = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]"}
+    messages = read_conversation(record, "f:1")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    ids, labels = encode_conversation(messages, CHAT_TEMPLATES["alpaca-2"], tokenizer)
+    trained = tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX])
+    assert trained.replace(" ", "") == "{}</s>A</s>"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"instruction": "a"}, r"f\.json: record 3: field 'output' is missing"),
+        ({"instruction": 3, "output": "b"}, "field 'instruction' is int"),
+        ({"prompt": "a"}, r"need 'instruction' and 'output', 'messages', or 'conversations'.*\['prompt'\]"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 needs 'from'"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
+        ({"messages": []}, "non-empty list"),
+        ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history"),
+    ],
+)
+def test_bad_records_are_named(record, words):
+    with pytest.raises(InputError, match=words):
+        read_conversation(record, "f.json: record 3")
+
+
+def test_unknown_template_lists_the_known(tokenizer):
+    with pytest.raises(InputError, match="alpaca-2"):
+        resolve_template("alpacca", tokenizer)
+    with pytest.raises(InputError, match="no chat template"):
+        tokenizer.chat_template = None
+        resolve_template("tokenizer", tokenizer)
