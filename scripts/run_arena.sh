@@ -11,11 +11,10 @@ fi
 read -ra MODELS <<<"${MODELS:-}"
 read -ra ANSWERS <<<"${ANSWERS:-}"
 read -ra SERVERS <<<"${SERVERS:-}"
-CMD=("${PYTHON:-python}" "$HERE/arena.py" --output_dir "${OUT:-output/arena}" --port "${PORT:-7860}")
-[[ ${#MODELS[@]} -gt 0 ]] && CMD+=(--models "${MODELS[@]}")
-[[ ${#ANSWERS[@]} -gt 0 ]] && CMD+=(--answers "${ANSWERS[@]}")
-[[ ${#SERVERS[@]} -gt 0 ]] && CMD+=(--servers "${SERVERS[@]}")
-[[ -n ${JUDGE:-} ]] && CMD+=(--judge "$JUDGE")
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+FLAGS=(--output_dir "${OUT:-output/arena}" --port "${PORT:-7860}")
+[[ ${#MODELS[@]} -gt 0 ]] && FLAGS+=(--models "${MODELS[@]}")
+[[ ${#ANSWERS[@]} -gt 0 ]] && FLAGS+=(--answers "${ANSWERS[@]}")
+[[ ${#SERVERS[@]} -gt 0 ]] && FLAGS+=(--servers "${SERVERS[@]}")
+run "$HERE/arena.py" "${FLAGS[@]}" ${JUDGE:+--judge "$JUDGE"} "$@"

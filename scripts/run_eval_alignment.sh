@@ -5,10 +5,8 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -n ${ANSWERS:-} ]] || : "${MODEL:?set MODEL to a merged model or a base, or ANSWERS to a file of answers}"
-CMD=("${PYTHON:-python}" "$HERE/eval_alignment.py" --output_dir "${OUT:-output/alignment}"
-     --questions "${QUESTIONS:-$HERE/../examples/data/alignment/questions.jsonl}")
-if [[ -n ${ANSWERS:-} ]]; then CMD+=(--answers "$ANSWERS"); else CMD+=(--base_model "$MODEL"); fi
-[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+if [[ -n ${ANSWERS:-} ]]; then ANSWERED_BY=(--answers "$ANSWERS"); else ANSWERED_BY=(--base_model "$MODEL"); fi
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/eval_alignment.py" --output_dir "${OUT:-output/alignment}" \
+  --questions "${QUESTIONS:-$HERE/../examples/data/alignment/questions.jsonl}" "${ANSWERED_BY[@]}" ${LORA:+--lora_model "$LORA"} "$@"

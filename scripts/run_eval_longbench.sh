@@ -6,11 +6,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to a merged model or a base}"
-CMD=("${PYTHON:-python}" "$HERE/eval_longbench.py" --base_model "$MODEL" --predict_on "${TASKS:-zh,en,code}"
-     --output_dir "${OUT:-output/longbench}")
-[[ -n ${DATA:-} ]] && CMD+=(--data_dir "$DATA")
-[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
-[[ -n ${MAX_LENGTH:-} ]] && CMD+=(--max_length "$MAX_LENGTH")
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/eval_longbench.py" --base_model "$MODEL" --predict_on "${TASKS:-zh,en,code}" --output_dir "${OUT:-output/longbench}" \
+  ${DATA:+--data_dir "$DATA"} ${LORA:+--lora_model "$LORA"} ${MAX_LENGTH:+--max_length "$MAX_LENGTH"} "$@"

@@ -6,11 +6,8 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -n ${SERVER:-} ]] || : "${MODEL:?set MODEL to a merged model or a base, or SERVER to the address of a server}"
-CMD=("${PYTHON:-python}" "$HERE/eval_multiple_choice.py" --benchmark "${BENCHMARK:-cmmlu}" --num_fewshot "${SHOTS:-5}"
-     --output_dir "${OUT:-output/multiple_choice}")
-if [[ -n ${SERVER:-} ]]; then CMD+=(--server_url "$SERVER"); else CMD+=(--base_model "$MODEL"); fi
-[[ -n ${DATA:-} ]] && CMD+=(--data_dir "$DATA")
-[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+if [[ -n ${SERVER:-} ]]; then ANSWERED_BY=(--server_url "$SERVER"); else ANSWERED_BY=(--base_model "$MODEL"); fi
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/eval_multiple_choice.py" --benchmark "${BENCHMARK:-cmmlu}" --num_fewshot "${SHOTS:-5}" \
+  --output_dir "${OUT:-output/multiple_choice}" "${ANSWERED_BY[@]}" ${DATA:+--data_dir "$DATA"} ${LORA:+--lora_model "$LORA"} "$@"

@@ -7,17 +7,14 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to a merged model, a base or a GGUF file}" "${TEXTS:?set TEXTS to a file or folder of documents}"
-CMD=("${PYTHON:-python}" "$HERE/eval_perplexity.py" --base_model "$MODEL" --texts "$TEXTS"
-     --output_dir "${OUT:-output/perplexity}")
-[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
-[[ -n ${WINDOW:-} ]] && CMD+=(--window "$WINDOW")
-[[ -n ${STRIDE:-} ]] && CMD+=(--stride "$STRIDE")
+FLAGS=(--base_model "$MODEL" --texts "$TEXTS" --output_dir "${OUT:-output/perplexity}"
+  ${LORA:+--lora_model "$LORA"} ${WINDOW:+--window "$WINDOW"} ${STRIDE:+--stride "$STRIDE"})
 # 词与词之间用空格 / words between spaces
 for FLAG in lengths:LENGTHS settings:SETTINGS other_models:OTHERS kbits:KBITS; do
   NAME=${FLAG#*:}
   read -ra WORDS <<<"${!NAME:-}"
-  [[ ${#WORDS[@]} -gt 0 ]] && CMD+=("--${FLAG%%:*}" "${WORDS[@]}")
+  [[ ${#WORDS[@]} -gt 0 ]] && FLAGS+=("--${FLAG%%:*}" "${WORDS[@]}")
 done
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/eval_perplexity.py" "${FLAGS[@]}" "$@"

@@ -6,8 +6,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to the model (folder or hub id)}"
 read -ra TYPE_LIST <<< "${TYPES:-f16}"
-CMD=("${PYTHON:-python}" "$HERE/export_gguf.py" --base_model "$MODEL" --output_dir "${OUT:-output/gguf}")
-[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
-CMD+=(--types "${TYPE_LIST[@]}" "$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/export_gguf.py" --base_model "$MODEL" --output_dir "${OUT:-output/gguf}" ${LORA:+--lora_model "$LORA"} \
+  --types "${TYPE_LIST[@]}" "$@"

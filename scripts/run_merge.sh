@@ -5,7 +5,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to the base model (folder or hub id)}" "${LORA:?set LORA to the adapter folder, or several, comma-separated}"
-CMD=("${PYTHON:-python}" "$HERE/merge_llama2_with_chinese_lora_low_mem.py"
-     --base_model "$MODEL" --lora_model "$LORA" --output_dir "${OUT:-output/merged}" --dtype "${DTYPE:-auto}" "$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/merge_llama2_with_chinese_lora_low_mem.py" \
+  --base_model "$MODEL" --lora_model "$LORA" --output_dir "${OUT:-output/merged}" --dtype "${DTYPE:-auto}" "$@"

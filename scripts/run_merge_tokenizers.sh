@@ -10,7 +10,6 @@ if [[ -n ${SP:-} ]]; then
 else
   SOURCE=(--input "${DATA:?set SP to a sentencepiece model, or DATA to text for a byte-level base}")
 fi
-CMD=("${PYTHON:-python}" "$HERE/merge_tokenizers.py"
-     --base_tokenizer "$BASE" "${SOURCE[@]}" --output_dir "${OUT:-output/merged_tokenizer}" "$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/merge_tokenizers.py" --base_tokenizer "$BASE" "${SOURCE[@]}" --output_dir "${OUT:-output/merged_tokenizer}" "$@"

@@ -5,8 +5,6 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to a merged model, or a base (folder or hub id)}"
-CMD=("${PYTHON:-python}" "$HERE/openai_api_server.py" --base_model "$MODEL" --host "${HOST:-127.0.0.1}" --port "${PORT:-19327}")
-[[ -n ${LORA:-} ]] && CMD+=(--lora_model "$LORA")
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/openai_api_server.py" --base_model "$MODEL" --host "${HOST:-127.0.0.1}" --port "${PORT:-19327}" ${LORA:+--lora_model "$LORA"} "$@"

@@ -5,8 +5,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?set MODEL to the full-precision model (folder or hub id)}"
-CMD=("${PYTHON:-python}" "$HERE/quantize.py" --base_model "$MODEL" --method "${METHOD:-bnb-4bit}" --output_dir "${OUT:-output/quantized}")
-[[ -n ${CALIBRATION:-} ]] && CMD+=(--calibration_data "$CALIBRATION")
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/quantize.py" --base_model "$MODEL" --method "${METHOD:-bnb-4bit}" --output_dir "${OUT:-output/quantized}" \
+  ${CALIBRATION:+--calibration_data "$CALIBRATION"} "$@"

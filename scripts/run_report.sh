@@ -4,13 +4,12 @@
 #   没有 RESULTS 时 / without RESULTS: RUN_DIR=output/demo QUESTIONS=examples/data/sft/heldout.json; DRY_RUN=0
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-CMD=("${PYTHON:-python}" "$HERE/report.py")
 if [[ -n ${RESULTS:-} ]]; then
   read -ra WORDS <<<"$RESULTS"
-  CMD+=(--results "${WORDS[@]}" --output_dir "${OUT:-output/evaluation}")
+  FLAGS=(--results "${WORDS[@]}" --output_dir "${OUT:-output/evaluation}")
 else
-  CMD+=(--run_dir "${RUN_DIR:-output/demo}" --questions "${QUESTIONS:-$HERE/../examples/data/sft/heldout.json}")
+  FLAGS=(--run_dir "${RUN_DIR:-output/demo}" --questions "${QUESTIONS:-$HERE/../examples/data/sft/heldout.json}")
 fi
-CMD+=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/report.py" "${FLAGS[@]}" "$@"

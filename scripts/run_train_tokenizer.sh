@@ -4,7 +4,6 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${DATA:?set DATA to a text file or folder}"
-CMD=("${PYTHON:-python}" "$HERE/train_tokenizer.py"
-     --input "$DATA" --output_dir "${OUT:-output/chinese_sp}" --vocab_size "${VOCAB:-20000}" --seed "${SEED:-42}" "$@")
-[[ ${DRY_RUN:-0} == 1 ]] && { printf '%q ' "${CMD[@]}"; echo; exit 0; }
-exec "${CMD[@]}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/train_tokenizer.py" --input "$DATA" --output_dir "${OUT:-output/chinese_sp}" --vocab_size "${VOCAB:-20000}" --seed "${SEED:-42}" "$@"
