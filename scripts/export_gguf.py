@@ -185,7 +185,8 @@ def choose_self_test(args: ExportArguments, inputs: MergeInputs) -> tuple[str, s
 
     from utils.core.machine import available_bytes
     from utils.gguf.llamacpp import is_installed
-    from utils.gguf.self_test import Reference
+    from utils.gguf.self_test import FLAG
+    from utils.lora.streamed_model import StreamedModel
 
     if args.self_test != "auto":
         level, reason = args.self_test, "asked for"
@@ -193,7 +194,7 @@ def choose_self_test(args: ExportArguments, inputs: MergeInputs) -> tuple[str, s
         level, reason = "none", "llama-cpp-python is not installed: pip install -r requirements-llamacpp.txt"
     else:
         parameters = sum(math.prod(weight.shape) for weight in inputs.model.weights.values())
-        needed, available = Reference(inputs).needed_bytes, available_bytes()
+        needed, available = StreamedModel(inputs, FLAG).needed_bytes, available_bytes()
         level, reason = "full", f"{parameters / 1e9:.2g} billion parameters"
         if parameters > AUTO_SELF_TEST_PARAMETERS:
             level, reason = "tokens", f"{reason} would take long; pass --self_test full for it"

@@ -35,7 +35,7 @@ from utils.core.errors import InputError
 from utils.lora import verify as lora_verify
 from utils.lora.inputs import open_merge
 from utils.lora.merged_model import MergedModel
-from utils.lora.streamed_model import Comparison
+from utils.lora.verify import Comparison
 from utils.weights.reader import open_checkpoint
 
 HALF = {"bf16": "bfloat16", "fp16": "float16"}

@@ -1,7 +1,7 @@
 """Core: errors, files, records, arguments, the command line, the machine and its worker processes.
 
   errors        The one exception for mistakes in what the user gives, and how several are reported together
-  files         atomic output, hashes, and reading txt, json, jsonl and parquet with errors that name file and line
+  files         output that is complete or absent, one run at a time, JSON, and hashes
   records       A JSON file read value by value, with only the part in work in memory, and errors that know line and
                 column
   arguments     the dataclasses scripts share, one parser (command line > YAML/JSON file > default), and old

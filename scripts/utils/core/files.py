@@ -1,4 +1,4 @@
-"""Files: atomic output, hashes, and reading txt, json, jsonl and parquet with errors that name file and line."""
+"""Files: output that is complete or absent, one run at a time, JSON, and hashes."""
 
 from __future__ import annotations
 
@@ -156,6 +156,16 @@ def refuse_existing_output(path: str | Path, overwrite: bool = False) -> None:
         raise InputError(f"output folder {name} is not empty; pass another --output_dir, or --overwrite to replace it")
 
 
+@contextlib.contextmanager
+def named_write_errors(path: str | Path) -> Iterator[None]:
+    """Let an OSError of the block name `path`: a write that fails, unlike an open, does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, atomically."""
     with atomic_file(path) as file:
@@ -188,9 +198,3 @@ def hash_file(path: str | Path) -> str:
 def hash_json(value: Any) -> str:
     """SHA-256 of a value's canonical JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- input
-
-
-# ---------------------------------------------------------------- memory

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import atomic_folder, hash_file, read_json, remove, write_json
+from ..core.files import atomic_folder, hash_file, named_write_errors, read_json, remove, write_json
 from ..core.machine import available_cores
 from ..core.records import BadText
 
@@ -153,12 +153,8 @@ def open_or_build(kind: type[File], folder: Path, build: Callable[[Path], None])
         if found := _open(kind, folder):
             return found
         _remove_abandoned(folder.parent)
-        try:
-            with atomic_folder(folder, overwrite=True) as partial:
-                build(partial)
-        except OSError as error:
-            error.filename = error.filename or str(folder)  # so that "no space left" can say where
-            raise
+        with named_write_errors(folder), atomic_folder(folder, overwrite=True) as partial:
+            build(partial)
     return kind(folder)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..lora.merged_model import MergedModel
-from ..weights.names import HEAD
+from ..weights.names import EXPERT, FUSED_EXPERTS, HEAD
 from ..weights.reader import TensorSpec, row_shape
 from ..weights.streams import FileWriter
 from .metadata import ARCHITECTURES, describe_model
@@ -45,9 +45,6 @@ NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XX
 FULL_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")  # too coarse for the output layer
 
-# Experts as Mixtral's files have them (one by one), and as transformers 5 holds them (all in one).
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w1|w2|w3)\.weight")
-_FUSED = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(gate_up_proj|down_proj)")
 _EXPERT_NAMES = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 
 
@@ -166,9 +163,9 @@ def _rotated_heads(source: str, config: PreTrainedConfig) -> int | None:
 
 def _expert_tensors(source: str, shape: tuple[int, ...]) -> list[GgufTensor]:
     """The stacked tensors (experts, rows, columns) that a tensor of Mixtral's experts belongs to."""
-    if match := _EXPERT.fullmatch(source):
+    if match := EXPERT.fullmatch(source):
         return [GgufTensor(f"blk.{match[1]}.{_EXPERT_NAMES[match[3]]}.weight", (1, *shape), (source,))]
-    match = _FUSED.fullmatch(source)
+    match = FUSED_EXPERTS.fullmatch(source)
     if match is None:
         return []
     if match[2] == "down_proj":

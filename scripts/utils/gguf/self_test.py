@@ -8,26 +8,25 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..lora.inputs import MergeInputs
+from ..lora.streamed_model import StreamedModel
 from ..text.pieces import SAMPLE
 from ..text.tokenizer import SentencePieceTokenizer, encode_raw, encode_texts
-from ..weights.names import EMBEDDING, HEAD
-from ..weights.reader import TensorSpec, row_shape
 from .llamacpp import compute_logits, continue_greedily, open_model, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FLAG = "--self_test full"
 CONTEXT = 256  # tokens of a text that are compared
 GREEDY_PROMPTS, PROMPT_TOKENS, GREEDY_TOKENS = 20, 16, 64
 
@@ -109,77 +108,6 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [*TOKEN_TEXTS, *specials, *(f"你好{token}world" for token in specials)]
 
 
-# ---------------------------------------------------------------- transformers' side
-
-
-class Reference:
-    """transformers' own model in float32 with the merged weights, which it reads a layer at a time."""
-
-    def __init__(self, inputs: MergeInputs):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.merged = inputs.model
-        config = AutoConfig.for_model(**inputs.config)
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa"
-            ).eval()
-        self.inner = self.model.model
-        self.inner.rotary_emb = type(self.inner.rotary_emb)(config)  # its frequencies are computed, not loaded
-        self.parts = {"model.embed_tokens": self.inner.embed_tokens, "model.norm": self.inner.norm}
-        self.parts |= {f"model.layers.{number}": layer for number, layer in enumerate(self.inner.layers)}
-        for path, part in self.parts.items():
-            part.register_forward_pre_hook(lambda part, _, path=path: self._load(path, part))
-            part.register_forward_hook(_drop_weights)
-
-    @property
-    def needed_bytes(self) -> int:
-        """About the most memory that is held at a time."""
-        sizes = [sum(value.numel() for value in part.parameters()) for part in self.parts.values()]
-        return 5 * max(sizes) + (1 << 30)
-
-    @torch.no_grad()
-    def run(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Logits after every token of every row of token ids: (tokens, vocabulary) float32 each."""
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)  # what follows a row's end does not reach back to it
-        hidden = self.inner(input_ids=ids, use_cache=False).last_hidden_state
-        weight = self._read(EMBEDDING if self.merged.tied else HEAD)
-        for number, row in enumerate(rows):
-            yield (hidden[number, : len(row)] @ weight.T).numpy()
-
-    def _load(self, path: str, part: nn.Module) -> None:
-        state = {name: self._find(f"{path}.{name}", value.shape) for name, value in part.named_parameters()}
-        part.load_state_dict(state, assign=True)
-
-    def _find(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A parameter in float32. Mixtral's files may call it otherwise, and hold the experts one by one."""
-        other = name.replace(".mlp.", ".block_sparse_moe.")
-        for stored in (name, other):
-            if stored in self.merged.weights:
-                return self._read(stored)
-        block, _, kind = other.partition(".experts.")
-        parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[kind]
-        value = torch.empty(*shape)
-        for expert in range(shape[0]):
-            weights = [self._read(f"{block}.experts.{expert}.{part}.weight") for part in parts]
-            torch.cat(weights, out=value[expert])
-        return value
-
-    def _read(self, name: str) -> Tensor:
-        shape = self.merged.weights[name].shape
-        value, row = torch.empty(row_shape(shape)) if len(shape) > 1 else torch.empty(shape), 0
-        for block in self.merged.blocks(TensorSpec(name, torch.float32, shape)):
-            value[row : row + len(block)] = block
-            row += len(block)
-        return value.view(shape)
-
-
-def _drop_weights(part: nn.Module, *_: Any) -> None:
-    part.to("meta")
-
-
 # ---------------------------------------------------------------- the comparison
 
 
@@ -218,7 +146,7 @@ def run_self_test(
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise InputError("the self-test has no text; pass other --self_test_data")
-    reference = Reference(inputs)
+    reference = StreamedModel(inputs, FLAG)
     expected = _score(rows, reference.run(rows))
     figures: dict[str, dict[str, Any]] = {}
     rules = {file_type: choose_rule(file_type, "num_local_experts" in inputs.config) for file_type in files}

@@ -8,8 +8,9 @@
   inputs          a base, its adapters and its tokenizer found, checked against each other, and opened as one model
   writer          which files a merged model becomes, writing them from the stream, and what went into them
   manifest        SHA-256 of every file that went in and came out, and the check of a folder by it
-  streamed_model  base + adapters and a merged folder, run through the library's own model at once
+  streamed_model  transformers' own model in float32, whose weights are read from files as it needs them
   verify          a merged folder against its base with the adapters beside it, as training ran them
 
-Others import: config, updates, base_record, merged_model, inputs, writer, manifest, verify.
+Others import: config, updates, base_record, merged_model, inputs, writer, manifest,
+  streamed_model, verify.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..weights.names import ADAPTER_CONFIG, EMBEDDING, HEAD
+from ..weights.names import ADAPTER_CONFIG, EMBEDDING, EXPERT, FUSED_PARTS, HEAD, Experts, find_spelling
 from .config import AdapterConfig, LowRankFactors
 
 
@@ -101,7 +101,6 @@ _TENSOR_ROLES = (
     (re.compile(r"\.bias$"), "bias"),
     (re.compile(r"\.weight$"), "weight"),
 )
-_MOE = ".block_sparse_moe."
 # PEFT saves resized embeddings up to three times; the first of these that is there decides.
 _WHOLE_ROLES = ("weight", "modules_to_save", "base_layer.weight")
 
@@ -119,40 +118,6 @@ def _group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], l
         else:
             modules[module][role] = name
     return modules, strange
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The experts of one Mixtral layer: matrices of their own (experts.N.w1), or two stacks as transformers 5 has
-    them in memory, gate_up_proj (experts, 2 * inner, hidden) and down_proj (experts, hidden, inner)."""
-
-    prefix: str
-    count: int
-    inner: int
-    hidden: int
-    fused: bool
-
-    @classmethod
-    def of(cls, block: str, weights: Mapping[str, tuple[int, ...]]) -> Experts | None:
-        """The experts of `block`, such as model.layers.0.mlp; None if it has none."""
-        fused = f"{block}.experts."
-        if len(stack := weights.get(f"{fused}gate_up_proj", ())) == 3:
-            return cls(fused, stack[0], stack[1] // 2, stack[2], True)
-        single = f"{block.removesuffix('.mlp')}{_MOE}experts."
-        count = sum(name.startswith(single) and name.endswith(".w1.weight") for name in weights)
-        if not count:
-            return None
-        inner, hidden = weights[f"{single}0.w1.weight"]
-        return cls(single, count, inner, hidden, False)
-
-    def find(self, index: int, part: str) -> tuple[str, tuple[int, int] | None]:
-        """The weight that holds an expert's w1, w2 or w3, and the rows of it, None for all."""
-        if not self.fused:
-            return f"{self.prefix}{index}.{part}.weight", None
-        if part == "w2":
-            return f"{self.prefix}down_proj", (index * self.hidden, (index + 1) * self.hidden)
-        first = (2 * index + (part == "w3")) * self.inner
-        return f"{self.prefix}gate_up_proj", (first, first + self.inner)
 
 
 class _Planner:
@@ -175,11 +140,7 @@ class _Planner:
         return dict(self.updates)
 
     def _weight(self, module: str, parameter: str = "weight") -> str | None:
-        # In memory transformers 5 calls Mixtral's block `mlp`; most checkpoints keep `block_sparse_moe`.
-        for name in (module, module.replace(".mlp.", _MOE), module.replace(_MOE, ".mlp.")):
-            if f"{name}.{parameter}" in self.weights:
-                return f"{name}.{parameter}"
-        return None
+        return find_spelling(f"{module}.{parameter}", self.weights)
 
     def _shape(self, weight: str) -> tuple[int, ...]:
         """The shape once this adapter's own Replace, if there is one, has happened."""
@@ -266,20 +227,21 @@ class _Planner:
 
         `experts` and `experts.base_layer` say only how the wrappers are nested; the shapes tell gate_up from down.
         """
-        layer, found, nested = module.replace(_MOE, ".mlp.").partition(".experts")
-        experts = Experts.of(layer, self.weights)
+        _, found, nested = module.partition(".experts")
+        experts = Experts.of(module, self.weights)
         if not found or nested not in ("", ".base_layer") or experts is None:
             return False
         count, hidden, inner = experts.count, experts.hidden, experts.inner
         (size_A, in_A), out_B = self.tensors[name_A], self.tensors[name_B][0]
-        pieces = {(hidden, 2 * inner): ("gate_up_proj", ("w1", "w3")), (inner, hidden): ("down_proj", ("w2",))}
-        if (in_A, out_B) not in pieces or size_A % count or size_A != self.tensors[name_B][1]:
+        parameters = {(hidden, 2 * inner): "gate_up_proj", (inner, hidden): "down_proj"}
+        if (in_A, out_B) not in parameters or size_A % count or size_A != self.tensors[name_B][1]:
             self.problems.append(
                 f"{name_A} {list(self.tensors[name_A])} and {name_B} {list(self.tensors[name_B])} do not fit "
                 f"{count} experts of {inner} x {hidden}"
             )
             return True
-        parameter, parts = pieces[in_A, out_B]
+        parameter = parameters[in_A, out_B]
+        parts = FUSED_PARTS[parameter]
         key = f"{module.removesuffix('.base_layer')}.{parameter}"
         self._check_rank(name_A, key, size_A // count)
         rows = out_B // len(parts)
@@ -293,8 +255,8 @@ class _Planner:
 
     def _one_expert(self, module: str, name_A: str, name_B: str) -> bool:
         """Chinese-Mixtral's adapters name experts one by one (experts.3.w1); here onto a base that has them fused."""
-        match = re.fullmatch(r"(.*\.(?:mlp|block_sparse_moe))\.experts\.(\d+)\.(w[123])", module)
-        experts = Experts.of(match[1].replace(_MOE[:-1], ".mlp"), self.weights) if match else None
+        match = EXPERT.fullmatch(f"{module}.weight")
+        experts = Experts.of(module, self.weights)
         if match is None or experts is None or int(match[2]) >= experts.count:
             return False
         weight, place = experts.find(int(match[2]), match[3])

@@ -15,6 +15,7 @@ from ..core.errors import InputError
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..text.tokenizer import embedding_rows
 from ..weights.config import load_config
+from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import check_readable, open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
@@ -134,7 +135,7 @@ def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
     load_adapter_config(adapter)
     rows = full_shape(model.get_input_embeddings().weight)[0]
     for name, shape in open_checkpoint(adapter).shapes.items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] != rows:
+        if name.endswith((EMBEDDING, HEAD)) and shape[0] != rows:
             raise InputError(
                 f"adapter {adapter}: {name} has {shape[0]} rows, the model {rows}: they belong to different "
                 "vocabularies; "

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..core.files import named_write_errors
+
 T = TypeVar("T")
 
 WINDOW = 64 << 20  # bytes read between two cleanings of the page cache
@@ -21,9 +23,9 @@ PAGE = mmap.PAGESIZE
 GAP_BYTES = 8 << 20
 
 
-def prefetch(items: Iterable[T], depth: int = QUEUE_LENGTH) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """The same items, computed ahead in a thread. What goes wrong there is raised here."""
-    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(QUEUE_LENGTH)
     stopped = threading.Event()
 
     def put(entry: tuple[bool, Any]) -> None:
@@ -118,12 +120,13 @@ class FileWriter:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise OSError(self._error.errno, self._error.strerror, str(self.path))
+            raise self._error
 
     def _work(self) -> None:
         views = iter(self._queue.get, None)
         try:
-            self._write_all(views)
+            with named_write_errors(self.path):
+                self._write_all(views)
         except OSError as error:
             self._error = error
             for _ in views:  # let the producer go on until it looks

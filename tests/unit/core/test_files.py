@@ -1,7 +1,9 @@
 """utils.core.files and utils.core.records: reading against plain oracles, errors with file:line, atomic output."""
 
+import errno
 import itertools
 import json
+import os
 import random
 import re
 
@@ -251,6 +253,15 @@ def test_atomic_file_keeps_the_old_content_on_failure(tmp_path):
         raise OSError("full")
     assert files.read_json(path) == {"键": 1}
     assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_failed_writes_name_their_file(tmp_path):
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))) as failed, files.named_write_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert failed.value.errno == errno.ENOSPC
+    with pytest.raises(FileNotFoundError) as failed, files.named_write_errors(tmp_path):
+        os.open(tmp_path / "absent", os.O_RDONLY)
+    assert failed.value.filename == str(tmp_path / "absent")  # what is known better stays
 
 
 def test_read_json_names_the_line(tmp_path):

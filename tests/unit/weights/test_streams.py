@@ -21,7 +21,7 @@ def test_prefetch_keeps_order_and_runs_ahead():
             done.append(number)
             yield number
 
-    ahead = prefetch(items(), depth=4)
+    ahead = prefetch(items())
     assert next(ahead) == 0
     assert list(ahead) == list(range(1, 100))
     assert done == list(range(100))
@@ -37,7 +37,7 @@ def test_prefetch_hands_over_errors_and_ends_its_thread():
     assert next(ahead) == 1
     with pytest.raises(OSError, match="gone"):
         next(ahead)
-    endless = prefetch(iter(int, 1), depth=2)
+    endless = prefetch(iter(int, 1))
     assert next(endless) == 0
     endless.close()  # the consumer stops early
     assert threading.active_count() == before
