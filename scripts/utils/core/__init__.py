@@ -2,6 +2,7 @@
 
   errors        The one exception for mistakes in what the user gives, and how several are reported together
   files         atomic output, hashes, and reading txt, json, jsonl and parquet with errors that name file and line
+  figures       pictures in png files, in fonts that have Chinese, without pyplot
   records       A JSON file read value by value, with only the part in work in memory, and errors that know line and
                 column
   arguments     the dataclasses scripts share, one parser (command line > YAML/JSON file > default), and old
@@ -11,5 +12,5 @@
   machine       cores and memory this process may use, what it used, and whether Ctrl-C reaches it
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
 
-Others import: errors, files, records, arguments, command_line, machine, workers.
+Others import: errors, files, figures, records, arguments, command_line, machine, workers.
 """
