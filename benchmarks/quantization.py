@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from utils.core.arguments import arg, list_arg  # noqa: E402
 from utils.core.command_line import run  # noqa: E402
 from utils.core.errors import InputError  # noqa: E402
-from utils.core.files import atomic_file, write_json  # noqa: E402
+from utils.core.files import write_json  # noqa: E402
 
 logger = logging.getLogger("quantization")
 
@@ -190,25 +190,19 @@ def figures(row: dict[str, Any]) -> list[str]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Perplexity against size, a labelled dot a format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    from utils.core.figures import saved_figure
     from utils.report.run import plot_points
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for title, points in plot_points(result).items():
-        sizes, perplexities = zip(*points.values(), strict=True)
-        axes.scatter(sizes, perplexities, label=title)
-        for rank, (name, place) in enumerate(sorted(points.items(), key=lambda item: item[1])):
-            above = (6, -12, 16)[rank % 3]  # neighbours lie close together
-            axes.annotate(name, place, xytext=(5, above), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="size, MB", ylabel="perplexity", title=Path(result["model"]).name)
-    axes.legend()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
+    with saved_figure(path, 7, 4.5, dpi=150, layout="constrained") as figure:
+        axes = figure.subplots()
+        for title, points in plot_points(result).items():
+            sizes, perplexities = zip(*points.values(), strict=True)
+            axes.scatter(sizes, perplexities, label=title)
+            for rank, (name, place) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+                above = (6, -12, 16)[rank % 3]  # neighbours lie close together
+                axes.annotate(name, place, xytext=(5, above), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="size, MB", ylabel="perplexity", title=Path(result["model"]).name)
+        axes.legend()
 
 
 if __name__ == "__main__":

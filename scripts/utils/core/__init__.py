@@ -10,6 +10,7 @@
   old_flags     the spellings of the forerunners and of older libraries, and what they mean today
   machine       cores and memory this process may use, what it used, and whether Ctrl-C reaches it
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
+  figures       pictures in png files, in fonts that have Chinese, without pyplot
 
-Others import: errors, files, records, arguments, command_line, machine, workers.
+Others import: errors, files, records, arguments, command_line, machine, workers, figures.
 """

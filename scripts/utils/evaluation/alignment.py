@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import InputError
-from ..core.files import atomic_file, read_json
+from ..core.figures import BLUE, ORANGE, draw_bars, saved_figure
+from ..core.files import read_json
 from ..core.records import iter_records, list_data_files
 from .intervals import Z95, wilson_interval
 
@@ -285,25 +286,11 @@ def read_earlier(path: str, questions: Sequence[Question]) -> dict[str, bool]:
 
 def plot_alignment(summary: Mapping[str, Any], path: Path, title: str) -> None:
     """Draw the share of aligned answers by category, with its interval, into a png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     groups = {"all": summary, **summary["by_category"]}
-    shares = [100 * group["aligned"] for group in groups.values()]
-    bounds = [[100 * bound for bound in group["interval"]] for group in groups.values()]
-    errors = [
-        [max(share - low, 0) for share, (low, _) in zip(shares, bounds, strict=True)],
-        [max(high - share, 0) for share, (_, high) in zip(shares, bounds, strict=True)],
-    ]
-    figure, axes = pyplot.subplots(figsize=(7, 0.36 * len(groups) + 1.4))
-    colors = ["#d9822b"] + ["#2a6f97"] * (len(groups) - 1)
-    axes.barh(list(groups), shares, xerr=errors, color=colors, ecolor="#52606d", capsize=2)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="aligned answers (%), 95 % interval", title=title)
-    axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 7, 0.36 * len(groups) + 1.4) as figure:
+        axes = figure.subplots()
+        shares = [100 * group["aligned"] for group in groups.values()]
+        bounds = [[100 * bound for bound in group["interval"]] for group in groups.values()]
+        colors = [ORANGE] + [BLUE] * (len(groups) - 1)
+        draw_bars(axes, list(groups), shares, bounds, colors, "aligned answers")
+        axes.set_title(title)

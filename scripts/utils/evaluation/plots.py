@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.files import atomic_file
+from ..core.figures import BLUE, INK, interval_errors, saved_figure
 
 Row = Mapping[str, Any]
 
@@ -49,32 +49,25 @@ def plot_by_length(rows: Sequence[Row], path: Path, windows: Sequence[int] = ())
         rows: those of perplexity_by_length, with `text` and `label`.
         windows: trained windows in tokens, drawn as upright lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import LogFormatter, NullLocator
 
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    figure, grid = pyplot.subplots(1, len(texts), figsize=(1 + 5.5 * len(texts), 4), squeeze=False)
-    for axes, text in zip(grid[0], texts, strict=True):
-        for label in dict.fromkeys(row["label"] for row in rows):
-            points = [row for row in rows if (row["text"], row["label"]) == (text, label)]
-            axes.plot([p["length"] for p in points], [p["perplexity"] for p in points], marker="o", label=label)
-        for window in sorted(set(windows)):
-            axes.axvline(window, color="#52606d", linestyle=":", linewidth=1)
-        axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=text)
-        ticks = sorted({row["length"] for row in rows})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 1 + 5.5 * len(texts), 4) as figure:
+        grid = figure.subplots(1, len(texts), squeeze=False)
+        for axes, text in zip(grid[0], texts, strict=True):
+            for label in dict.fromkeys(row["label"] for row in rows):
+                points = [row for row in rows if (row["text"], row["label"]) == (text, label)]
+                axes.plot([p["length"] for p in points], [p["perplexity"] for p in points], marker="o", label=label)
+            for window in sorted(set(windows)):
+                axes.axvline(window, color=INK, linestyle=":", linewidth=1)
+            axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=text)
+            ticks = sorted({row["length"] for row in rows})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
 
 
 def plot_documents(rows: Sequence[Row], path: Path) -> None:
@@ -83,27 +76,18 @@ def plot_documents(rows: Sequence[Row], path: Path) -> None:
     Args:
         rows: those of document_figures, with `text` and `label`; each point has its perplexity beside it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     texts = list(dict.fromkeys(row["text"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    size = (2 + 5 * len(texts), 1.4 + 0.4 * len(labels))
-    figure, grid = pyplot.subplots(1, len(texts), figsize=size, squeeze=False, sharey=True)
-    for axes, text in zip(grid[0], texts, strict=True):
-        for row in (row for row in rows if row["text"] == text):
-            value, place = row["bits_per_byte"], labels.index(row["label"])
-            low, high = row["bits_per_byte_interval"] or (value, value)
-            errors = [[value - low], [high - value]]
-            axes.errorbar([value], [place], xerr=errors, fmt="o", color="#2a6f97", ecolor="#52606d", capsize=3)
-            note = f"{row['perplexity']:.4g}"
-            axes.annotate(note, (value, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axes.set(xlabel="bits a byte, 95 % interval; above: perplexity", title=text, ylim=(len(labels) - 0.5, -0.7))
-        axes.set_yticks(range(len(labels)), labels)
-        axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 2 + 5 * len(texts), 1.4 + 0.4 * len(labels)) as figure:
+        grid = figure.subplots(1, len(texts), squeeze=False, sharey=True)
+        for axes, text in zip(grid[0], texts, strict=True):
+            for row in (row for row in rows if row["text"] == text):
+                value, place = row["bits_per_byte"], labels.index(row["label"])
+                errors = interval_errors([value], [row["bits_per_byte_interval"] or (value, value)])
+                axes.errorbar([value], [place], xerr=errors, fmt="o", color=BLUE, ecolor=INK, capsize=3)
+                note = f"{row['perplexity']:.4g}"
+                axes.annotate(note, (value, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.set(xlabel="bits a byte, 95 % interval; above: perplexity", title=text)
+            axes.set_ylim(len(labels) - 0.5, -0.7)
+            axes.set_yticks(range(len(labels)), labels)
+            axes.grid(axis="x", alpha=0.3)

@@ -12,6 +12,7 @@ from ..core.command_line import RUN_CONFIG
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.records import iter_records
+from ..training.plots import Curves, log_curves
 from .pages import Text
 from .results import Entry, need, read_results
 from .stage_runner import wall_seconds
@@ -375,20 +376,17 @@ def exact_change(summary: Mapping[str, Any], side: str) -> float:
     return float(summary["exact_match"][side] - summary["exact_match"]["sft"])
 
 
-def curves_of(history: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
+def curves_of(history: Sequence[Mapping[str, Any]], key: str) -> Curves:
     """A figure of the log over optimizer steps, in training and of every held-out set.
 
     The last evaluation repeats a step where the best checkpoint was loaded after it: the first value of a step counts.
     """
-    curves: dict[str, dict[float, float]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            if name == key:
-                curves.setdefault("training", {}).setdefault(entry["step"], value)
-            elif match := re.fullmatch(f"eval_(.+)_{key}", name):
-                line = "held-out" if match[1] == "heldout" else f"{match[1]} held-out"
-                curves.setdefault(line, {}).setdefault(entry["step"], value)
-    return {line: list(points.items()) for line, points in curves.items()}
+    curves = {}
+    for name, points in log_curves(history, key).items():
+        if name != "eval":  # the mean over held-out sets
+            line = {"training": "training", "eval_heldout": "held-out"}.get(name)
+            curves[line or f"{name.removeprefix('eval_')} held-out"] = sorted(dict(reversed(points)).items())
+    return curves
 
 
 # ---------------------------------------------------------------- titles, and questions to show

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from ..core.files import atomic_file
+from ..core.figures import saved_figure
 from ..data.batches import Example, PairCollator, PairSet
 from ..training.arguments import RunArguments
+from ..training.plots import log_curves
 from ..training.runs import named_disk_errors
 from . import objectives
 from .pair_trainer import PairTrainer
@@ -245,30 +246,18 @@ def plot_preferences(history: list[dict[str, Any]], path: Path) -> None:
         "reward margin": ("reward_margin",),
         "accuracy": ("accuracy",),
     }
-    rows = [entry for entry in history if "reward_margin" in entry]
-    if len(rows) < 2:
+    if len(log_curves(history, "reward_margin").get("training", [])) < 2:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4))
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
-        for name in names:
-            (line,) = axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, linewidth=1.2)
-            points = [
-                (entry["step"], value)
-                for entry in history
-                for key, value in entry.items()
-                if key.startswith("eval_") and key.endswith(f"_{name}")
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o", color=line.get_color(), markersize=5, label=f"eval {name}")
-        axis.set(xlabel="optimizer step", title=title)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 13, 4) as figure:
+        for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for name in names:
+                curves = log_curves(history, name)
+                steps, values = zip(*curves.pop("training"), strict=True)
+                (line,) = axis.plot(steps, values, label=name, linewidth=1.2)
+                points = [point for evaluated in curves.values() for point in evaluated]
+                if points:
+                    dots = {"color": line.get_color(), "markersize": 5, "label": f"eval {name}"}
+                    axis.plot(*zip(*points, strict=True), "o", **dots)
+            axis.set(xlabel="optimizer step", title=title)
+            axis.grid(alpha=0.3)
+            axis.legend()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
-from ..core.files import atomic_file, write_json
+from ..core.figures import saved_figure
+from ..core.files import write_json
 from ..data.batches import PairSet, model_inputs
 from ..training.arguments import RunArguments, check_validation
 from ..training.plots import plot_curves
@@ -219,27 +220,19 @@ def calibrate(difference: np.ndarray) -> tuple[list[dict[str, float]], float]:
 
 def plot_report(reports: dict[str, dict[str, Any]], path: Path) -> None:
     """Calibration curve, histogram of scores and accuracy by source, a row for each validation set, as a png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(len(reports), 3, figsize=(13, 3.6 * len(reports)), squeeze=False)
-    for (name, report), (curve, bars, sources) in zip(reports.items(), grid, strict=True):
-        curve.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
-        points = report["calibration"]
-        curve.plot([row["predicted"] for row in points], [row["observed"] for row in points], marker="o")
-        title = f"{name}: accuracy {report['accuracy']:.1%}, calibration error {report['calibration_error']:.3f}"
-        curve.set(xlabel="predicted probability", ylabel="observed share", title=title)
-        edges = report["histogram"]["edges"]
-        for side in ("chosen", "rejected"):
-            bars.stairs(report["histogram"][side], edges, fill=True, alpha=0.5, label=side)
-        bars.set(xlabel="score", ylabel="answers", title=f"mean margin {report['margin']:.3g}")
-        bars.legend()
-        by_source = report["accuracy_by_source"]
-        sources.barh(list(by_source), [row["accuracy"] for row in by_source.values()])
-        sources.set(xlabel="accuracy", xlim=(0, 1), title="by source")
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 13, 3.6 * len(reports), dpi=110) as figure:
+        grid = figure.subplots(len(reports), 3, squeeze=False)
+        for (name, report), (curve, bars, sources) in zip(reports.items(), grid, strict=True):
+            curve.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
+            points = report["calibration"]
+            curve.plot([row["predicted"] for row in points], [row["observed"] for row in points], marker="o")
+            title = f"{name}: accuracy {report['accuracy']:.1%}, calibration error {report['calibration_error']:.3f}"
+            curve.set(xlabel="predicted probability", ylabel="observed share", title=title)
+            edges = report["histogram"]["edges"]
+            for side in ("chosen", "rejected"):
+                bars.stairs(report["histogram"][side], edges, fill=True, alpha=0.5, label=side)
+            bars.set(xlabel="score", ylabel="answers", title=f"mean margin {report['margin']:.3g}")
+            bars.legend()
+            by_source = report["accuracy_by_source"]
+            sources.barh(list(by_source), [row["accuracy"] for row in by_source.values()])
+            sources.set(xlabel="accuracy", xlim=(0, 1), title="by source")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..core.figures import BLUE, saved_figure
 from ..core.files import atomic_file, write_json
 from .tokenizer import encode_texts, token_surfaces
 
@@ -199,22 +200,19 @@ def _cost_lines(cost: Mapping[str, Any] | None) -> list[str]:
 
 
 def _draw(languages: Mapping[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     # Names are the user's and may need glyphs the font lacks: only ASCII is drawn.
     names = [name if name.isascii() else f"text {rank}" for rank, name in enumerate(languages, 1)]
-    figure = Figure(figsize=(7, 1.6 + 0.7 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    places = np.arange(len(names))
-    for shift, side, color in ((-0.2, "before", "#9aa5b1"), (0.2, "after", "#2a6f97")):
-        values = [language[side]["characters_per_token"] for language in languages.values()]
-        bars = axes.barh(places + shift, values, height=0.38, label=side, color=color)
-        axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.set_yticks(places, names)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("characters per token")
-    axes.set_title("Held-out text", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, frameon=False)
-    figure.savefig(path, dpi=144)
+    with saved_figure(path, 7, 1.6 + 0.7 * len(names), dpi=144, layout="constrained") as figure:
+        axes = figure.subplots()
+        places = np.arange(len(names))
+        for shift, side, color in ((-0.2, "before", "#9aa5b1"), (0.2, "after", BLUE)):
+            values = [language[side]["characters_per_token"] for language in languages.values()]
+            bars = axes.barh(places + shift, values, height=0.38, label=side, color=color)
+            axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("characters per token")
+        axes.set_title("Held-out text", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, frameon=False)

@@ -1,42 +1,47 @@
-"""Curves of a run."""
+"""Curves of a run, from the lines of its log."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.files import atomic_file
+from ..core.figures import saved_figure
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def log_curves(history: Iterable[Mapping[str, Any]], key: str) -> Curves:
+    """A figure of the log over optimizer steps, as "training", "eval_<set>" and "eval", the mean over the sets."""
+    found: Curves = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name == key or (name.startswith("eval_") and name.endswith(f"_{key}")):
+                line = "training" if name == key else name.removesuffix(f"_{key}")
+                found.setdefault(line, []).append((entry["step"], value))
+    return found
+
+
+def has_line(curves: Curves) -> bool:
+    """Whether there is more to draw than single points."""
+    return any(len(points) > 1 for points in curves.values())
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path, title: str, unit: str = "nats a token") -> None:
     """Draw training and evaluation losses over optimizer steps into a png; nothing is drawn without two points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            if name == "loss" or (name.startswith("eval_") and name.endswith("_loss")) or name == "eval_loss":
-                curves.setdefault("train" if name == "loss" else name.removesuffix("_loss"), []).append(
-                    (entry["step"], value)
-                )
-    if not any(len(points) > 1 for points in curves.values()):
+    curves = log_curves(history, "loss")
+    if not has_line(curves):
         return
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, points in curves.items():
-        steps, losses = zip(*points, strict=True)
-        axes.plot(
-            steps, losses, label=name, linewidth=1.2 if name == "train" else 1.8, marker="" if name == "train" else "o"
-        )
-    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 7, 4) as figure:
+        axes = figure.subplots()
+        for name, points in curves.items():
+            steps, losses = zip(*points, strict=True)
+            train = name == "training"
+            label, width, marker = ("train", 1.2, "") if train else (name, 1.8, "o")
+            axes.plot(steps, losses, label=label, linewidth=width, marker=marker)
+        axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str, curves: dict[str, str]) -> None:
@@ -44,39 +49,22 @@ def plot_curves(history: list[dict[str, Any]], path: Path, title: str, curves: d
 
     Args: curves: a key of the log lines, and the label of its axis. "eval_<set>_<key>" is drawn with it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def lines(key: str) -> dict[str, list[tuple[int, float]]]:
-        found: dict[str, list[tuple[int, float]]] = {}
-        for entry in history:
-            for name, value in entry.items():
-                if name == key or (name.startswith("eval_") and name.endswith(f"_{key}") and name != f"eval_{key}"):
-                    label = "training" if name == key else name.removeprefix("eval_").removesuffix(f"_{key}")
-                    found.setdefault(label, []).append((entry["step"], value))
-        return found
-
-    found_lines = {key: lines(key) for key in curves}
-    drawn = [key for key, found in found_lines.items() if any(len(points) > 1 for points in found.values())]
+    # Means over held-out sets are left out: they would be drawn over the line of a single set.
+    found = {key: {n: p for n, p in log_curves(history, key).items() if n != "eval"} for key in curves}
+    drawn = [key for key, lines in found.items() if has_line(lines)]
     if not drawn:
         return
     rows = -(-len(drawn) // 2)
-    figure, grid = pyplot.subplots(rows, 2, figsize=(10, 2.6 * rows), squeeze=False)
-    axes: Any
-    for axes in grid.flat[len(drawn) :]:
-        axes.set_visible(False)
-    for axes, key in zip(grid.flat, drawn, strict=False):
-        for label, points in found_lines[key].items():
-            axes.plot(
-                *zip(*points, strict=True), label=label, marker="" if label == "training" else "o", linewidth=1.4
-            )
-        axes.set(xlabel="step", title=curves[key])
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 10, 2.6 * rows, dpi=110) as figure:
+        grid = figure.subplots(rows, 2, squeeze=False)
+        axes: Any
+        for axes in grid.flat[len(drawn) :]:
+            axes.set_visible(False)
+        for axes, key in zip(grid.flat, drawn, strict=False):
+            for name, points in found[key].items():
+                marker = "" if name == "training" else "o"
+                axes.plot(*zip(*points, strict=True), label=name.removeprefix("eval_"), marker=marker, linewidth=1.4)
+            axes.set(xlabel="step", title=curves[key])
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(title)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
-from ...core.files import atomic_file
+from ...core.figures import INK, ORANGE, interval_errors, saved_figure
 from ..intervals import wilson_interval
 
 Verdict = Literal["left", "right", "tie", "both_bad"]
@@ -27,8 +27,6 @@ SCALE, MEAN = 400.0, 1500.0
 POINTS = SCALE / math.log(10)  # of a natural unit of log-odds
 PRIOR = 1.0  # tied battles of every model against one of mean strength: keeps models that never lost finite
 BLOCK = 4_000_000  # battles that are drawn at a time: 32 MB an array
-# Latin first, then what the machine has for Chinese; of a collection matplotlib sees the first face (JP) alone.
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "PingFang SC", "Microsoft YaHei")
 
 
 class Battle(NamedTuple):
@@ -218,43 +216,34 @@ def find_groups(names: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> lis
 
 def plot_ratings(figures: Mapping[str, Any], path: Path) -> None:
     """Draw the ratings with their intervals, Bradley-Terry's as bars and Elo's as dots, into a png."""
-
-    def draw(pyplot: Any) -> Any:
-        models = figures["models"]
-        figure, axes = pyplot.subplots(figsize=(7, 0.42 * len(models) + 1.5))
+    models = figures["models"]
+    with saved_figure(path, 7, 0.42 * len(models) + 1.5) as figure:
+        axes = figure.subplots()
         places = np.arange(len(models))
         ratings, elos = (np.array([model[kind] for model in models]) for kind in ("rating", "elo"))
         low = min(min(model["rating_interval"][0], model["elo_interval"][0], model["elo"]) for model in models) - 40
-        bars = {"height": 0.5, "color": "#8ab3cc", "ecolor": "#52606d", "capsize": 3, "label": "Bradley-Terry"}
-        axes.barh(places - 0.08, ratings - low, left=low, xerr=_errors(models, "rating"), **bars)
-        dots = {"fmt": "o", "color": "#d9822b", "ms": 5, "capsize": 2, "lw": 1, "label": "Elo"}
-        axes.errorbar(elos, places + 0.3, xerr=_errors(models, "elo"), **dots)
-        axes.axvline(MEAN, color="#52606d", lw=0.8, ls=":")
+        bars: dict[str, Any] = {"height": 0.5, "color": "#8ab3cc", "ecolor": INK, "capsize": 3}
+        errors = interval_errors(ratings, [model["rating_interval"] for model in models])
+        axes.barh(places - 0.08, ratings - low, left=low, xerr=errors, label="Bradley-Terry", **bars)
+        dots: dict[str, Any] = {"fmt": "o", "color": ORANGE, "ms": 5, "capsize": 2, "lw": 1}
+        errors = interval_errors(elos, [model["elo_interval"] for model in models])
+        axes.errorbar(elos, places + 0.3, xerr=errors, label="Elo", **dots)
+        axes.axvline(MEAN, color=INK, lw=0.8, ls=":")
         axes.set_yticks(places, [model["name"] for model in models])
         axes.invert_yaxis()
         axes.set(xlabel=f"rating, 95 % interval ({figures['battles']} battles)", title="Arena")
         axes.set_xlim(left=low)
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="lower right", fontsize=8)
-        return figure
-
-    _save(draw, path)
-
-
-def _errors(models: Sequence[Mapping[str, Any]], kind: str) -> list[list[float]]:
-    """How far the interval's ends lie from the value; a value beyond its own interval has no bar on that side."""
-    bounds = [(model[kind], *model[f"{kind}_interval"]) for model in models]
-    return [[max(value - low, 0) for value, low, _ in bounds], [max(high - value, 0) for value, _, high in bounds]]
 
 
 def plot_pairs(figures: Mapping[str, Any], path: Path) -> None:
     """Draw how often each row's model beat each column's, in percent without ties, as a heat map into a png."""
-
-    def draw(pyplot: Any) -> Any:
-        names = [model["name"] for model in figures["models"]]
-        rates, labels = pair_rates(figures)
-        size = 0.8 * len(names) + 1.8
-        figure, axes = pyplot.subplots(figsize=(size + 1, size))
+    names = [model["name"] for model in figures["models"]]
+    rates, labels = pair_rates(figures)
+    size = 0.8 * len(names) + 1.8
+    with saved_figure(path, size + 1, size) as figure:
+        axes = figure.subplots()
         image = axes.imshow(rates, cmap="RdBu", vmin=0, vmax=100)
         axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
@@ -264,9 +253,6 @@ def plot_pairs(figures: Mapping[str, Any], path: Path) -> None:
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         axes.set_title("the row's model beats the column's (%), ties left out; battles", fontsize=9)
         figure.colorbar(image, shrink=0.8)
-        return figure
-
-    _save(draw, path)
 
 
 def pair_rates(figures: Mapping[str, Any]) -> tuple[ndarray, list[list[str]]]:
@@ -284,19 +270,3 @@ def pair_rates(figures: Mapping[str, Any]) -> tuple[ndarray, list[list[str]]]:
 
 def _other(rate: float | None) -> float | None:
     return None if rate is None else 100 - rate
-
-
-def _save(draw: Callable[[Any], Any], path: Path) -> None:
-    """Let `draw` make a figure, given pyplot, and write it; with fonts that have Chinese where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import font_manager, pyplot
-
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    with pyplot.rc_context({"font.family": [name for name in FONTS if name in known]}):
-        figure = draw(pyplot)
-        figure.tight_layout()
-        with atomic_file(path, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-        pyplot.close(figure)

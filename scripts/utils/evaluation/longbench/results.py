@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import InputError
-from ...core.files import atomic_file, read_json, remove
+from ...core.figures import draw_bars, saved_figure
+from ...core.files import read_json, remove
 from ...core.records import iter_records
 from ..intervals import Z95, wilson_interval
 from ..progress import Predictions
@@ -211,10 +212,6 @@ def _mean_of_means(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def plot_longbench(figures: Mapping[str, Any], path: Path, title: str) -> None:
     """Draw the score of every dataset, LongBench-E's by length, into a png: a colour for each group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.patches import Patch
 
     bars: list[tuple[str, str, Mapping[str, Any]]] = []  # name, group, figures
@@ -223,24 +220,19 @@ def plot_longbench(figures: Mapping[str, Any], path: Path, title: str) -> None:
             if found["group"] == group:
                 parts = found.get("buckets") or {"": found}
                 bars += [(f"{name} {bucket}".strip(), group, part) for bucket, part in parts.items()]
-    scores = [part["score"] for _, _, part in bars]
-    errors = [
-        [max(part["score"] - part["interval"][0], 0) for _, _, part in bars],
-        [max(part["interval"][1] - part["score"], 0) for _, _, part in bars],
-    ]
     colors = dict(zip(GROUPS, COLORS, strict=True))
-    figure, axes = pyplot.subplots(figsize=(8, 0.27 * len(bars) + 1.6))
-    names = [name for name, _, _ in bars]
-    bar_colors = [colors[group] for _, group, _ in bars]
-    axes.barh(names, scores, xerr=errors, color=bar_colors, ecolor="#52606d", capsize=2)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="score (%), 95 % interval", title=title)
-    axes.grid(axis="x", alpha=0.3)
-    used = [group for group in GROUPS if group in {group for _, group, _ in bars}]
-    axes.margins(y=0.01)
-    patches = [Patch(color=colors[group], label=group) for group in used]
-    axes.legend(handles=patches, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 8, 0.27 * len(bars) + 1.6) as figure:
+        axes = figure.subplots()
+        draw_bars(
+            axes,
+            [name for name, _, _ in bars],
+            [part["score"] for _, _, part in bars],
+            [part["interval"] for _, _, part in bars],
+            [colors[group] for _, group, _ in bars],
+            "score",
+        )
+        axes.set_title(title)
+        axes.margins(y=0.01)
+        used = [group for group in GROUPS if group in {group for _, group, _ in bars}]
+        patches = [Patch(color=colors[group], label=group) for group in used]
+        axes.legend(handles=patches, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

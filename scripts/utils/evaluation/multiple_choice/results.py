@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.files import atomic_file, write_json
+from ...core.figures import BLUE, ORANGE, draw_bars, saved_figure
+from ...core.files import write_json
 from ..contamination import Overlap
 from ..intervals import Z95, wilson_interval
 from .benchmarks import Benchmark
@@ -148,27 +149,11 @@ def write_submission(answers: Sequence[ChoiceAnswer], path: Path) -> None:
 
 def plot_choices(figures: Mapping[str, Any], path: Path, title: str) -> None:
     """Draw the accuracy of all questions and of every category, with its interval, into a png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     groups = {"all": figures, **figures["by_category"]}
     groups = {name: group for name, group in groups.items() if "accuracy" in group}
-    scores = [group["accuracy"] for group in groups.values()]
-    errors = [
-        [max(group["accuracy"] - group["interval"][0], 0) for group in groups.values()],
-        [max(group["interval"][1] - group["accuracy"], 0) for group in groups.values()],
-    ]
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(groups) + 1.4))
-    colors = ["#d9822b"] + ["#2a6f97"] * (len(groups) - 1)
-    # Places, not names: a category may be called "all" too.
-    axes.barh(range(len(groups)), scores, xerr=errors, color=colors, ecolor="#52606d", capsize=2)
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="accuracy (%), 95 % interval", title=title)
-    axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    with saved_figure(path, 7, 0.4 * len(groups) + 1.4) as figure:
+        axes = figure.subplots()
+        accuracies = [group["accuracy"] for group in groups.values()]
+        colors = [ORANGE] + [BLUE] * (len(groups) - 1)
+        draw_bars(axes, list(groups), accuracies, [group["interval"] for group in groups.values()], colors, "accuracy")
+        axes.set_title(title)
