@@ -15,7 +15,7 @@ from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..text.prompts import Message, encode_prompt, stop_token_ids
 from ..text.tokenizer import encode_raw, token_surfaces
-from .sampling import Chooser, Constraint, TokenLogprob
+from .sampling import Constraint, Sampler, TokenLogprob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +37,9 @@ class TextDecoder:
         stopped: whether a stop text came; what follows it gives no text.
     """
 
-    def __init__(self, surfaces: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
-        """`surfaces`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
-        self._surfaces, self._strip, self._stops = surfaces, strip, stops
+    def __init__(self, token_bytes: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
+        """`token_bytes`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
+        self._token_bytes, self._strip, self._stops = token_bytes, strip, stops
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # the beginning of a stop text, perhaps
         self.stopped = False
@@ -48,7 +48,7 @@ class TextDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete with these ids; ids beyond the vocabulary (padded rows) stand for nothing."""
-        known = (self._surfaces[index] for index in ids if index < len(self._surfaces))
+        known = (self._token_bytes[index] for index in ids if index < len(self._token_bytes))
         return self._without_ends(self._before_stop(self._decode(b"".join(known)), last=False))
 
     def finish(self) -> str:
@@ -114,9 +114,9 @@ class Request:
     constraint: Constraint | None = None
     model: str | None = None
 
-    def chooser(self, stop_ids: Sequence[int]) -> Chooser:
+    def sampler(self, stop_ids: Sequence[int]) -> Sampler:
         """What decides its tokens."""
-        return Chooser(
+        return Sampler(
             self.settings,
             self.prompt,
             stop_ids,
@@ -282,7 +282,7 @@ class Prompter:
         self.tokenizer, self.template, self.context = tokenizer, template, context
         end = tokenizer.eos_token_id
         self.stop_ids = stop_token_ids(template, tokenizer) if template else [] if end is None else [int(end)]
-        self.surfaces = token_surfaces(tokenizer)
+        self.token_bytes = token_surfaces(tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers."""
@@ -302,7 +302,7 @@ class Prompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens have none."""
-        decoder = TextDecoder(self.surfaces, strip=False)
+        decoder = TextDecoder(self.token_bytes, strip=False)
         return decoder.push(ids) + decoder.finish()
 
     def fit_history(self, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
@@ -325,7 +325,7 @@ class Prompter:
         return check_room(min(longest, len(request.prompt)) and longest, request.settings, self.context)
 
 
-class Job:
+class TokenSequence:
     """A request on its way through an engine.
 
     Attributes:
@@ -338,20 +338,20 @@ class Job:
         self.request, self.answer = request, answer
         self.room = prompter.check(request)
         self.tokens = list(request.prompt)
-        self.chooser = request.chooser(prompter.stop_ids)
-        self._text = TextDecoder(prompter.surfaces, request.strip, request.settings.stop)
+        self.sampler = request.sampler(prompter.stop_ids)
+        self._text = TextDecoder(prompter.token_bytes, request.strip, request.settings.stop)
         self._stop_ids = prompter.stop_ids
 
     def advance(self, token_id: int, logprob: TokenLogprob | None = None) -> bool:
         """Take the next token and tell whoever waits for it; returns whether the answer has ended."""
         self.tokens.append(token_id)
-        self.chooser.advance(token_id)
+        self.sampler.advance(token_id)
         ended = token_id in self._stop_ids
         text = "" if ended else self._text.push([token_id])
         reason: FinishReason | None = None
         if ended or self._text.stopped:
             reason = "stop"
-        elif self.chooser.length >= self.room:
+        elif self.sampler.length >= self.room:
             reason = "length"
         if reason:
             text += self._text.finish()

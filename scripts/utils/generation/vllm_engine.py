@@ -20,7 +20,7 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..text.prompts import OWN_TEMPLATE
 from ..text.tokenizer import encode_texts
-from .engine import Answer, Completion, Delta, Job, Prompter, Request
+from .engine import Answer, Completion, Delta, Prompter, Request, TokenSequence
 from .sampling import TokenLogprob
 from .transformers_engine import BASE
 from .vllm_backends import engine_options, is_installed, serve_command
@@ -38,7 +38,7 @@ ADVICE = "need vLLM 0.11 or later"
 class Source(Protocol):
     """Where tokens come from."""
 
-    def tokens(self, job: Job, model: str, stop_ids: Sequence[int]) -> Tokens:
+    def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
         """The tokens of an answer as they come, with log-probabilities where they were asked for.
 
         Closing it early ends the answer in vLLM. Raises: InputError for what vLLM refuses.
@@ -111,8 +111,8 @@ class VllmEngine(Prompter):
         if self._closed:
             raise InputError("the engine is closed")
         answer = _Answer(len(request.prompt), on_delta)
-        job = Job(request, self, answer)
-        self._loop.call_soon_threadsafe(self._start, job, self._served[name])
+        sequence = TokenSequence(request, self, answer)
+        self._loop.call_soon_threadsafe(self._start, sequence, self._served[name])
         return answer
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -141,8 +141,8 @@ class VllmEngine(Prompter):
 
     # ------------------------------------------------------------ within the loop
 
-    def _start(self, job: Job, model: str) -> None:
-        task = self._loop.create_task(self._work(job, model))
+    def _start(self, sequence: TokenSequence, model: str) -> None:
+        task = self._loop.create_task(self._work(sequence, model))
         self._tasks.add(task)
 
         def wake() -> None:
@@ -151,36 +151,36 @@ class VllmEngine(Prompter):
 
         def finish(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            if task.cancelled() and job.answer.completion is None:
-                job.end("cancelled")
+            if task.cancelled() and sequence.answer.completion is None:
+                sequence.end("cancelled")
 
         task.add_done_callback(finish)
-        assert isinstance(job.answer, _Answer)
-        job.answer.wake = wake
-        if job.answer.cancelled:
+        assert isinstance(sequence.answer, _Answer)
+        sequence.answer.wake = wake
+        if sequence.answer.cancelled:
             task.cancel()
 
-    async def _work(self, job: Job, model: str) -> None:
+    async def _work(self, sequence: TokenSequence, model: str) -> None:
         try:
             async with self._slots:
                 self._running += 1
                 try:
-                    await self._follow(job, model)
+                    await self._follow(sequence, model)
                 finally:
                     self._running -= 1
         except Exception as error:  # raised again where the answer is read
-            job.end(error=error)
+            sequence.end(error=error)
 
-    async def _follow(self, job: Job, model: str) -> None:
-        self._counts["prompt_tokens"] += len(job.request.prompt)
-        async with contextlib.aclosing(self._source.tokens(job, model, self.stop_ids)) as tokens:
+    async def _follow(self, sequence: TokenSequence, model: str) -> None:
+        self._counts["prompt_tokens"] += len(sequence.request.prompt)
+        async with contextlib.aclosing(self._source.tokens(sequence, model, self.stop_ids)) as tokens:
             async for token, logprob in tokens:
                 self._counts["new_tokens"] += 1
-                if job.advance(token, logprob):
+                if sequence.advance(token, logprob):
                     break
-        self._counts["cached_tokens"] += job.answer.num_cached_tokens
-        if job.answer.completion is None:
-            job.end("length")  # vLLM's own limit
+        self._counts["cached_tokens"] += sequence.answer.num_cached_tokens
+        if sequence.answer.completion is None:
+            sequence.end("length")  # vLLM's own limit
 
     async def _stop(self) -> None:
         tasks = list(self._tasks)
@@ -190,12 +190,12 @@ class VllmEngine(Prompter):
         await self._source.close()
 
 
-def sampling_settings(job: Job, stop_ids: Sequence[int]) -> dict[str, Any]:
+def sampling_settings(sequence: TokenSequence, stop_ids: Sequence[int]) -> dict[str, Any]:
     """A request in vLLM's names, which its Python class and its server share."""
-    request, settings = job.request, job.request.settings
+    request, settings = sequence.request, sequence.request.settings
     found: dict[str, Any] = {
-        "max_tokens": job.room,
-        "min_tokens": min(settings.min_new_tokens, job.room),
+        "max_tokens": sequence.room,
+        "min_tokens": min(settings.min_new_tokens, sequence.room),
         "temperature": float(settings.temperature) if settings.samples else 0.0,
         "top_k": settings.top_k,
         "top_p": float(settings.top_p),
@@ -255,7 +255,7 @@ class VllmServer:
             raise InputError(f"--vllm_url {self.url}{path}: {_complaint(response)}")
         return response.json()
 
-    async def tokens(self, job: Job, model: str, stop_ids: Sequence[int]) -> Tokens:
+    async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
         """See Source."""
         import httpx
 
@@ -263,8 +263,8 @@ class VllmServer:
             limits = httpx.Limits(max_connections=None)
             timeout = httpx.Timeout(10, read=None, pool=None)  # the first token may wait for other requests
             self._client = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout)
-        body = {"model": model, "prompt": list(job.request.prompt), "stream": True, "return_token_ids": True}
-        body |= sampling_settings(job, stop_ids)
+        body = {"model": model, "prompt": list(sequence.request.prompt), "stream": True, "return_token_ids": True}
+        body |= sampling_settings(sequence, stop_ids)
         body["return_tokens_as_token_ids"] = True  # in log-probabilities
         async with self._client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
@@ -278,7 +278,7 @@ class VllmServer:
                 if "error" in chunk:
                     raise RuntimeError(f"vLLM: {chunk['error'].get('message', chunk['error'])}")
                 for choice in chunk["choices"]:
-                    for pair in _choice_tokens(choice, job.request.top_logprobs):
+                    for pair in _choice_tokens(choice, sequence.request.top_logprobs):
                         yield pair
 
     async def close(self) -> None:
@@ -331,24 +331,24 @@ class VllmLibrary:
             name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(adapters.items(), 1)
         }
 
-    async def tokens(self, job: Job, model: str, stop_ids: Sequence[int]) -> Tokens:
+    async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
         """See Source."""
         from vllm.sampling_params import RequestOutputKind
 
-        count = job.request.top_logprobs
+        count = sequence.request.top_logprobs
         try:
             settings = self._vllm.SamplingParams(
-                **sampling_settings(job, stop_ids), detokenize=False, output_kind=RequestOutputKind.DELTA
+                **sampling_settings(sequence, stop_ids), detokenize=False, output_kind=RequestOutputKind.DELTA
             )
             outputs = self._engine.generate(
-                self._vllm.TokensPrompt(prompt_token_ids=list(job.request.prompt)),
+                self._vllm.TokensPrompt(prompt_token_ids=list(sequence.request.prompt)),
                 settings,
                 request_id=uuid.uuid4().hex,
                 lora_request=self._adapters.get(model),
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    job.answer.num_cached_tokens = output.num_cached_tokens or job.answer.num_cached_tokens
+                    sequence.answer.num_cached_tokens = output.num_cached_tokens or sequence.answer.num_cached_tokens
                     piece = output.outputs[0]
                     for number, token in enumerate(piece.token_ids):
                         found = None
@@ -379,7 +379,7 @@ def load_vllm(
     url: str | None = None,
     api_key: str | None = None,
 ) -> VllmEngine:
-    """The engine for what an engines.EnginePlan has found.
+    """The engine for what a loading.EnginePlan has found.
 
     Args:
         url: of a running `vllm serve`; None: vLLM runs here.

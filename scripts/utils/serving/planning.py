@@ -25,7 +25,7 @@ ROLES = {"developer": "system", "function": "tool"}
 
 
 @dataclass
-class Plan:
+class RequestPlan:
     """What the engine is to do for one HTTP request.
 
     Attributes:
@@ -53,7 +53,7 @@ class Plan:
         return sum(len(request.prompt) for request in self.requests[:: self.per_prompt])
 
 
-class Planner:
+class RequestPlanner:
     """Plans requests for one engine."""
 
     def __init__(
@@ -78,12 +78,12 @@ class Planner:
         self.context = min(filter(None, (engine.context, context)), default=None)
         self._system_prompt, self._completions_template = system_prompt, completions_template
         prompter = Prompter(engine.tokenizer, engine.template, engine.context)
-        self.surfaces, self._stop_ids = prompter.surfaces, prompter.stop_ids
+        self.token_bytes, self._stop_ids = prompter.token_bytes, prompter.stop_ids
         self._grammars: Grammars | None = None
 
     # ------------------------------------------------------------ chat
 
-    def chat(self, body: ChatRequest) -> Plan:
+    def chat(self, body: ChatRequest) -> RequestPlan:
         """Raises: ApiError."""
         model = self.find_model(body.model)
         self._refuse_other_services(body)
@@ -104,7 +104,7 @@ class Planner:
         negative, constraint = self._negative(messages), self._constraint(body, functions)
         for request in requests:
             request.negative_prompt, request.constraint = negative, constraint and constraint.copy()
-        return Plan(
+        return RequestPlan(
             model, requests, count, count, top_logprobs, include_usage=_wants_usage(body), calls=bool(functions)
         )
 
@@ -181,7 +181,7 @@ class Planner:
 
     # ------------------------------------------------------------ completions
 
-    def completions(self, body: CompletionRequest) -> Plan:
+    def completions(self, body: CompletionRequest) -> RequestPlan:
         """Raises: ApiError."""
         model = self.find_model(body.model)
         self._check_answering(body)
@@ -201,16 +201,16 @@ class Planner:
         top_logprobs = 0 if tried > count and body.logprobs is None else body.logprobs
         requests = self._requests(body, prompts, tried, settings, top_logprobs, strip=self._completions_template)
         echoed = [text if isinstance(text, str) else self.engine.decode(text) for text in inputs]
-        return Plan(
+        return RequestPlan(
             model, requests, tried, count, body.logprobs, _wants_usage(body), prompts=echoed if body.echo else None
         )
 
     def _encode_input(self, text: str | list[int], param: str, template: bool = False) -> list[int]:
         if isinstance(text, str):
             return self._encode([{"role": "user", "content": text}]) if template else self.engine.encode_text(text)
-        if max(text) >= len(self.surfaces):
+        if max(text) >= len(self.token_bytes):
             raise bad_request(
-                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.surfaces)} tokens.", param
+                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.token_bytes)} tokens.", param
             )
         return text
 
@@ -279,9 +279,10 @@ class Planner:
     ) -> list[Request]:
         """For each prompt `per_prompt` requests; with a seed, they use the numbers from it on."""
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        if bias and max(bias) >= len(self.surfaces):
+        if bias and max(bias) >= len(self.token_bytes):
             raise bad_request(
-                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.surfaces)} tokens.", "logit_bias"
+                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.token_bytes)} tokens.",
+                "logit_bias",
             )
         seed = secrets.randbits(62) if body.seed is None else body.seed
         model = self.models[self.find_model(body.model)]
