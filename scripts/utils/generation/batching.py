@@ -314,18 +314,16 @@ class Generator(Prompter):
         settings: GenerationArguments,
         seeds: Sequence[int] | None = None,
         max_batch_size: int | None = None,
-        strip: bool = True,
     ) -> list[Completion]:
         """Answer prompts; each answer is the one the prompt would get alone.
 
         Args:
             seeds: one for each prompt; default: settings.seed and the numbers after it.
             max_batch_size: prompts at once, the next one joins when one is answered; default: all.
-            strip: leave out white space around the text, which continued text needs and answers do not.
         Raises: InputError if a prompt leaves no room in the context.
         """
         seeds = [settings.seed + number for number in range(len(prompts))] if seeds is None else seeds
-        requests = [Request(prompt, settings, seed, strip) for prompt, seed in zip(prompts, seeds, strict=True)]
+        requests = [Request(prompt, settings, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         sequences = [TokenSequence(request, self, Answer(len(request.prompt))) for request in requests]
         scheduler = BatchScheduler(self.model, min(max_batch_size or len(sequences), len(sequences)))
         scheduler.waiting.extend(sequences)

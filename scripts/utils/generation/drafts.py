@@ -47,7 +47,6 @@ class PromptLookup(Draft):
     def propose(
         self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
     ) -> list[Proposal]:
-        """See Draft."""
         proposals = []
         for sequence, count, controller in zip(sequences, counts, controllers, strict=True):
             found, length = self._seen.setdefault(sequence, _Occurrences()).continuation(sequence.tokens, count)
@@ -87,7 +86,6 @@ class _TokenDraft(Draft):
     def propose(
         self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
     ) -> list[Proposal]:
-        """See Draft."""
         forks = [sequence.sampler.fork() for sequence in sequences]
         # Where log-probabilities are asked for, `choose` has to choose.
         random = [fork.settings.samples and fork.top_logprobs is None for fork in forks]
@@ -167,15 +165,12 @@ class ModelDraft(_TokenDraft):
         self.cost = sizes[0] / sizes[1]
 
     def swap(self, one: int, other: int) -> None:
-        """See Draft."""
         self._cache.swap(one, other)
 
     def copy(self, source: int, slot: int, length: int) -> None:
-        """See Draft."""
         self._cache.copy(source, slot, min(length, len(self._cache.tokens[source])))
 
     def truncate(self, slot: int, length: int) -> None:
-        """See Draft."""
         self._cache.truncate(slot, length)
 
     def _begin(self, contexts: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> list[list[int]]:
@@ -221,7 +216,6 @@ class RetokenizedDraft(ModelDraft):
     def propose(
         self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
     ) -> list[Proposal]:
-        """See Draft."""
         written: list[list[int]] = [[] for _ in sequences]
         texts = [_text(sequence.tokens, self._own_token_bytes).removeprefix(" ") for sequence in sequences]
         pending, left = self._begin([encode_raw(text, self._tokenizer) for text in texts], sequences), list(counts)

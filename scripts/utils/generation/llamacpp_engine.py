@@ -263,7 +263,7 @@ def _most_tokens(request: Request, room: int) -> int:
 
 
 class LlamaCppEngine(DecodingEngine):
-    """generation.Engine on a GGUF file."""
+    """An Engine on a GGUF file."""
 
     name = "llama.cpp"
 
@@ -274,7 +274,6 @@ class LlamaCppEngine(DecodingEngine):
         super().__init__({BASE: LlamaCppScheduler(model)}, tokenizer, template, context)
 
     def check(self, request: Request) -> int:
-        """See generation.Prompter."""
         room = super().check(request)
         if (most := _most_tokens(request, room)) > self._model.capacity:
             raise InputError(
@@ -284,7 +283,7 @@ class LlamaCppEngine(DecodingEngine):
         return room
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See generation.Engine. Raises: InputError for a prompt that is empty or longer than the context."""
+        """Raises: InputError for a prompt that is empty or longer than the context."""
         assert self.context is not None
         for prompt in prompts:
             if not 0 < len(prompt) <= self.context:
@@ -293,7 +292,6 @@ class LlamaCppEngine(DecodingEngine):
         return torch.stack([self._call(partial(self._model.embed, prompt, self.context)) for prompt in prompts])
 
     def close(self) -> None:
-        """See generation.Engine."""
         super().close()
         self._model.close()
 

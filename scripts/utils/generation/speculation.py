@@ -245,7 +245,6 @@ class SpeculativeScheduler(BatchScheduler):
         self._draft = speculation.make_draft(self)
 
     def step(self) -> bool:
-        """See BatchScheduler."""
         alone = len(self._rows) == self._decoding == 1
         before, start = dict(self.counts), time.perf_counter()
         more = super().step()

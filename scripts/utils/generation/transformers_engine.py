@@ -17,7 +17,7 @@ from ..core.arguments import GUIDED_DRAFTS
 from ..core.errors import InputError
 from ..models.loading import causal_model
 from .batching import BatchScheduler, RequestRope, search_beams
-from .engine import Answer, Completion, Delta, Prompter, Request, TokenSequence
+from .engine import Answer, Completion, Delta, Engine, Request, TokenSequence
 from .speculation import Speculation, SpeculativeScheduler
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ Result = TypeVar("Result")
 BASE = "default"  # the name of the model itself
 
 
-class DecodingEngine(Prompter):
-    """What generation.Engine asks for, given schedulers."""
-
-    name: str
+class DecodingEngine(Engine):
+    """An Engine on schedulers of its own."""
 
     def __init__(
         self,
@@ -40,23 +38,15 @@ class DecodingEngine(Prompter):
         context: int | None,
     ) -> None:
         """`schedulers`: one for each model, by name; all have the same number of slots."""
-        super().__init__(tokenizer, template, context)
-        self.models = list(schedulers)
+        super().__init__(tokenizer, template, context, schedulers, next(iter(schedulers.values())).max_batch_size)
         self._schedulers = dict(schedulers)
-        self.max_batch_size = schedulers[self.models[0]].max_batch_size
         self._tasks: deque[Callable[[], None]] = deque()  # what is to be done between two steps
         self._changed = threading.Condition()
-        self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    # ------------------------------------------------------------ Engine
-
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
-        """See generation.Engine."""
-        name = self.models[0] if request.model is None else request.model
-        if name not in self._schedulers:
-            raise InputError(f"there is no model {name!r}; there are {', '.join(self.models)}")
+        name = self._find_model(request)
         if request.settings.num_beams > 1:
             raise InputError("beam search gives nothing before its end; need num_beams 1 here")
         if request.settings.guidance_scale > 1 and request.negative_prompt is not None and self.max_batch_size < 2:
@@ -64,15 +54,10 @@ class DecodingEngine(Prompter):
         answer = Answer(len(request.prompt), on_delta)
         sequence = TokenSequence(request, self, answer)
         with self._changed:
-            if self._closed:
-                raise InputError("the engine is closed")
+            self._check_open()
             self._schedulers[name].waiting.append(sequence)
             self._changed.notify()
         return answer
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine."""
-        return [answer.wait() for answer in [self.submit(request) for request in requests]]
 
     def _call(self, function: Callable[[], Result]) -> Result:
         """What a function returns (or raises) that the engine's thread calls between two steps."""
@@ -85,14 +70,12 @@ class DecodingEngine(Prompter):
                 future.set_exception(error)
 
         with self._changed:
-            if self._closed:
-                raise InputError("the engine is closed")
+            self._check_open()
             self._tasks.append(task)
             self._changed.notify()
         return future.result()
 
     def statistics(self) -> dict[str, float]:
-        """See generation.Engine."""
         schedulers = list(self._schedulers.values())
         totals: dict[str, float] = {
             "running": sum(scheduler.running for scheduler in schedulers),
@@ -105,7 +88,6 @@ class DecodingEngine(Prompter):
         return totals
 
     def close(self) -> None:
-        """See generation.Engine."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -144,7 +126,7 @@ class DecodingEngine(Prompter):
 
 
 class TransformersEngine(DecodingEngine):
-    """generation.Engine on a transformers model."""
+    """An Engine on a transformers model."""
 
     name = "transformers"
 
@@ -179,7 +161,7 @@ class TransformersEngine(DecodingEngine):
         super().__init__(schedulers, tokenizer, template, min(filter(None, (own, context)), default=None))
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine. Searches beams too, one request after another."""
+        """Answer all, in order. Searches beams too, one request after another."""
         if any(request.settings.num_beams > 1 for request in requests):
             return [self._call(partial(self._search, request)) for request in requests]
         return super().generate(requests)
@@ -190,21 +172,19 @@ class TransformersEngine(DecodingEngine):
         return search_beams(self.model, self, request)
 
     def check(self, request: Request) -> int:
-        """See Prompter. Raises: InputError for guidance beside drafts."""
+        """How many new tokens a request has room for. Raises: InputError, for guidance beside drafts too."""
         if self._speculation and request.settings.guidance_scale > 1:
             raise InputError(GUIDED_DRAFTS)
         return super().check(request)
 
     def statistics(self) -> dict[str, float]:
-        """See generation.Engine; with drafts also drafted, accepted, passes, and speed_up once it is known."""
+        """With drafts also drafted, accepted, passes, and speed_up once it is known."""
         totals = super().statistics()
         if self._speculation and (speed_up := self._speculation.clock.speed_up):
             totals["speed_up"] = speed_up
         return totals
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See generation.Engine."""
-
         def compute() -> Tensor:
             if self._request_rope:
                 self._request_rope.rotate([len(prompt) for prompt in prompts])

@@ -20,7 +20,7 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..text.prompts import OWN_TEMPLATE
 from ..text.tokenizer import encode_texts
-from .engine import Answer, Completion, Delta, Prompter, Request, TokenSequence
+from .engine import Answer, Delta, Engine, Prompter, Request, TokenSequence
 from .sampling import TokenLogprob
 from .transformers_engine import BASE
 from .vllm_backends import engine_options, is_installed, serve_command
@@ -62,8 +62,8 @@ class _Answer(Answer):
             self.wake()
 
 
-class VllmEngine(Prompter):
-    """generation.Engine on a Source. Its thread runs an event loop with a task for each request."""
+class VllmEngine(Engine):
+    """An Engine on a Source. Its thread runs an event loop with a task for each request."""
 
     name = "vllm"
 
@@ -78,20 +78,18 @@ class VllmEngine(Prompter):
         max_batch_size: int,
     ) -> None:
         """`models`: what vLLM calls each model, by the name it has here."""
-        super().__init__(tokenizer, template, context)
-        self.models, self.max_batch_size = list(models), max_batch_size
+        super().__init__(tokenizer, template, context, models, max_batch_size)
         self._source, self._served = source, dict(models)
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = 0
         self._slots = asyncio.Semaphore(max_batch_size)  # first come, first served
-        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
 
     def check(self, request: Request) -> int:
-        """See generation.Prompter. Raises: InputError for what vLLM does not do."""
+        """How many new tokens a request has room for. Raises: InputError, for what vLLM does not do too."""
         problems = {
             "beam search (num_beams)": request.settings.num_beams > 1,
             "classifier-free guidance (guidance_scale, negative_prompt)": (
@@ -104,20 +102,12 @@ class VllmEngine(Prompter):
         return super().check(request)
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
-        """See generation.Engine."""
-        name = self.models[0] if request.model is None else request.model
-        if name not in self._served:
-            raise InputError(f"there is no model {name!r}; there are {', '.join(self.models)}")
-        if self._closed:
-            raise InputError("the engine is closed")
+        name = self._find_model(request)
+        self._check_open()
         answer = _Answer(len(request.prompt), on_delta)
         sequence = TokenSequence(request, self, answer)
         self._loop.call_soon_threadsafe(self._start, sequence, self._served[name])
         return answer
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine."""
-        return [answer.wait() for answer in [self.submit(request) for request in requests]]
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Raises: InputError."""
@@ -126,12 +116,11 @@ class VllmEngine(Prompter):
         )
 
     def statistics(self) -> dict[str, float]:
-        """See generation.Engine; vLLM does not tell its steps."""
+        """vLLM does not tell its steps: 0."""
         waiting = len(self._tasks) - self._running
         return {"running": self._running, "waiting": waiting, "max_batch_size": self.max_batch_size, **self._counts}
 
     def close(self) -> None:
-        """See generation.Engine."""
         if not self._closed:
             self._closed = True
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
@@ -256,7 +245,6 @@ class VllmServer:
         return response.json()
 
     async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
-        """See Source."""
         import httpx
 
         if self._client is None:
@@ -282,7 +270,6 @@ class VllmServer:
                         yield pair
 
     async def close(self) -> None:
-        """See Source."""
         if self._client is not None:
             await self._client.aclose()
 
@@ -332,7 +319,6 @@ class VllmLibrary:
         }
 
     async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
-        """See Source."""
         from vllm.sampling_params import RequestOutputKind
 
         count = sequence.request.top_logprobs
@@ -360,7 +346,6 @@ class VllmLibrary:
             raise InputError(f"vLLM: {error}") from None
 
     async def close(self) -> None:
-        """See Source."""
         self._engine.shutdown()
 
 

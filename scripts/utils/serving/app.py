@@ -117,7 +117,7 @@ class Service:
             system_prompt=system_prompt,
             completions_template=settings.completions_template,
         )
-        self.names = TokenNames(engine.tokenizer, self.planner.token_bytes)
+        self.names = TokenNames(engine.tokenizer, engine.token_bytes)
         self.queue = FairQueue(settings.max_batch_size, settings.max_queue)
         self.embedding_queue = FairQueue(1, settings.max_queue)
         self.metrics = Metrics(engine, self.queue)

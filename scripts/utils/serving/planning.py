@@ -5,15 +5,16 @@ The functions here tokenise and compile grammars, which takes time: they run out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
-from ..generation.engine import Engine, Prompter, Request
+from ..generation.engine import Engine, Request
 from ..text.prompts import Message
 from ..text.tool_calls import add_tools, call_forms, write_call
 from .errors import ApiError, bad_request, context_error, missing
@@ -77,8 +78,6 @@ class RequestPlanner:
         self.engine, self.models, self.defaults = engine, models, defaults
         self.context = min(filter(None, (engine.context, context)), default=None)
         self._system_prompt, self._completions_template = system_prompt, completions_template
-        prompter = Prompter(engine.tokenizer, engine.template, engine.context)
-        self.token_bytes, self._stop_ids = prompter.token_bytes, prompter.stop_ids
         self._grammars: Grammars | None = None
 
     # ------------------------------------------------------------ chat
@@ -101,19 +100,14 @@ class RequestPlanner:
         count = body.n or 1
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [prompt], count, [settings], top_logprobs, strip=True)
-        negative, constraint = self._negative(messages), self._constraint(body, functions)
+        with _refusals_as_mistakes():
+            negative = self.engine.encode_negative(messages, self.defaults)
+        constraint = self._constraint(body, functions)
         for request in requests:
             request.negative_prompt, request.constraint = negative, constraint and constraint.copy()
         return RequestPlan(
             model, requests, count, count, top_logprobs, include_usage=_wants_usage(body), calls=bool(functions)
         )
-
-    def _negative(self, messages: list[Message]) -> list[int] | None:
-        """The conversation that answers are guided away from, where the server was started with one."""
-        if self.defaults.guidance_scale <= 1 or self.defaults.negative_prompt is None:
-            return None
-        turns = messages[1:] if messages[0]["role"] == "system" else messages
-        return self._encode([{"role": "system", "content": self.defaults.negative_prompt}, *turns])
 
     def _refuse_other_services(self, body: ChatRequest) -> None:
         if set(body.modalities or ()) - {"text"} or body.audio is not None:
@@ -131,10 +125,8 @@ class RequestPlanner:
             raise bad_request("This server does not moderate.", "moderation")
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        try:
+        with _refusals_as_mistakes():
             return self.engine.encode(messages)
-        except InputError as error:  # a template that refuses this order of roles
-            raise bad_request(str(error), "messages") from None
 
     def _functions(self, body: ChatRequest) -> list[dict[str, Any]]:
         """The functions that this answer may call."""
@@ -176,7 +168,7 @@ class RequestPlanner:
 
     def _get_grammars(self) -> Grammars:
         if self._grammars is None:
-            self._grammars = Grammars(self.engine.tokenizer, self._stop_ids)
+            self._grammars = Grammars(self.engine.tokenizer, self.engine.stop_ids)
         return self._grammars
 
     # ------------------------------------------------------------ completions
@@ -208,9 +200,10 @@ class RequestPlanner:
     def _encode_input(self, text: str | list[int], param: str, template: bool = False) -> list[int]:
         if isinstance(text, str):
             return self._encode([{"role": "user", "content": text}]) if template else self.engine.encode_text(text)
-        if max(text) >= len(self.token_bytes):
+        if max(text) >= len(self.engine.token_bytes):
             raise bad_request(
-                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.token_bytes)} tokens.", param
+                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.engine.token_bytes)} tokens.",
+                param,
             )
         return text
 
@@ -279,9 +272,9 @@ class RequestPlanner:
     ) -> list[Request]:
         """For each prompt `per_prompt` requests; with a seed, they use the numbers from it on."""
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        if bias and max(bias) >= len(self.token_bytes):
+        if bias and max(bias) >= len(self.engine.token_bytes):
             raise bad_request(
-                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.token_bytes)} tokens.",
+                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.engine.token_bytes)} tokens.",
                 "logit_bias",
             )
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -302,6 +295,15 @@ class RequestPlanner:
 
 
 # ---------------------------------------------------------------- reading
+
+
+@contextlib.contextmanager
+def _refusals_as_mistakes() -> Iterator[None]:
+    """A template that refuses the order of a conversation's roles is the request's mistake."""
+    try:
+        yield
+    except InputError as error:
+        raise bad_request(str(error), "messages") from None
 
 
 def list_inputs(inputs: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

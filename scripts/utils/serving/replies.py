@@ -197,7 +197,6 @@ class ChatResponseBuilder(ResponseBuilder):
     kinds = ("chat.completion", "chat.completion.chunk")
 
     def whole(self, usage: Usage) -> BaseModel:
-        """See ResponseBuilder."""
         choices = []
         for number, choice in enumerate(self.choices):
             call = read_call(choice.text) if self.plan.calls else None
@@ -214,7 +213,7 @@ class ChatResponseBuilder(ResponseBuilder):
         return ChatCompletion(**self._whole_head, choices=choices, usage=usage)
 
     def events(self, number: int, delta: Delta) -> list[BaseModel]:
-        """See ResponseBuilder. Text that may be a tool call is held back until it is known."""
+        """Text that may be a tool call is held back until it is known."""
         choice = self.choices[number]
         first = not choice.begun
         shown = choice.add(delta)
@@ -236,7 +235,6 @@ class ChatResponseBuilder(ResponseBuilder):
         return events
 
     def usage_event(self, usage: Usage) -> BaseModel:
-        """See ResponseBuilder."""
         return ChatCompletionChunk(**{**self._event_head, "usage": usage}, choices=[])
 
     def _chunk(self, number: int, message: dict[str, Any], **fields: Any) -> BaseModel:
@@ -276,7 +274,7 @@ class CompletionResponseBuilder(ResponseBuilder):
     kinds = ("text_completion", "text_completion")
 
     def whole(self, usage: Usage) -> BaseModel:
-        """See ResponseBuilder. Of each prompt's answers the best ones come first."""
+        """Of each prompt's answers the best ones come first."""
         choices: list[CompletionChoice] = []
         for first in range(0, len(self.choices), self.plan.per_prompt):
             numbers = list(range(first, first + self.plan.per_prompt))
@@ -295,7 +293,6 @@ class CompletionResponseBuilder(ResponseBuilder):
         return Completion(**self._whole_head, choices=choices, usage=usage)
 
     def events(self, number: int, delta: Delta) -> list[BaseModel]:
-        """See ResponseBuilder."""
         choice = self.choices[number]
         text = (self._echo(number) if not choice.begun else "") + delta.text
         shown = choice.add(delta)
@@ -310,7 +307,6 @@ class CompletionResponseBuilder(ResponseBuilder):
         return [Completion(**self._event_head, choices=[piece])]
 
     def usage_event(self, usage: Usage) -> BaseModel:
-        """See ResponseBuilder."""
         return Completion(**{**self._event_head, "usage": usage}, choices=[])
 
     def _echo(self, number: int) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
-from utils.generation.engine import Answer, Delta, Prompter
+from utils.generation.engine import Answer, Delta, Engine
 from utils.generation.sampling import TokenLogprob
 from utils.serving.app import create_app
 from utils.serving.arguments import ServingArguments, load_api_keys
@@ -32,14 +32,14 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-class StandIn(Prompter):
+class StandIn(Engine):
     """An engine that says what a test lets it say; with `words` it says them by itself."""
 
     name = "stand-in"
 
     def __init__(self, tokenizer, words=(), context=512):
-        super().__init__(tokenizer, CHAT_TEMPLATES["alpaca-2"], context)
-        self.models, self.words = ["default", "other"], words
+        super().__init__(tokenizer, CHAT_TEMPLATES["alpaca-2"], context, ["default", "other"], 8)
+        self.words = words
         self.requests, self.answers = [], []
 
     def submit(self, request, on_delta=None):
@@ -56,6 +56,9 @@ class StandIn(Prompter):
 
     def statistics(self):
         return {"running": 0, "waiting": 0, "steps": 7}
+
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="module")
