@@ -232,7 +232,7 @@ def measure(args, row: str) -> dict:
 
 def make_engine(args, row: str, target, draft, tokenizer):
     """This project's engine, as inference_hf.py runs it."""
-    from utils.generation.drafts import LayerDraft, ModelDraft, PromptLookup
+    from utils.generation.drafts import EarlyExitDraft, ModelDraft, PromptLookup
     from utils.generation.speculation import Speculation
     from utils.generation.transformers_engine import TransformersEngine
 
@@ -240,7 +240,7 @@ def make_engine(args, row: str, target, draft, tokenizer):
         return TransformersEngine(draft, tokenizer, None, max_batch_size=1)
     kinds = {
         "draft model": partial(ModelDraft, draft),
-        "first layers": partial(LayerDraft, args.draft_layers),
+        "first layers": partial(EarlyExitDraft, args.draft_layers),
         "prompt lookup": PromptLookup,
     }
     speculation = Speculation(kinds[row], args.draft_k) if row in kinds else None

@@ -159,11 +159,11 @@ def test_logprobs_are_the_models(client, engine):
     ask = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "logprobs": True, "top_logprobs": 3, **GREEDY}
     whole = client.chat.completions.create(**ask).choices[0]
     content = whole.logprobs.content
-    shown = [row for row, token in enumerate(answer) if engine.surfaces[token].strip()]
+    shown = [row for row, token in enumerate(answer) if engine.token_bytes[token].strip()]
     assert len(content) >= len(shown)
     for row, token in zip(range(len(content)), content, strict=True):
         assert token.logprob == pytest.approx(float(expected[row, answer[row]]), abs=1e-4)
-        assert bytes(token.bytes) == engine.surfaces[answer[row]]
+        assert bytes(token.bytes) == engine.token_bytes[answer[row]]
         best = expected[row].topk(3).values.tolist()
         assert [other.logprob for other in token.top_logprobs] == pytest.approx(best, abs=1e-4)
     streamed = [

@@ -379,10 +379,10 @@ WRAPPER = """
 import os, runpy, signal, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-from utils.generation.batching import Decoder
+from utils.generation.batching import BatchScheduler
 from utils.rlhf.ppo_trainer import PPOTrainer
 name, at, mark = os.environ["KILL_METHOD"], int(os.environ["KILL_AT"]), Path(os.environ["KILL_MARK"])
-owner = PPOTrainer if hasattr(PPOTrainer, name) else Decoder  # whose step is one token of every answer
+owner = PPOTrainer if hasattr(PPOTrainer, name) else BatchScheduler  # whose step is one token of every answer
 method, calls = getattr(owner, name), 0
 
 def counting(self, *args, **kwargs):

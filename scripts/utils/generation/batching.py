@@ -17,18 +17,18 @@ from torch import Tensor
 
 from ..core.arguments import GenerationArguments
 from .cache import SlotCache, common_prefix
-from .engine import Answer, Completion, Job, Prompter, Request, TextDecoder
+from .engine import Answer, Completion, Prompter, Request, TextDecoder, TokenSequence
 from .sampling import choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_TOKENS = 8192  # of prompts in one forward pass, while nobody waits for it
-PROMPT_TOKENS_BESIDE = 512  # while others wait for their next token
-WORTH_SHARING = 16  # tokens; copying a shorter beginning from another slot saves nothing
+PREFILL_TOKENS = 8192  # of prompts in one forward pass, while nobody waits for it
+PREFILL_CHUNK = 512  # while others wait for their next token
+MIN_SHARED_PREFIX = 16  # tokens; copying a shorter beginning from another slot saves nothing
 
 
-class Rotations(Protocol):
+class RequestRope(Protocol):
     """Rotary embeddings that differ from request to request; see utils.models.rope."""
 
     def key(self, planned_length: int) -> Hashable:
@@ -40,99 +40,101 @@ class Rotations(Protocol):
 
 @dataclass
 class Row:
-    """What stands in a slot: a job's own text, or the one it is guided away from."""
+    """What stands in a slot: a sequence's own text, or the one it is guided away from."""
 
-    job: Job
+    sequence: TokenSequence
     tokens: list[int]
     guides: bool = False
 
 
-class Decoder:
-    """Answers jobs in the slots of one model.
+class BatchScheduler:
+    """Answers sequences in the slots of one model.
 
     Attributes:
-        waiting: jobs without a slot, the first come first.
+        waiting: sequences without a slot, the first come first.
         counts: totals of prompt_tokens, cached_tokens, new_tokens, steps.
     """
 
-    def __init__(self, model: Any, num_slots: int, rotations: Rotations | None = None, cache: Any = None) -> None:
+    def __init__(
+        self, model: Any, max_batch_size: int, request_rope: RequestRope | None = None, cache: Any = None
+    ) -> None:
         """`cache`: what holds keys and values; default: a SlotCache."""
-        self.model, self.num_slots, self.rotations = model, num_slots, rotations
-        self.waiting: deque[Job] = deque()
+        self.model, self.max_batch_size, self.request_rope = model, max_batch_size, request_rope
+        self.waiting: deque[TokenSequence] = deque()
         self.counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
-        self._cache: Any = cache or SlotCache(num_slots, getattr(model.config, "max_position_embeddings", None))
+        self._cache: Any = cache or SlotCache(max_batch_size, getattr(model.config, "max_position_embeddings", None))
         self._rows: list[Row] = []  # row i stands in slot i; those whose prompt is being computed come last
         self._decoding = 0  # how many are past their prompt
-        self._used = [0] * num_slots  # the step in which a slot was in use last
-        self._keys: list[Hashable] = [None] * num_slots
+        self._used = [0] * max_batch_size  # the step in which a slot was in use last
+        self._keys: list[Hashable] = [None] * max_batch_size
 
     @property
     def running(self) -> int:
-        """Jobs that have slots."""
+        """Sequences that have slots."""
         return sum(not row.guides for row in self._rows)
 
     @torch.no_grad()
     def step(self) -> bool:
         """Compute the next tokens; returns whether there is more to do."""
-        for row in [row for row in self._rows if row.job.answer.cancelled and not row.guides]:
-            row.job.end("cancelled")
-            self._leave(row.job)
+        for row in [row for row in self._rows if row.sequence.answer.cancelled and not row.guides]:
+            row.sequence.end("cancelled")
+            self._release_slot(row.sequence)
         self._admit()
         if self._rows:
             self.counts["steps"] += 1
             ready = self._decode() if self._decoding else {}
-            ready |= self._compute_prompts()
+            ready |= self._prefill()
             self._advance(ready)
         return bool(self._rows or self.waiting)
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """End all jobs, with an error or as cancelled."""
-        jobs = [row.job for row in self._rows if not row.guides] + list(self.waiting)
+        """End all sequences, with an error or as cancelled."""
+        sequences = [row.sequence for row in self._rows if not row.guides] + list(self.waiting)
         for slot in range(len(self._rows) if error else 0):  # a pass that failed leaves tokens without their keys
             self._cache.truncate(slot, 0)
         self._rows, self._decoding = [], 0
         self.waiting.clear()
-        for job in jobs:
-            job.end(None if error else "cancelled", error)
+        for sequence in sequences:
+            sequence.end(None if error else "cancelled", error)
 
     # ------------------------------------------------------------ who is in
 
     def _admit(self) -> None:
-        for job in [job for job in self.waiting if job.answer.cancelled]:
-            self.waiting.remove(job)
-            job.end("cancelled")
+        for sequence in [sequence for sequence in self.waiting if sequence.answer.cancelled]:
+            self.waiting.remove(sequence)
+            sequence.end("cancelled")
         while self.waiting:
-            job = self.waiting[0]
-            guided = job.request.settings.guidance_scale > 1 and job.request.negative_prompt is not None
-            if len(self._rows) + 1 + guided > self.num_slots or not self._fits(job):
+            sequence = self.waiting[0]
+            guided = sequence.request.settings.guidance_scale > 1 and sequence.request.negative_prompt is not None
+            if len(self._rows) + 1 + guided > self.max_batch_size or not self._fits(sequence):
                 return
-            row = Row(job, job.tokens)
+            row = Row(sequence, sequence.tokens)
             key = self._key(row)
             coming = [
                 common_prefix(other.tokens, row.tokens)
                 for slot, other in enumerate(self._rows)
                 if slot >= self._decoding and self._keys[slot] == key
             ]
-            if max(coming, default=0) >= max(self._known(row)) + WORTH_SHARING:
+            if max(coming, default=0) >= max(self._cached_lengths(row)) + MIN_SHARED_PREFIX:
                 return  # another row is computing what this one begins with
             self.waiting.popleft()
-            job.answer.num_cached_tokens = self._enter(row)
+            sequence.answer.num_cached_tokens = self._allocate_slot(row)
             if guided:
-                self._enter(Row(job, list(job.request.negative_prompt or ()), guides=True))
-            self.counts["prompt_tokens"] += len(job.tokens)
-            self.counts["cached_tokens"] += job.answer.num_cached_tokens
+                self._allocate_slot(Row(sequence, list(sequence.request.negative_prompt or ()), guides=True))
+            self.counts["prompt_tokens"] += len(sequence.tokens)
+            self.counts["cached_tokens"] += sequence.answer.num_cached_tokens
 
-    def _fits(self, job: Job) -> bool:
-        """Whether there is memory for a job beside those that run."""
+    def _fits(self, sequence: TokenSequence) -> bool:
+        """Whether there is memory for a sequence beside those that run."""
         return True
 
-    def _enter(self, row: Row) -> int:
+    def _allocate_slot(self, row: Row) -> int:
         """Give a row the next slot, with what is known of its tokens; returns how many are."""
         cache, slot = self._cache, len(self._rows)
-        shared = self._known(row)
-        source = max(range(self.num_slots), key=shared.__getitem__)
-        length = shared[source] if shared[source] >= WORTH_SHARING or source >= slot else 0
-        target = min(range(slot, self.num_slots), key=lambda number: (self._used[number], number))
+        shared = self._cached_lengths(row)
+        source = max(range(self.max_batch_size), key=shared.__getitem__)
+        length = shared[source] if shared[source] >= MIN_SHARED_PREFIX or source >= slot else 0
+        target = min(range(slot, self.max_batch_size), key=lambda number: (self._used[number], number))
         if source >= slot and 2 * length >= len(cache.tokens[source]):
             target = source  # most of what it holds goes on
         if source == slot:  # it changes places with the target
@@ -148,7 +150,7 @@ class Decoder:
         self._rows.append(row)
         return length
 
-    def _known(self, row: Row) -> list[int]:
+    def _cached_lengths(self, row: Row) -> list[int]:
         """How many of a row's tokens each slot holds, rotated as it is; at most all but the last."""
         key = self._key(row)
         return [
@@ -156,8 +158,8 @@ class Decoder:
             for slot, tokens in enumerate(self._cache.tokens)
         ]
 
-    def _leave(self, job: Job) -> None:
-        for number in reversed([number for number, row in enumerate(self._rows) if row.job is job]):
+    def _release_slot(self, sequence: TokenSequence) -> None:
+        for number in reversed([number for number, row in enumerate(self._rows) if row.sequence is sequence]):
             if number < self._decoding:
                 self._decoding -= 1
                 self._swap(number, self._decoding)
@@ -177,10 +179,13 @@ class Decoder:
         self._cache.copy(source, slot, length)
 
     def _key(self, row: Row) -> Hashable:
-        return self.rotations.key(self._planned(row)) if self.rotations else None
+        return self.request_rope.key(self._planned(row)) if self.request_rope else None
 
     def _planned(self, row: Row) -> int:
-        return len(row.job.request.negative_prompt or () if row.guides else row.job.request.prompt) + row.job.room
+        return (
+            len(row.sequence.request.negative_prompt or () if row.guides else row.sequence.request.prompt)
+            + row.sequence.room
+        )
 
     # ------------------------------------------------------------ forward passes
 
@@ -190,20 +195,20 @@ class Decoder:
 
     def logits(self, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
         """The same; returns the logits after the last `keep` tokens of each, (B, keep, V)."""
-        if self.rotations:
-            self.rotations.rotate([self._planned(row) for row in self._rows[first : first + len(tokens)]])
+        if self.request_rope:
+            self.request_rope.rotate([self._planned(row) for row in self._rows[first : first + len(tokens)]])
         for slot in range(first, first + len(tokens)):
             self._used[slot] = self.counts["steps"]
-        return compute(self.model, self._cache, first, tokens, keep)
+        return forward(self.model, self._cache, first, tokens, keep)
 
     def _decode(self) -> dict[int, Tensor]:
         """Logits (V,) of the rows past their prompts, by slot."""
         logits = self._forward(0, [row.tokens[-1:] for row in self._rows[: self._decoding]])
         return dict(enumerate(logits))
 
-    def _compute_prompts(self) -> dict[int, Tensor]:
+    def _prefill(self) -> dict[int, Tensor]:
         """Compute prompts as far as there is time; logits (V,) of those that are done, which then decode."""
-        budget = PROMPT_TOKENS_BESIDE if self._decoding else PROMPT_TOKENS
+        budget = PREFILL_CHUNK if self._decoding else PREFILL_TOKENS
         ready: dict[int, Tensor] = {}
         group: list[list[int]] = []
         first = slot = self._decoding
@@ -215,16 +220,16 @@ class Decoder:
                 rest = rest[:budget]
             joined = [*group, rest]
             if len(joined) * max(map(len, joined)) > 2 * sum(map(len, joined)):  # it would be mostly padding
-                ready |= self._finish_prompts(first, group)
+                ready |= self._finish_prefill(first, group)
                 first, group = slot, []
             group.append(rest)
             budget -= len(rest)
             slot += 1
         if group:
-            ready |= self._finish_prompts(first, group)
+            ready |= self._finish_prefill(first, group)
         return ready
 
-    def _finish_prompts(self, first: int, group: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    def _finish_prefill(self, first: int, group: Sequence[Sequence[int]]) -> dict[int, Tensor]:
         logits = self._forward(first, group)
         ready = {}
         for number, row in enumerate(logits):
@@ -240,29 +245,29 @@ class Decoder:
         slots = [slot for slot in ready if not self._rows[slot].guides]
         if not slots:
             return
-        jobs = [self._rows[slot].job for slot in slots]
-        guides = {id(row.job): slot for slot, row in enumerate(self._rows) if row.guides}
+        sequences = [self._rows[slot].sequence for slot in slots]
+        guides = {id(row.sequence): slot for slot, row in enumerate(self._rows) if row.guides}
         rows = [
-            _guide(ready[slot], ready[guides[id(job)]], job.request.settings.guidance_scale)
-            if id(job) in guides
+            _guide(ready[slot], ready[guides[id(sequence)]], sequence.request.settings.guidance_scale)
+            if id(sequence) in guides
             else ready[slot]
-            for slot, job in zip(slots, jobs, strict=True)
+            for slot, sequence in zip(slots, sequences, strict=True)
         ]
         # One row is not copied: torch's threads would go on spinning beside those that compute the next token.
         logits = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
-        tokens, logprobs = choose(logits, [job.chooser for job in jobs])
+        tokens, logprobs = choose(logits, [sequence.sampler for sequence in sequences])
         self.counts["new_tokens"] += len(tokens)
         ended = []
-        for job, token, logprob in zip(jobs, tokens, logprobs, strict=True):
-            if id(job) in guides:
-                self._rows[guides[id(job)]].tokens.append(token)
-            if job.advance(token, logprob):
-                ended.append(job)
-        for job in ended:
-            self._leave(job)
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            if id(sequence) in guides:
+                self._rows[guides[id(sequence)]].tokens.append(token)
+            if sequence.advance(token, logprob):
+                ended.append(sequence)
+        for sequence in ended:
+            self._release_slot(sequence)
 
 
-def compute(model: Any, cache: SlotCache, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+def forward(model: Any, cache: SlotCache, first: int, tokens: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
     """A forward pass over the next tokens of neighbouring slots; logits after the last `keep` of each, (B, keep, V).
 
     A row with fewer tokens than `keep` has logits that mean nothing before its own.
@@ -308,25 +313,23 @@ class Generator(Prompter):
         prompts: Sequence[Sequence[int]],
         settings: GenerationArguments,
         seeds: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        strip: bool = True,
+        max_batch_size: int | None = None,
     ) -> list[Completion]:
         """Answer prompts; each answer is the one the prompt would get alone.
 
         Args:
             seeds: one for each prompt; default: settings.seed and the numbers after it.
-            batch_size: prompts at once, the next one joins when one is answered; default: all.
-            strip: leave out white space around the text, which continued text needs and answers do not.
+            max_batch_size: prompts at once, the next one joins when one is answered; default: all.
         Raises: InputError if a prompt leaves no room in the context.
         """
         seeds = [settings.seed + number for number in range(len(prompts))] if seeds is None else seeds
-        requests = [Request(prompt, settings, seed, strip) for prompt, seed in zip(prompts, seeds, strict=True)]
-        jobs = [Job(request, self, Answer(len(request.prompt))) for request in requests]
-        decoder = Decoder(self.model, min(batch_size or len(jobs), len(jobs)))
-        decoder.waiting.extend(jobs)
-        while decoder.step():
+        requests = [Request(prompt, settings, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        sequences = [TokenSequence(request, self, Answer(len(request.prompt))) for request in requests]
+        scheduler = BatchScheduler(self.model, min(max_batch_size or len(sequences), len(sequences)))
+        scheduler.waiting.extend(sequences)
+        while scheduler.step():
             pass
-        return [job.answer.completion for job in jobs if job.answer.completion is not None]
+        return [sequence.answer.completion for sequence in sequences if sequence.answer.completion is not None]
 
 
 def search_beams(model: Any, prompter: Prompter, request: Request) -> Completion:
@@ -351,6 +354,6 @@ def search_beams(model: Any, prompter: Prompter, request: Request) -> Completion
     ids: list[int] = output[0, len(request.prompt) :].tolist()
     end = next((number for number, index in enumerate(ids) if index in stop_ids), None)
     ids = ids if end is None else ids[: end + 1]
-    decoder = TextDecoder(prompter.surfaces, request.strip, settings.stop)
+    decoder = TextDecoder(prompter.token_bytes, request.strip, settings.stop)
     text = decoder.push(ids if end is None else ids[:-1]) + decoder.finish()
     return Completion(text, ids, len(request.prompt), "length" if end is None and not decoder.stopped else "stop")

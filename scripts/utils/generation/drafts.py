@@ -16,11 +16,11 @@ from torch import Tensor
 from ..models.loading import causal_model
 from ..models.rope import find_row_rotary
 from ..text.tokenizer import encode_raw, encode_text, token_surfaces
-from .batching import compute
+from .batching import forward
 from .cache import SlotCache, common_prefix
-from .engine import Job
-from .sampling import Chooser, adjust, draw
-from .speculation import Draft, Pace, Proposal, SpeculativeDecoder, distribution
+from .engine import TokenSequence
+from .sampling import Sampler, draw, process_logits
+from .speculation import Draft, DraftLengthController, Proposal, SpeculativeScheduler, distribution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,17 +41,18 @@ class PromptLookup(Draft):
     Source: Saxena 2023, "Prompt Lookup Decoding".
     """
 
-    def __init__(self, decoder: SpeculativeDecoder) -> None:
-        self._seen: WeakKeyDictionary[Job, _Occurrences] = WeakKeyDictionary()
+    def __init__(self, scheduler: SpeculativeScheduler) -> None:
+        self._seen: WeakKeyDictionary[TokenSequence, _Occurrences] = WeakKeyDictionary()
 
-    def propose(self, jobs: Sequence[Job], counts: Sequence[int], paces: Sequence[Pace]) -> list[Proposal]:
-        """See Draft."""
+    def propose(
+        self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
+    ) -> list[Proposal]:
         proposals = []
-        for job, count, pace in zip(jobs, counts, paces, strict=True):
-            found, length = self._seen.setdefault(job, _Occurrences()).continuation(job.tokens, count)
-            sureness = length / (LONGEST_MATCH + 1)
-            end = next((place for place in range(1, len(found) + 1) if not pace.goes_on(sureness)), len(found))
-            proposals.append(Proposal(_until_stop(found[:end], job.chooser)))
+        for sequence, count, controller in zip(sequences, counts, controllers, strict=True):
+            found, length = self._seen.setdefault(sequence, _Occurrences()).continuation(sequence.tokens, count)
+            confidence = length / (LONGEST_MATCH + 1)
+            end = next((place for place in range(1, len(found) + 1) if not controller.goes_on(confidence)), len(found))
+            proposals.append(Proposal(_until_stop(found[:end], sequence.sampler)))
         return proposals
 
 
@@ -82,42 +83,43 @@ class _Occurrences:
 class _TokenDraft(Draft):
     """Drafts token by token with logits over the model's own vocabulary."""
 
-    def propose(self, jobs: Sequence[Job], counts: Sequence[int], paces: Sequence[Pace]) -> list[Proposal]:
-        """See Draft."""
-        forks = [job.chooser.fork() for job in jobs]
+    def propose(
+        self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
+    ) -> list[Proposal]:
+        forks = [sequence.sampler.fork() for sequence in sequences]
         # Where log-probabilities are asked for, `choose` has to choose.
         random = [fork.settings.samples and fork.top_logprobs is None for fork in forks]
-        proposals, left = [Proposal() for _ in jobs], list(counts)
-        pending = self._begin([job.tokens for job in jobs], jobs)
+        proposals, left = [Proposal() for _ in sequences], list(counts)
+        pending = self._begin([sequence.tokens for sequence in sequences], sequences)
         while any(left):  # all slots are computed together: those that need no more tokens too
-            scores = adjust(self._logits(pending, jobs), forks)
+            scores = process_logits(self._logits(pending, sequences), forks)
             tokens: list[int] = scores.argmax(-1).tolist()
             for row in (row for row, count in enumerate(left) if count):
                 if random[row]:
                     probabilities = distribution(scores[row], forks[row])
                     proposals[row].probabilities.append(probabilities)
                     tokens[row] = draw([forks[row]], probabilities.unsqueeze(0), None)[0]
-                    sureness = float(probabilities.max())
+                    confidence = float(probabilities.max())
                 else:
-                    sureness = float((scores[row, tokens[row]] - scores[row].logsumexp(-1)).exp())
+                    confidence = float((scores[row, tokens[row]] - scores[row].logsumexp(-1)).exp())
                 proposals[row].tokens.append(tokens[row])
                 ends = tokens[row] in forks[row].stop_ids
-                left[row] = left[row] - 1 if paces[row].goes_on(sureness) and not ends else 0
+                left[row] = left[row] - 1 if controllers[row].goes_on(confidence) and not ends else 0
             for fork, token in zip(forks, tokens, strict=True):
                 fork.advance(token)
             pending = [[token] for token in tokens]
         return proposals
 
-    def _begin(self, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[list[int]]:
-        """What of each sequence is to be computed with the first draft, at least its last token."""
+    def _begin(self, contexts: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """What of each context is to be computed with the first draft, at least its last token."""
         raise NotImplementedError
 
-    def _logits(self, pending: Sequence[Sequence[int]], jobs: Sequence[Job]) -> Tensor:
+    def _logits(self, pending: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> Tensor:
         """Compute the next tokens of the slots 0, 1, ...; returns (B, V) over the model's vocabulary."""
         raise NotImplementedError
 
 
-class LayerDraft(_TokenDraft):
+class EarlyExitDraft(_TokenDraft):
     """Drafts with the first layers of the model, its norm and its head; weights and cache are the model's.
 
     What the first layers keep of the text is the same in both, so nothing is computed twice but the drafted tokens.
@@ -125,22 +127,22 @@ class LayerDraft(_TokenDraft):
     Self-Speculative Decoding".
     """
 
-    def __init__(self, num_layers: int, decoder: SpeculativeDecoder) -> None:
-        self._decoder = decoder
-        self._backbone = causal_model(decoder.model).get_decoder()
+    def __init__(self, num_layers: int, scheduler: SpeculativeScheduler) -> None:
+        self._scheduler = scheduler
+        self._backbone = causal_model(scheduler.model).get_decoder()
         self._layers = self._backbone.layers[:num_layers]
-        config = decoder.model.config
+        config = scheduler.model.config
         head = config.hidden_size * config.vocab_size
-        layers = decoder.model.num_parameters(exclude_embeddings=True)
+        layers = scheduler.model.num_parameters(exclude_embeddings=True)
         layers -= 0 if config.tie_word_embeddings else head
         self.cost = (layers * num_layers / config.num_hidden_layers + head) / (layers + head)
 
-    def _begin(self, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[list[int]]:
-        return [list(tokens[-1:]) for tokens in sequences]
+    def _begin(self, contexts: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        return [list(tokens[-1:]) for tokens in contexts]
 
-    def _logits(self, pending: Sequence[Sequence[int]], jobs: Sequence[Job]) -> Tensor:
+    def _logits(self, pending: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> Tensor:
         with self._first_layers():
-            return self._decoder.logits(0, pending)[:, -1]
+            return self._scheduler.logits(0, pending)[:, -1]
 
     @contextlib.contextmanager
     def _first_layers(self) -> Iterator[None]:
@@ -153,49 +155,46 @@ class LayerDraft(_TokenDraft):
 
 
 class ModelDraft(_TokenDraft):
-    """Drafts with another model of the same vocabulary, whose slots are those of the decoder."""
+    """Drafts with another model of the same vocabulary, whose slots are those of the scheduler."""
 
-    def __init__(self, model: Any, decoder: SpeculativeDecoder) -> None:
-        self._model, self._rotations = model, find_row_rotary(causal_model(model))
-        self._cache = SlotCache(decoder.num_slots, getattr(model.config, "max_position_embeddings", None))
-        self._rows, self._vocabulary = model.config.vocab_size, decoder.model.config.vocab_size
-        sizes = [one.num_parameters(exclude_embeddings=True) for one in (model, decoder.model)]
+    def __init__(self, model: Any, scheduler: SpeculativeScheduler) -> None:
+        self._model, self._request_rope = model, find_row_rotary(causal_model(model))
+        self._cache = SlotCache(scheduler.max_batch_size, getattr(model.config, "max_position_embeddings", None))
+        self._rows, self._vocabulary = model.config.vocab_size, scheduler.model.config.vocab_size
+        sizes = [one.num_parameters(exclude_embeddings=True) for one in (model, scheduler.model)]
         self.cost = sizes[0] / sizes[1]
 
     def swap(self, one: int, other: int) -> None:
-        """See Draft."""
         self._cache.swap(one, other)
 
     def copy(self, source: int, slot: int, length: int) -> None:
-        """See Draft."""
         self._cache.copy(source, slot, min(length, len(self._cache.tokens[source])))
 
     def truncate(self, slot: int, length: int) -> None:
-        """See Draft."""
         self._cache.truncate(slot, length)
 
-    def _begin(self, sequences: Sequence[Sequence[int]], jobs: Sequence[Job]) -> list[list[int]]:
+    def _begin(self, contexts: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> list[list[int]]:
         pending = []
-        for slot, tokens in enumerate(sequences):
+        for slot, tokens in enumerate(contexts):
             if self._rows < self._vocabulary:  # the model's padding rows, which only untrained models write
                 tokens = [min(token, self._rows - 1) for token in tokens]
             known = min(common_prefix(self._cache.tokens[slot], tokens), len(tokens) - 1)
             self._cache.truncate(slot, known)
             while len(tokens) - known > CATCHING_UP:
-                self._compute(slot, [tokens[known : known + CATCHING_UP]], jobs[slot : slot + 1])
+                self._compute(slot, [tokens[known : known + CATCHING_UP]], sequences[slot : slot + 1])
                 known += CATCHING_UP
             pending.append(list(tokens[known:]))
         return pending
 
-    def _logits(self, pending: Sequence[Sequence[int]], jobs: Sequence[Job]) -> Tensor:
-        logits = self._compute(0, [[min(token, self._rows - 1) for token in tokens] for tokens in pending], jobs)
+    def _logits(self, pending: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> Tensor:
+        logits = self._compute(0, [[min(token, self._rows - 1) for token in tokens] for tokens in pending], sequences)
         return torch.nn.functional.pad(logits, (0, self._vocabulary - self._rows), value=-torch.inf)
 
-    def _compute(self, first: int, tokens: Sequence[Sequence[int]], jobs: Sequence[Job]) -> Tensor:
+    def _compute(self, first: int, tokens: Sequence[Sequence[int]], sequences: Sequence[TokenSequence]) -> Tensor:
         """Logits after the last token of each, (B, draft's V)."""
-        if self._rotations:
-            self._rotations.rotate([len(job.request.prompt) + job.room for job in jobs])
-        return compute(self._model, self._cache, first, tokens)[:, -1]
+        if self._request_rope:
+            self._request_rope.rotate([len(sequence.request.prompt) + sequence.room for sequence in sequences])
+        return forward(self._model, self._cache, first, tokens)[:, -1]
 
 
 class RetokenizedDraft(ModelDraft):
@@ -206,57 +205,58 @@ class RetokenizedDraft(ModelDraft):
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         own_tokenizer: PreTrainedTokenizerBase,
-        decoder: SpeculativeDecoder,
+        scheduler: SpeculativeScheduler,
     ) -> None:
         """`tokenizer`: the draft model's; `own_tokenizer`: that of the model whose tokens are drafted."""
-        super().__init__(model, decoder)
+        super().__init__(model, scheduler)
         self._vocabulary = self._rows
-        self._tokenizer, self._surfaces = tokenizer, token_surfaces(tokenizer)
-        self._own_tokenizer, self._own_surfaces = own_tokenizer, token_surfaces(own_tokenizer)
+        self._tokenizer, self._token_bytes = tokenizer, token_surfaces(tokenizer)
+        self._own_tokenizer, self._own_token_bytes = own_tokenizer, token_surfaces(own_tokenizer)
 
-    def propose(self, jobs: Sequence[Job], counts: Sequence[int], paces: Sequence[Pace]) -> list[Proposal]:
-        """See Draft."""
-        written: list[list[int]] = [[] for _ in jobs]
-        texts = [_text(job.tokens, self._own_surfaces).removeprefix(" ") for job in jobs]
-        pending, left = self._begin([encode_raw(text, self._tokenizer) for text in texts], jobs), list(counts)
+    def propose(
+        self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
+    ) -> list[Proposal]:
+        written: list[list[int]] = [[] for _ in sequences]
+        texts = [_text(sequence.tokens, self._own_token_bytes).removeprefix(" ") for sequence in sequences]
+        pending, left = self._begin([encode_raw(text, self._tokenizer) for text in texts], sequences), list(counts)
         while any(left):
-            sureness, tokens = self._logits(pending, jobs).softmax(-1).max(-1)
+            confidence, tokens = self._logits(pending, sequences).softmax(-1).max(-1)
             pending = [[token] for token in tokens.tolist()]
             for row in (row for row, count in enumerate(left) if count):
                 written[row] += pending[row]
-                left[row] = left[row] - 1 if paces[row].goes_on(float(sureness[row])) else 0
-        drafted = [self._in_own_tokens(job.tokens, ids) for job, ids in zip(jobs, written, strict=True)]
+                left[row] = left[row] - 1 if controllers[row].goes_on(float(confidence[row])) else 0
+        drafted = [self._in_own_tokens(sequence.tokens, ids) for sequence, ids in zip(sequences, written, strict=True)]
         return [
-            Proposal(_until_stop(tokens[:count], job.chooser))
-            for job, tokens, count in zip(jobs, drafted, counts, strict=True)
+            Proposal(_until_stop(tokens[:count], sequence.sampler))
+            for sequence, tokens, count in zip(sequences, drafted, counts, strict=True)
         ]
 
     def _in_own_tokens(self, tokens: Sequence[int], written: Sequence[int]) -> list[int]:
         """The model's tokens for the text of the draft's; none where no token of it begins where the text ends."""
-        surfaces, end = self._own_surfaces, self._tokenizer.eos_token_id
+        token_bytes, end = self._own_token_bytes, self._tokenizer.eos_token_id
         written = written[: written.index(end)] if end in written else written
-        text = _text(written, self._surfaces)
-        tail = b"".join(surfaces[token] for token in tokens[-TAIL:] if token < len(surfaces))
+        text = _text(written, self._token_bytes)
+        tail = b"".join(token_bytes[token] for token in tokens[-TAIL:] if token < len(token_bytes))
         tail = tail.lstrip(bytes(range(0x80, 0xC0)))  # a character that began before
         try:
             joined = tail.decode() + text
         except UnicodeDecodeError:  # the model is within a character
             return []
         ids = encode_text(self._own_tokenizer, joined)
-        ends = list(accumulate(len(surfaces[index]) for index in ids))
+        ends = list(accumulate(len(token_bytes[index]) for index in ids))
         border = len(tail) + (ends[-1] - len(joined.encode()) if ends else 0)  # after the space that some put before
         return ids[ends.index(border) + 1 :] if border in ends else []
 
 
-def _text(tokens: Sequence[int], surfaces: Sequence[bytes]) -> str:
+def _text(tokens: Sequence[int], token_bytes: Sequence[bytes]) -> str:
     """The text of tokens, as far as its characters are complete; special tokens have none."""
-    joined = b"".join(surfaces[token] for token in tokens if token < len(surfaces))
+    joined = b"".join(token_bytes[token] for token in tokens if token < len(token_bytes))
     return codecs.getincrementaldecoder("utf-8")("replace").decode(joined)
 
 
-def _until_stop(tokens: list[int], chooser: Chooser) -> list[int]:
+def _until_stop(tokens: list[int], sampler: Sampler) -> list[int]:
     """The tokens up to the first that ends the answer."""
-    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in chooser.stop_ids), None)]
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in sampler.stop_ids), None)]
 
 
 # ---------------------------------------------------------------- from the flags

@@ -5,17 +5,18 @@ The command line, the web demo, the server, PPO and evaluation all use it.
 
 from __future__ import annotations
 
+import abc
 import codecs
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..text.prompts import Message, encode_prompt, stop_token_ids
 from ..text.tokenizer import encode_raw, token_surfaces
-from .sampling import Chooser, Constraint, TokenLogprob
+from .sampling import Constraint, Sampler, TokenLogprob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +38,9 @@ class TextDecoder:
         stopped: whether a stop text came; what follows it gives no text.
     """
 
-    def __init__(self, surfaces: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
-        """`surfaces`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
-        self._surfaces, self._strip, self._stops = surfaces, strip, stops
+    def __init__(self, token_bytes: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
+        """`token_bytes`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
+        self._token_bytes, self._strip, self._stops = token_bytes, strip, stops
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # the beginning of a stop text, perhaps
         self.stopped = False
@@ -48,7 +49,7 @@ class TextDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete with these ids; ids beyond the vocabulary (padded rows) stand for nothing."""
-        known = (self._surfaces[index] for index in ids if index < len(self._surfaces))
+        known = (self._token_bytes[index] for index in ids if index < len(self._token_bytes))
         return self._without_ends(self._before_stop(self._decode(b"".join(known)), last=False))
 
     def finish(self) -> str:
@@ -114,9 +115,9 @@ class Request:
     constraint: Constraint | None = None
     model: str | None = None
 
-    def chooser(self, stop_ids: Sequence[int]) -> Chooser:
+    def sampler(self, stop_ids: Sequence[int]) -> Sampler:
         """What decides its tokens."""
-        return Chooser(
+        return Sampler(
             self.settings,
             self.prompt,
             stop_ids,
@@ -210,54 +211,6 @@ class Answer:
             self.cancel()
 
 
-class Engine(Protocol):
-    """What answers: transformers, llama.cpp or vLLM.
-
-    Attributes:
-        models: names of the adapters (or of the model itself) that a request may ask for; the first is the default.
-        context: tokens that prompt and answer may have together; None: any number.
-    """
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    template: str | None
-    context: int | None
-    models: list[str]
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers."""
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text to be continued."""
-
-    def encode_negative(self, messages: Sequence[Message], settings: GenerationArguments) -> list[int] | None:
-        """The conversation under the negative prompt as its system prompt; None without guidance."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens have none."""
-
-    def fit_history(self, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
-        """See Prompter."""
-
-    def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
-        """Begin to answer; from any thread, without waiting. Requests beyond the slots wait, first come first served.
-
-        Raises: InputError for what cannot be answered.
-        """
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all, in order."""
-
-    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """(N, H) float32: the mean of the last layer's states over a prompt's tokens, of length 1."""
-
-    def statistics(self) -> dict[str, float]:
-        """running, waiting, max_batch_size; totals: prompt_tokens, cached_tokens, new_tokens, steps; and the like."""
-
-    def close(self) -> None:
-        """Cancel what runs, and stop."""
-
-
 # ---------------------------------------------------------------- prompts
 
 
@@ -275,14 +228,20 @@ def check_room(num_prompt_tokens: int, settings: GenerationArguments, context: i
 
 
 class Prompter:
-    """Text and tokens of an engine: how prompts are written, and what ends an answer."""
+    """Text and tokens of a model: how prompts are written, and what ends an answer. It needs no weights.
+
+    Attributes:
+        context: tokens that prompt and answer may have together; None: any number.
+        stop_ids: the tokens that end an answer.
+        token_bytes: the bytes that each token id stands for; of special tokens none.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, context: int | None) -> None:
         """`template`: the jinja chat template whose end-of-turn token ends answers too; None for plain text."""
         self.tokenizer, self.template, self.context = tokenizer, template, context
         end = tokenizer.eos_token_id
         self.stop_ids = stop_token_ids(template, tokenizer) if template else [] if end is None else [int(end)]
-        self.surfaces = token_surfaces(tokenizer)
+        self.token_bytes = token_surfaces(tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers."""
@@ -294,15 +253,18 @@ class Prompter:
         return encode_raw(text, self.tokenizer)
 
     def encode_negative(self, messages: Sequence[Message], settings: GenerationArguments) -> list[int] | None:
-        """The conversation under the negative prompt as its system prompt; None without guidance."""
+        """The conversation under the negative prompt as its system prompt; None without guidance.
+
+        System messages further down stay: both prompts differ in nothing else.
+        """
         if settings.negative_prompt is None:
             return None
-        turns = [message for message in messages if message["role"] != "system"]
+        turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
         return self.encode([{"role": "system", "content": settings.negative_prompt}, *turns])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens have none."""
-        decoder = TextDecoder(self.surfaces, strip=False)
+        decoder = TextDecoder(self.token_bytes, strip=False)
         return decoder.push(ids) + decoder.finish()
 
     def fit_history(self, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[Message], int]:
@@ -325,7 +287,69 @@ class Prompter:
         return check_room(min(longest, len(request.prompt)) and longest, request.settings, self.context)
 
 
-class Job:
+# ---------------------------------------------------------------- engines
+
+
+class Engine(Prompter, abc.ABC):
+    """What answers: transformers, llama.cpp or vLLM.
+
+    Attributes:
+        models: names of the adapters (or of the model itself) that a request may ask for; the first is the default.
+        max_batch_size: requests answered at once.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        context: int | None,
+        models: Iterable[str],
+        max_batch_size: int,
+    ) -> None:
+        super().__init__(tokenizer, template, context)
+        self.models, self.max_batch_size = list(models), max_batch_size
+        self._closed = False
+
+    @abc.abstractmethod
+    def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
+        """Begin to answer; from any thread, without waiting. Requests beyond max_batch_size wait, first come first
+        served.
+
+        Raises: InputError for what cannot be answered.
+        """
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all, in order."""
+        return [answer.wait() for answer in [self.submit(request) for request in requests]]
+
+    @abc.abstractmethod
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """(N, H) float32: the mean of the last layer's states over a prompt's tokens, of length 1."""
+
+    @abc.abstractmethod
+    def statistics(self) -> dict[str, float]:
+        """running, waiting, max_batch_size; totals: prompt_tokens, cached_tokens, new_tokens, steps; and the like."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Cancel what runs, and stop."""
+
+    def _find_model(self, request: Request) -> str:
+        """The name of the model that a request asks for. Raises: InputError if there is none."""
+        name = self.models[0] if request.model is None else request.model
+        if name not in self.models:
+            raise InputError(f"there is no model {name!r}; there are {', '.join(self.models)}")
+        return name
+
+    def _check_open(self) -> None:
+        """Raises: InputError once the engine is closed."""
+        if self._closed:
+            raise InputError("the engine is closed")
+
+
+class TokenSequence:
     """A request on its way through an engine.
 
     Attributes:
@@ -338,20 +362,20 @@ class Job:
         self.request, self.answer = request, answer
         self.room = prompter.check(request)
         self.tokens = list(request.prompt)
-        self.chooser = request.chooser(prompter.stop_ids)
-        self._text = TextDecoder(prompter.surfaces, request.strip, request.settings.stop)
+        self.sampler = request.sampler(prompter.stop_ids)
+        self._text = TextDecoder(prompter.token_bytes, request.strip, request.settings.stop)
         self._stop_ids = prompter.stop_ids
 
     def advance(self, token_id: int, logprob: TokenLogprob | None = None) -> bool:
         """Take the next token and tell whoever waits for it; returns whether the answer has ended."""
         self.tokens.append(token_id)
-        self.chooser.advance(token_id)
+        self.sampler.advance(token_id)
         ended = token_id in self._stop_ids
         text = "" if ended else self._text.push([token_id])
         reason: FinishReason | None = None
         if ended or self._text.stopped:
             reason = "stop"
-        elif self.chooser.length >= self.room:
+        elif self.sampler.length >= self.room:
             reason = "length"
         if reason:
             text += self._text.finish()

@@ -24,8 +24,8 @@ from ..gguf.llamacpp import last_error, listen, require_llama_cpp
 from ..gguf.tokenizer import check_same_tokens, load_gguf_tokenizer, read_metadata
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, scale_rope
 from ..text.tokenizer import load_tokenizer
-from .batching import Decoder
-from .engine import Job, Request
+from .batching import BatchScheduler
+from .engine import Request, TokenSequence
 from .transformers_engine import BASE, DecodingEngine
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ ALL_F32 = 0  # general.file_type of a file in full precision
 
 
 class GgufModel:
-    """A GGUF file loaded by llama.cpp, with a cache of slots like slots.SlotCache.
+    """A GGUF file loaded by llama.cpp, with a cache of slots like cache.SlotCache.
 
     A token of the cache can belong to several slots, so that a beginning they share is stored once. A slot's sequence
     in llama.cpp changes when slots are swapped; nothing is copied.
@@ -89,7 +89,7 @@ class GgufModel:
         self.hidden_size: int = llama_cpp.llama_model_n_embd(self._model)
         self.capacity = capacity
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
-        self._sequences = list(range(num_slots))
+        self._seq_ids = list(range(num_slots))
         self._batch = _Batch(llama_cpp, BATCH)
 
     def _open(self, **sizes: Any) -> Any:
@@ -124,19 +124,19 @@ class GgufModel:
         """
         ids: list[int] = []
         places: list[int] = []
-        sequences: list[int] = []
+        seq_ids: list[int] = []
         ends: list[int] = []
         for slot, row in enumerate(rows, first):
             start = len(self.tokens[slot])
             ids += row
             places += range(start, start + len(row))
-            sequences += [self._sequences[slot]] * len(row)
+            seq_ids += [self._seq_ids[slot]] * len(row)
             ends.append(len(ids) - 1)
         blocks = []
         for begin in range(0, len(ids), BATCH):
             part = slice(begin, begin + BATCH)
             wanted = [end - begin for end in ends if begin <= end < begin + BATCH]
-            self._batch.fill(ids[part], places[part], sequences[part], wanted)
+            self._batch.fill(ids[part], places[part], seq_ids[part], wanted)
             self._decode(self._context)
             if wanted:
                 pointer = self._library.llama_get_logits(self._context)
@@ -174,18 +174,18 @@ class GgufModel:
             total += np.ctypeslib.as_array(pointer, (len(ids), self.hidden_size)).sum(0)
         return torch.nn.functional.normalize(torch.from_numpy(total), dim=0)
 
-    # ------------------------------------------------------------ slots, see slots.SlotCache
+    # ------------------------------------------------------------ slots, see cache.SlotCache
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what comes after the first `length` tokens of a slot."""
-        self._library.llama_memory_seq_rm(self._memory, self._sequences[slot], length, -1)
+        self._library.llama_memory_seq_rm(self._memory, self._seq_ids[slot], length, -1)
         del self.tokens[slot][length:]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` tokens of another, and hold nothing else."""
         if source != target:
             self.truncate(target, 0)
-            one, other = self._sequences[source], self._sequences[target]
+            one, other = self._seq_ids[source], self._seq_ids[target]
             self._library.llama_memory_seq_cp(self._memory, one, other, 0, length)
             self.tokens[target] = self.tokens[source][:length]
         self.truncate(target, length)
@@ -193,8 +193,8 @@ class GgufModel:
     def swap(self, one: int, other: int) -> None:
         """Exchange two slots."""
         self.tokens[one], self.tokens[other] = self.tokens[other], self.tokens[one]
-        sequences = self._sequences
-        sequences[one], sequences[other] = sequences[other], sequences[one]
+        seq_ids = self._seq_ids
+        seq_ids[one], seq_ids[other] = seq_ids[other], seq_ids[one]
 
 
 class _Batch:
@@ -203,12 +203,12 @@ class _Batch:
     def __init__(self, library: Any, size: int) -> None:
         self._ids: np.ndarray = np.zeros(size, np.int32)
         self._places: np.ndarray = np.zeros(size, np.int32)
-        self._sequences: np.ndarray = np.zeros(size, np.int32)
+        self._seq_ids: np.ndarray = np.zeros(size, np.int32)
         self._ones: np.ndarray = np.ones(size, np.int32)
         self._wanted: np.ndarray = np.zeros(size, np.int8)
         # Each token names its sequences by a pointer to them; it has one.
-        self._pointers: np.ndarray = np.arange(size, dtype=np.uintp) * self._sequences.itemsize
-        self._pointers += self._sequences.ctypes.data
+        self._pointers: np.ndarray = np.arange(size, dtype=np.uintp) * self._seq_ids.itemsize
+        self._pointers += self._seq_ids.ctypes.data
         self.struct = library.llama_batch()
         arrays = {"token": self._ids, "pos": self._places, "n_seq_id": self._ones, "seq_id": self._pointers}
         arrays["logits"] = self._wanted
@@ -216,10 +216,10 @@ class _Batch:
         for name, array in arrays.items():
             setattr(self.struct, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
-    def fill(self, ids: Sequence[int], places: Sequence[int], sequences: Sequence[int], wanted: Sequence[int]) -> None:
+    def fill(self, ids: Sequence[int], places: Sequence[int], seq_ids: Sequence[int], wanted: Sequence[int]) -> None:
         """Tokens, their positions and sequences; `wanted`: the numbers of those whose logits are wanted."""
         count = len(ids)
-        self._ids[:count], self._places[:count], self._sequences[:count] = ids, places, sequences
+        self._ids[:count], self._places[:count], self._seq_ids[:count] = ids, places, seq_ids
         self._wanted[:count] = 0
         self._wanted[list(wanted)] = 1
         self.struct.n_tokens = count
@@ -228,8 +228,8 @@ class _Batch:
 # ---------------------------------------------------------------- the engine
 
 
-class LlamaCppDecoder(Decoder):
-    """decoding.Decoder on a GgufModel."""
+class LlamaCppScheduler(BatchScheduler):
+    """BatchScheduler on a GgufModel."""
 
     def __init__(self, model: GgufModel) -> None:
         super().__init__(model, len(model.tokens), cache=model)
@@ -245,15 +245,15 @@ class LlamaCppDecoder(Decoder):
     def _forget(self, coming: int) -> None:
         """Make room in the cache: slots that nobody uses go first, those unused for longest before others."""
         excess = coming + sum(map(len, self._cache.tokens)) - self.model.capacity
-        for slot in sorted(range(len(self._rows), self.num_slots), key=self._used.__getitem__):
+        for slot in sorted(range(len(self._rows), self.max_batch_size), key=self._used.__getitem__):
             if excess <= 0:
                 break
             excess -= len(self._cache.tokens[slot])
             self._cache.truncate(slot, 0)
 
-    def _fits(self, job: Job) -> bool:
-        jobs = [row.job for row in self._rows if not row.guides]
-        return sum(_most_tokens(other.request, other.room) for other in [*jobs, job]) <= self.model.capacity
+    def _fits(self, sequence: TokenSequence) -> bool:
+        sequences = [row.sequence for row in self._rows if not row.guides]
+        return sum(_most_tokens(other.request, other.room) for other in [*sequences, sequence]) <= self.model.capacity
 
 
 def _most_tokens(request: Request, room: int) -> int:
@@ -263,7 +263,7 @@ def _most_tokens(request: Request, room: int) -> int:
 
 
 class LlamaCppEngine(DecodingEngine):
-    """generation.Engine on a GGUF file."""
+    """An Engine on a GGUF file."""
 
     name = "llama.cpp"
 
@@ -271,10 +271,9 @@ class LlamaCppEngine(DecodingEngine):
         self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, template: str | None, context: int
     ) -> None:
         self._model = model
-        super().__init__({BASE: LlamaCppDecoder(model)}, tokenizer, template, context)
+        super().__init__({BASE: LlamaCppScheduler(model)}, tokenizer, template, context)
 
     def check(self, request: Request) -> int:
-        """See generation.Prompter."""
         room = super().check(request)
         if (most := _most_tokens(request, room)) > self._model.capacity:
             raise InputError(
@@ -284,7 +283,7 @@ class LlamaCppEngine(DecodingEngine):
         return room
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See generation.Engine. Raises: InputError for a prompt that is empty or longer than the context."""
+        """Raises: InputError for a prompt that is empty or longer than the context."""
         assert self.context is not None
         for prompt in prompts:
             if not 0 < len(prompt) <= self.context:
@@ -293,7 +292,6 @@ class LlamaCppEngine(DecodingEngine):
         return torch.stack([self._call(partial(self._model.embed, prompt, self.context)) for prompt in prompts])
 
     def close(self) -> None:
-        """See generation.Engine."""
         super().close()
         self._model.close()
 
@@ -332,7 +330,7 @@ class GgufFile:
 
         Args:
             template: the chat template; None for plain text.
-            max_batch_size, context: as of engines.EnginePlan.load.
+            max_batch_size, context: as of loading.EnginePlan.load.
         """
         import llama_cpp
 
@@ -344,8 +342,10 @@ class GgufFile:
         exact = self.metadata.get("general.file_type") == ALL_F32
         value_type = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
         attention = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-        token_bytes = self._token_numbers * (4 if exact else 2)
-        capacity = choose_capacity(window, max_batch_size, token_bytes, _free_bytes(on_gpu) - _weight_bytes(self.path))
+        bytes_per_token = self._token_numbers * (4 if exact else 2)
+        capacity = choose_capacity(
+            window, max_batch_size, bytes_per_token, _free_bytes(on_gpu) - _weight_bytes(self.path)
+        )
         model = GgufModel(
             self.path,
             max_batch_size,
@@ -359,7 +359,7 @@ class GgufFile:
         )
         logger.info(
             "%s loaded by llama.cpp: keys and values of %d tokens, %.2f GB",
-            *(self.path.name, capacity, capacity * token_bytes / 1e9),
+            *(self.path.name, capacity, capacity * bytes_per_token / 1e9),
         )
         return LlamaCppEngine(model, self.tokenizer, template, window)
 
@@ -408,18 +408,19 @@ def cache_numbers(metadata: Mapping[str, Any]) -> int:
     return int(total * width)
 
 
-def choose_capacity(window: int, num_slots: int, token_bytes: int, free_bytes: int) -> int:
+def choose_capacity(window: int, max_batch_size: int, bytes_per_token: int, free_bytes: int) -> int:
     """Tokens that the cache should hold: a window for each slot, or as many as memory allows.
 
     Raises: InputError if memory is too small for a window.
     """
-    possible = int(CACHE_SHARE * free_bytes) // token_bytes
+    possible = int(CACHE_SHARE * free_bytes) // bytes_per_token
     if possible < window:
         raise InputError(
-            f"keys and values of {window} tokens need {window * token_bytes / 1e9:.1f} GB, which is more than half of "
-            f"the {max(0, free_bytes) / 1e9:.1f} GB that are free beside the weights; pass a smaller --max_context"
+            f"keys and values of {window} tokens need {window * bytes_per_token / 1e9:.1f} GB, which is more than "
+            f"half of the {max(0, free_bytes) / 1e9:.1f} GB that are free beside the weights; pass a smaller "
+            "--max_context"
         )
-    return min(window * num_slots, possible)
+    return min(window * max_batch_size, possible)
 
 
 def _weight_bytes(path: Path) -> int:

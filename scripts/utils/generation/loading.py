@@ -24,7 +24,7 @@ from ..text.tokenizer import embedding_rows, has_tokenizer, load_tokenizer
 from ..weights.config import load_config, local_folder
 from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import open_checkpoint
-from .drafts import LayerDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
+from .drafts import EarlyExitDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
 from .engine import Engine, Prompter
 from .llamacpp_engine import GgufFile
 from .speculation import Speculation
@@ -272,7 +272,7 @@ class EnginePlan(Prompter):
             context=context,
             adapters=list(adapters or ()),
             speculation=self._drafts.load() if self._drafts else None,
-            rotations=find_row_rotary(model),
+            request_rope=find_row_rotary(model),
         )
 
 
@@ -339,5 +339,5 @@ class DraftPlan:
             make_draft = partial(RetokenizedDraft, model, self._tokenizer, self._own_tokenizer)
             return Speculation(make_draft, speculation.draft_k)
         if speculation.draft_layers is not None:
-            return Speculation(partial(LayerDraft, speculation.draft_layers), speculation.draft_k)
+            return Speculation(partial(EarlyExitDraft, speculation.draft_layers), speculation.draft_k)
         return Speculation(PromptLookup, speculation.draft_k)

@@ -42,7 +42,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Chooser:
+class Sampler:
     """What decides the tokens of one row: its settings, its random numbers and what it has written so far."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Chooser:
         """The row's next random number in [0, 1): an answer depends on its seed, not on the batch around it."""
         return float(torch.rand(1, generator=self._random, dtype=torch.float64))
 
-    def fork(self) -> Chooser:
+    def fork(self) -> Sampler:
         """A copy that tries tokens out: it draws from the same random numbers, and knows no constraint."""
         forked = copy.copy(self)
         forked.counts, forked._seen, forked.constraint = self.counts.copy(), dict(self._seen), None
@@ -106,28 +106,28 @@ class Chooser:
             self.constraint.advance(token_id)
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> tuple[list[int], list[TokenLogprob | None]]:
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[TokenLogprob | None]]:
     """The next token of each row, and its log-probabilities where they were asked for.
 
-    Args: logits: (B, V), of the model. The choosers are not advanced.
+    Args: logits: (B, V), of the model. The samplers are not advanced.
     Raises: InputError if a row's first logits are no numbers; of later ones it would cost a synchronisation each.
     """
-    if any(not chooser.length for chooser in choosers) and not bool(torch.isfinite(logits).all()):
+    if any(not sampler.length for sampler in samplers) and not bool(torch.isfinite(logits).all()):
         raise InputError(
             "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "
             "try --dtype bfloat16 or float32"
         )
-    special = [row for row, chooser in enumerate(choosers) if not chooser.plain]
-    tokens = likeliest(logits) if len(special) < len(choosers) else [0] * len(choosers)
+    special = [row for row, sampler in enumerate(samplers) if not sampler.plain]
+    tokens = argmax_tokens(logits) if len(special) < len(samplers) else [0] * len(samplers)
     if special:
-        chosen = [choosers[row] for row in special]
-        scores = adjust(logits if len(special) == len(choosers) else logits[special], chosen)
+        chosen = [samplers[row] for row in special]
+        scores = process_logits(logits if len(special) == len(samplers) else logits[special], chosen)
         for row, token in zip(special, _pick(scores, chosen), strict=True):
             tokens[row] = token
-    return tokens, _logprobs(logits, choosers, tokens)
+    return tokens, _logprobs(logits, samplers, tokens)
 
 
-def likeliest(scores: Tensor) -> list[int]:
+def argmax_tokens(scores: Tensor) -> list[int]:
     """The likeliest token of each row of (B, V); on the CPU numpy finds it ten times faster than torch."""
     plain = scores.device.type == "cpu" and scores.dtype == torch.float32
     tokens: list[int] = (scores.numpy() if plain else scores).argmax(-1).tolist()
@@ -137,7 +137,7 @@ def likeliest(scores: Tensor) -> list[int]:
 # ---------------------------------------------------------------- what changes logits
 
 
-def adjust(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+def process_logits(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """Logits (B, V) -> float32 scores with bias, penalties and what is forbidden; temperature comes later.
 
     The logits themselves are returned where nothing changes them.
@@ -146,22 +146,22 @@ def adjust(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     API reference (logit - count * frequency - (count > 0) * presence).
     """
     scores = logits.float()
-    if scores is logits and any(chooser.edits for chooser in choosers):
+    if scores is logits and any(sampler.edits for sampler in samplers):
         scores = _copy(logits)
-    for row, chooser in enumerate(choosers):
-        settings = chooser.settings
-        if chooser.logit_bias:
-            _edit(scores[row], list(chooser.logit_bias), torch.tensor(list(chooser.logit_bias.values())).add)
+    for row, sampler in enumerate(samplers):
+        settings = sampler.settings
+        if sampler.logit_bias:
+            _edit(scores[row], list(sampler.logit_bias), torch.tensor(list(sampler.logit_bias.values())).add)
         if settings.repetition_penalty != 1:
-            _edit(scores[row], chooser.seen, partial(_penalise, penalty=float(settings.repetition_penalty)))
-        if chooser.counts and (settings.presence_penalty or settings.frequency_penalty):
-            counts = torch.tensor(list(chooser.counts.values()), dtype=torch.float32)
+            _edit(scores[row], sampler.seen, partial(_penalise, penalty=float(settings.repetition_penalty)))
+        if sampler.counts and (settings.presence_penalty or settings.frequency_penalty):
+            counts = torch.tensor(list(sampler.counts.values()), dtype=torch.float32)
             cost = counts * settings.frequency_penalty + settings.presence_penalty
-            _edit(scores[row], list(chooser.counts), (-cost).add)
-        if chooser.length < settings.min_new_tokens and chooser.stop_ids:
-            scores[row, chooser.stop_ids] = -math.inf
-        if chooser.constraint is not None:
-            allowed = chooser.constraint.allowed().to(scores.device)
+            _edit(scores[row], list(sampler.counts), (-cost).add)
+        if sampler.length < settings.min_new_tokens and sampler.stop_ids:
+            scores[row, sampler.stop_ids] = -math.inf
+        if sampler.constraint is not None:
+            allowed = sampler.constraint.allowed().to(scores.device)
             scores[row, : len(allowed)].masked_fill_(~allowed[: scores.shape[1]], -math.inf)
             scores[row, len(allowed) :] = -math.inf
     return scores
@@ -185,16 +185,16 @@ def _edit(row: Tensor, ids: Sequence[int], change: Callable[[Tensor], Tensor]) -
 # ---------------------------------------------------------------- drawing
 
 
-def _pick(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def _pick(scores: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The likeliest token of rows that do not sample, one at random of the others."""
-    tokens = [0] * len(choosers) if all(chooser.settings.samples for chooser in choosers) else likeliest(scores)
+    tokens = [0] * len(samplers) if all(sampler.settings.samples for sampler in samplers) else argmax_tokens(scores)
     groups: dict[str, list[int]] = {}
-    for row, chooser in enumerate(choosers):
-        if chooser.settings.samples:
-            groups.setdefault(_kind(chooser.settings), []).append(row)
+    for row, sampler in enumerate(samplers):
+        if sampler.settings.samples:
+            groups.setdefault(_kind(sampler.settings), []).append(row)
     for rows in groups.values():
-        own = scores if len(rows) == len(choosers) else scores[rows]
-        drawn = draw([choosers[row] for row in rows], *candidates(own, [choosers[row] for row in rows]))
+        own = scores if len(rows) == len(samplers) else scores[rows]
+        drawn = draw([samplers[row] for row in rows], *filter_probabilities(own, [samplers[row] for row in rows]))
         for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
     return tokens
@@ -205,7 +205,7 @@ def _kind(settings: GenerationArguments) -> str:
     return "top_k" if settings.top_k > 0 else "top_p" if settings.top_p < 1 else "all"
 
 
-def candidates(scores: Tensor, choosers: Sequence[Chooser]) -> tuple[Tensor, Tensor | None]:
+def filter_probabilities(scores: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, Tensor | None]:
     """Probabilities of what may be drawn after temperature, top_k, top_p and min_p, in this order.
 
     Args: scores: (B, V), of rows of one kind.
@@ -214,13 +214,13 @@ def candidates(scores: Tensor, choosers: Sequence[Chooser]) -> tuple[Tensor, Ten
     """
 
     def column(name: str) -> Tensor:
-        values = [float(getattr(chooser.settings, name)) for chooser in choosers]
+        values = [float(getattr(sampler.settings, name)) for sampler in samplers]
         return torch.tensor(values, dtype=torch.float64, device=scores.device).unsqueeze(1)
 
-    kind, ids = _kind(choosers[0].settings), None
+    kind, ids = _kind(samplers[0].settings), None
     if kind == "top_k":
         counts = column("top_k")
-        scores, ids = scores.topk(min(max(chooser.settings.top_k for chooser in choosers), scores.shape[1]))
+        scores, ids = scores.topk(min(max(sampler.settings.top_k for sampler in samplers), scores.shape[1]))
         scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= counts, -math.inf)
     elif kind == "top_p":
         scores, ids = scores.sort(descending=True)
@@ -239,24 +239,24 @@ def candidates(scores: Tensor, choosers: Sequence[Chooser]) -> tuple[Tensor, Ten
     return probabilities.masked_fill(probabilities < least, 0), ids
 
 
-def draw(choosers: Sequence[Chooser], probabilities: Tensor, ids: Tensor | None) -> list[int]:
-    """A token of each row, by the row's own random numbers; arguments as `candidates` returns them."""
+def draw(samplers: Sequence[Sampler], probabilities: Tensor, ids: Tensor | None) -> list[int]:
+    """A token of each row, by the row's own random numbers; arguments as `filter_probabilities` returns them."""
     totals = probabilities.cumsum(-1)
-    numbers = torch.tensor([[chooser.draw()] for chooser in choosers], dtype=torch.float64, device=totals.device)
+    numbers = torch.tensor([[sampler.draw()] for sampler in samplers], dtype=torch.float64, device=totals.device)
     places = torch.searchsorted(totals, numbers * totals[:, -1:], right=True)  # (B, 1)
     places.clamp_(max=totals.shape[1] - 1)
     tokens: list[int] = (places if ids is None else ids.gather(1, places))[:, 0].tolist()
     return tokens
 
 
-def _logprobs(logits: Tensor, choosers: Sequence[Chooser], tokens: Sequence[int]) -> list[TokenLogprob | None]:
-    rows = [row for row, chooser in enumerate(choosers) if chooser.top_logprobs is not None]
+def _logprobs(logits: Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> list[TokenLogprob | None]:
+    rows = [row for row, sampler in enumerate(samplers) if sampler.top_logprobs is not None]
     found: list[TokenLogprob | None] = [None] * len(tokens)
     if not rows:
         return found
     logprobs = torch.log_softmax(logits[rows].float(), -1)
     for line, row in zip(logprobs, rows, strict=True):
-        values, ids = line.topk(choosers[row].top_logprobs or 0)
+        values, ids = line.topk(samplers[row].top_logprobs or 0)
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         found[row] = TokenLogprob(tokens[row], float(line[tokens[row]]), top)
     return found

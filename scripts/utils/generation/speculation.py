@@ -21,9 +21,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .batching import Decoder, Rotations, Row
-from .engine import Job
-from .sampling import Chooser, TokenLogprob, adjust, candidates, choose, draw
+from .batching import BatchScheduler, RequestRope, Row
+from .engine import TokenSequence
+from .sampling import Sampler, TokenLogprob, choose, draw, filter_probabilities, process_logits
 
 MOST_ROWS = 4  # answers written at once; where more are, the passes are full without drafts
 LONGEST = 16  # tokens drafted at once by themselves
@@ -44,7 +44,7 @@ class Proposal:
 
 
 class Draft(abc.ABC):
-    """What drafts, for one decoder. The decoder tells it what happens to its slots.
+    """What drafts, for one scheduler. The scheduler tells it what happens to its slots.
 
     Attributes:
         cost: of a drafted token, in forward passes of the model.
@@ -53,8 +53,10 @@ class Draft(abc.ABC):
     cost = 0.0
 
     @abc.abstractmethod
-    def propose(self, jobs: Sequence[Job], counts: Sequence[int], paces: Sequence[Pace]) -> list[Proposal]:
-        """Draft what comes next: at most counts[i] tokens for the job in slot i, while paces[i] goes on."""
+    def propose(
+        self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
+    ) -> list[Proposal]:
+        """Draft what comes next: at most counts[i] tokens for the sequence in slot i, while controllers[i] goes on."""
 
     # A draft without keys and values of its own has nothing to do here.
 
@@ -85,7 +87,7 @@ class _Record:
         self._hits, self._weight = MEMORY * self._hits + hits, MEMORY * self._weight + weight
 
 
-class Pace:
+class DraftLengthController:
     """How many tokens to draft for one answer, by what became of those before.
 
     A token more is drafted where the tokens it is expected to bring are more than the same time brings otherwise: its
@@ -121,9 +123,9 @@ class Pace:
         self._speed = _Record(1.5, 2)
         return 0
 
-    def goes_on(self, sureness: float) -> bool:
+    def goes_on(self, confidence: float) -> bool:
         """Whether to draft another token after one of which the draft was so sure, 0-1."""
-        number = min(int(sureness * CLASSES), CLASSES - 1)
+        number = min(int(confidence * CLASSES), CLASSES - 1)
         self._drafted.append(number)
         self._standing *= self._classes[number].share
         return self._fixed > 0 or self._pays()
@@ -170,11 +172,11 @@ class Speculation:
     """How an engine drafts.
 
     Attributes:
-        make_draft: what drafts for a decoder.
+        make_draft: what drafts for a scheduler.
         k: tokens drafted at once; 0 or less: as many as pay off.
     """
 
-    make_draft: Callable[[SpeculativeDecoder], Draft]
+    make_draft: Callable[[SpeculativeScheduler], Draft]
     k: int = 0
     clock: Clock = field(default_factory=Clock)
 
@@ -182,15 +184,15 @@ class Speculation:
 # ---------------------------------------------------------------- checking what was drafted
 
 
-def distribution(scores: Tensor, chooser: Chooser) -> Tensor:
-    """Probabilities of all tokens, (V,) float64, from the scores (V,) of a row that samples; see `adjust`."""
-    probabilities, ids = candidates(scores.unsqueeze(0), [chooser])
+def distribution(scores: Tensor, sampler: Sampler) -> Tensor:
+    """Probabilities of all tokens, (V,) float64, from the scores (V,) of a row that samples; see `process_logits`."""
+    probabilities, ids = filter_probabilities(scores.unsqueeze(0), [sampler])
     if ids is not None:
         probabilities = torch.zeros_like(scores, dtype=torch.float64).unsqueeze(0).scatter_(1, ids, probabilities)
     return probabilities[0] / probabilities.sum()
 
 
-def accept_or_replace(logits: Tensor, chooser: Chooser, token: int, drafted: Tensor) -> int:
+def rejection_sample(logits: Tensor, sampler: Sampler, token: int, drafted: Tensor) -> int:
     """Rejection sampling: the drafted token, or one in its place, so that the outcome is distributed as the model's.
 
     Args:
@@ -198,49 +200,51 @@ def accept_or_replace(logits: Tensor, chooser: Chooser, token: int, drafted: Ten
         drafted: (V,), the distribution that `token` was drawn from.
     Source: Leviathan et al. 2023, algorithm 1.
     """
-    own = distribution(adjust(logits.unsqueeze(0), [chooser])[0], chooser)
+    own = distribution(process_logits(logits.unsqueeze(0), [sampler])[0], sampler)
     drafted = drafted.to(own.device)
-    if chooser.draw() * float(drafted[token]) < float(own[token]):
+    if sampler.draw() * float(drafted[token]) < float(own[token]):
         return token
     rest = (own - drafted).clamp_(min=0)
     if not float(rest.sum()):  # the two are the same but for rounding
         rest = own
-    return draw([chooser], rest.unsqueeze(0), None)[0]
+    return draw([sampler], rest.unsqueeze(0), None)[0]
 
 
-def choose_beside(
-    logits: Tensor, choosers: Sequence[Chooser], drafted: Sequence[tuple[int, Tensor] | None]
+def verify_drafts(
+    logits: Tensor, samplers: Sequence[Sampler], drafted: Sequence[tuple[int, Tensor] | None]
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """As `choose`, for logits (B, V); `drafted`: a token and what it was drawn from, in rows where one was drawn."""
-    tokens = [0] * len(choosers)
-    logprobs: list[TokenLogprob | None] = [None] * len(choosers)
+    tokens = [0] * len(samplers)
+    logprobs: list[TokenLogprob | None] = [None] * len(samplers)
     others = [row for row, proposed in enumerate(drafted) if proposed is None]
     if others:
-        chosen = choose(logits if len(others) == len(choosers) else logits[others], [choosers[row] for row in others])
+        chosen = choose(logits if len(others) == len(samplers) else logits[others], [samplers[row] for row in others])
         for row, token, logprob in zip(others, *chosen, strict=True):
             tokens[row], logprobs[row] = token, logprob
     for row, proposed in enumerate(drafted):
         if proposed is not None:
-            tokens[row] = accept_or_replace(logits[row], choosers[row], *proposed)
+            tokens[row] = rejection_sample(logits[row], samplers[row], *proposed)
     return tokens, logprobs
 
 
-class SpeculativeDecoder(Decoder):
-    """A Decoder whose rows advance by several tokens a pass where a draft has guessed them.
+class SpeculativeScheduler(BatchScheduler):
+    """A BatchScheduler whose rows advance by several tokens a pass where a draft has guessed them.
 
     Attributes:
-        counts: those of Decoder; drafted and accepted tokens; passes: how often the model computed a row's next token.
+        counts: those of BatchScheduler; drafted and accepted tokens; passes: how often the model computed a row's
+            next token.
     """
 
-    def __init__(self, model: Any, num_slots: int, rotations: Rotations | None, speculation: Speculation) -> None:
-        super().__init__(model, num_slots, rotations)
+    def __init__(
+        self, model: Any, max_batch_size: int, request_rope: RequestRope | None, speculation: Speculation
+    ) -> None:
+        super().__init__(model, max_batch_size, request_rope)
         self.counts |= dict.fromkeys(("drafted", "accepted", "passes"), 0)
         self._k, self._clock = speculation.k, speculation.clock
-        self._paces: WeakKeyDictionary[Job, Pace] = WeakKeyDictionary()
+        self._controllers: WeakKeyDictionary[TokenSequence, DraftLengthController] = WeakKeyDictionary()
         self._draft = speculation.make_draft(self)
 
     def step(self) -> bool:
-        """See Decoder."""
         alone = len(self._rows) == self._decoding == 1
         before, start = dict(self.counts), time.perf_counter()
         more = super().step()
@@ -251,8 +255,8 @@ class SpeculativeDecoder(Decoder):
 
     # ------------------------------------------------------------ slots
 
-    def _enter(self, row: Row) -> int:
-        length = super()._enter(row)
+    def _allocate_slot(self, row: Row) -> int:
+        length = super()._allocate_slot(row)
         self._draft.truncate(len(self._rows) - 1, length)
         return length
 
@@ -267,57 +271,62 @@ class SpeculativeDecoder(Decoder):
     # ------------------------------------------------------------ tokens
 
     def _decode(self) -> dict[int, Tensor]:
-        jobs = [row.job for row in self._rows[: self._decoding]]
-        counts = self._counts(jobs)
-        paces = [self._pace(job) for job in jobs]
-        proposals = self._draft.propose(jobs, counts, paces) if any(counts) else []
-        for slot, job in enumerate(jobs):  # a draft of the model's first layers leaves its tokens there
-            self._cache.truncate(slot, len(job.tokens) - 1)
+        sequences = [row.sequence for row in self._rows[: self._decoding]]
+        counts = self._counts(sequences)
+        controllers = [self._controller(sequence) for sequence in sequences]
+        proposals = self._draft.propose(sequences, counts, controllers) if any(counts) else []
+        for slot, sequence in enumerate(sequences):  # a draft of the model's first layers leaves its tokens there
+            self._cache.truncate(slot, len(sequence.tokens) - 1)
         if not any(proposal.tokens for proposal in proposals):
             return super()._decode()
-        tokens = [[job.tokens[-1], *proposal.tokens] for job, proposal in zip(jobs, proposals, strict=True)]
-        self._check(jobs, proposals, self.logits(0, tokens, keep=max(map(len, tokens))))
+        tokens = [
+            [sequence.tokens[-1], *proposal.tokens] for sequence, proposal in zip(sequences, proposals, strict=True)
+        ]
+        self._check(sequences, proposals, self.logits(0, tokens, keep=max(map(len, tokens))))
         return {}
 
-    def _counts(self, jobs: Sequence[Job]) -> list[int]:
+    def _counts(self, sequences: Sequence[TokenSequence]) -> list[int]:
         """How many tokens to draft for each row; a pass gives one more, which has to have room too."""
-        if len(jobs) > MOST_ROWS:
-            return [0] * len(jobs)
-        return [min(self._pace(job).length(), job.room - job.chooser.length - 1) for job in jobs]
+        if len(sequences) > MOST_ROWS:
+            return [0] * len(sequences)
+        return [
+            min(self._controller(sequence).length(), sequence.room - sequence.sampler.length - 1)
+            for sequence in sequences
+        ]
 
-    def _pace(self, job: Job) -> Pace:
-        if job not in self._paces:
-            self._paces[job] = Pace(self._draft.cost, self._k)
-        return self._paces[job]
+    def _controller(self, sequence: TokenSequence) -> DraftLengthController:
+        if sequence not in self._controllers:
+            self._controllers[sequence] = DraftLengthController(self._draft.cost, self._k)
+        return self._controllers[sequence]
 
-    def _check(self, jobs: Sequence[Job], proposals: Sequence[Proposal], logits: Tensor) -> None:
+    def _check(self, sequences: Sequence[TokenSequence], proposals: Sequence[Proposal], logits: Tensor) -> None:
         """Advance each row by the drafted tokens that hold and by one of the model's own; logits: (B, T, V)."""
-        self.counts["passes"] += len(jobs)
+        self.counts["passes"] += len(sequences)
         self.counts["drafted"] += sum(len(proposal.tokens) for proposal in proposals)
         first = [logits.shape[1] - 1 - len(proposal.tokens) for proposal in proposals]
-        before = [len(job.tokens) for job in jobs]
-        holding, ended, place = list(range(len(jobs))), [], 0
+        before = [len(sequence.tokens) for sequence in sequences]
+        holding, ended, place = list(range(len(sequences))), [], 0
         while holding:
             here = torch.stack([logits[row, first[row] + place] for row in holding])
-            choosers = [jobs[row].chooser for row in holding]
-            chosen = choose_beside(here, choosers, [_drawn(proposals[row], place) for row in holding])
+            samplers = [sequences[row].sampler for row in holding]
+            chosen = verify_drafts(here, samplers, [_drawn(proposals[row], place) for row in holding])
             self.counts["new_tokens"] += len(holding)
             still = []
             for row, token, logprob in zip(holding, *chosen, strict=True):
-                job, drafted = jobs[row], proposals[row].tokens[place : place + 1]
+                sequence, drafted = sequences[row], proposals[row].tokens[place : place + 1]
                 if drafted:
-                    self._pace(job).note(place, drafted == [token])
+                    self._controller(sequence).note(place, drafted == [token])
                     self.counts["accepted"] += drafted == [token]
-                if job.advance(token, logprob):
-                    ended.append(job)
+                if sequence.advance(token, logprob):
+                    ended.append(sequence)
                 elif drafted == [token]:
                     still.append(row)
             holding, place = still, place + 1
-        for slot, job in enumerate(jobs):
-            self._pace(job).end(len(job.tokens) - before[slot])
-            self._cache.truncate(slot, len(job.tokens) - 1)
-        for job in ended:
-            self._leave(job)
+        for slot, sequence in enumerate(sequences):
+            self._controller(sequence).end(len(sequence.tokens) - before[slot])
+            self._cache.truncate(slot, len(sequence.tokens) - 1)
+        for sequence in ended:
+            self._release_slot(sequence)
 
     def _advance(self, ready: dict[int, Tensor]) -> None:
         self.counts["passes"] += len(ready)

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..core.arguments import GUIDED_DRAFTS
 from ..core.errors import InputError
 from ..models.loading import causal_model
-from .batching import Decoder, Rotations, search_beams
-from .engine import Answer, Completion, Delta, Job, Prompter, Request
-from .speculation import Speculation, SpeculativeDecoder
+from .batching import BatchScheduler, RequestRope, search_beams
+from .engine import Answer, Completion, Delta, Engine, Request, TokenSequence
+from .speculation import Speculation, SpeculativeScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,52 +27,37 @@ Result = TypeVar("Result")
 BASE = "default"  # the name of the model itself
 
 
-class DecodingEngine(Prompter):
-    """What generation.Engine asks for, given decoders."""
-
-    name: str
+class DecodingEngine(Engine):
+    """An Engine on schedulers of its own."""
 
     def __init__(
         self,
-        decoders: Mapping[str, Decoder],
+        schedulers: Mapping[str, BatchScheduler],
         tokenizer: PreTrainedTokenizerBase,
         template: str | None,
         context: int | None,
     ) -> None:
-        """`decoders`: one for each model, by name; all have the same number of slots."""
-        super().__init__(tokenizer, template, context)
-        self.models = list(decoders)
-        self._decoders = dict(decoders)
-        self.max_batch_size = decoders[self.models[0]].num_slots
+        """`schedulers`: one for each model, by name; all have the same number of slots."""
+        super().__init__(tokenizer, template, context, schedulers, next(iter(schedulers.values())).max_batch_size)
+        self._schedulers = dict(schedulers)
         self._tasks: deque[Callable[[], None]] = deque()  # what is to be done between two steps
         self._changed = threading.Condition()
-        self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    # ------------------------------------------------------------ Engine
-
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
-        """See generation.Engine."""
-        name = self.models[0] if request.model is None else request.model
-        if name not in self._decoders:
-            raise InputError(f"there is no model {name!r}; there are {', '.join(self.models)}")
+        name = self._find_model(request)
         if request.settings.num_beams > 1:
             raise InputError("beam search gives nothing before its end; need num_beams 1 here")
         if request.settings.guidance_scale > 1 and request.negative_prompt is not None and self.max_batch_size < 2:
             raise InputError("guidance_scale needs two slots, one for the negative prompt; pass --max_batch_size 2")
         answer = Answer(len(request.prompt), on_delta)
-        job = Job(request, self, answer)
+        sequence = TokenSequence(request, self, answer)
         with self._changed:
-            if self._closed:
-                raise InputError("the engine is closed")
-            self._decoders[name].waiting.append(job)
+            self._check_open()
+            self._schedulers[name].waiting.append(sequence)
             self._changed.notify()
         return answer
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine."""
-        return [answer.wait() for answer in [self.submit(request) for request in requests]]
 
     def _call(self, function: Callable[[], Result]) -> Result:
         """What a function returns (or raises) that the engine's thread calls between two steps."""
@@ -85,27 +70,24 @@ class DecodingEngine(Prompter):
                 future.set_exception(error)
 
         with self._changed:
-            if self._closed:
-                raise InputError("the engine is closed")
+            self._check_open()
             self._tasks.append(task)
             self._changed.notify()
         return future.result()
 
     def statistics(self) -> dict[str, float]:
-        """See generation.Engine."""
-        decoders = list(self._decoders.values())
+        schedulers = list(self._schedulers.values())
         totals: dict[str, float] = {
-            "running": sum(decoder.running for decoder in decoders),
-            "waiting": sum(len(decoder.waiting) for decoder in decoders),
+            "running": sum(scheduler.running for scheduler in schedulers),
+            "waiting": sum(len(scheduler.waiting) for scheduler in schedulers),
             "max_batch_size": self.max_batch_size,
         }
-        for decoder in decoders:
-            for name, count in decoder.counts.items():
+        for scheduler in schedulers:
+            for name, count in scheduler.counts.items():
                 totals[name] = totals.get(name, 0) + count
         return totals
 
     def close(self) -> None:
-        """See generation.Engine."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -115,19 +97,19 @@ class DecodingEngine(Prompter):
     # ------------------------------------------------------------ the thread
 
     def _work(self) -> None:
-        decoders = self._decoders
+        schedulers = self._schedulers
         while True:
             with self._changed:
-                while not (self._closed or self._tasks or any(d.waiting or d.running for d in decoders.values())):
+                while not (self._closed or self._tasks or any(s.waiting or s.running for s in schedulers.values())):
                     self._changed.wait()
                 closed = self._closed
             while self._tasks:
                 self._tasks.popleft()()
-            for name, decoder in decoders.items():
+            for name, scheduler in schedulers.items():
                 if closed:
-                    decoder.abandon()
-                elif decoder.waiting or decoder.running:
-                    self._step(name, decoder)
+                    scheduler.abandon()
+                elif scheduler.waiting or scheduler.running:
+                    self._step(name, scheduler)
             if closed:
                 return
 
@@ -135,16 +117,16 @@ class DecodingEngine(Prompter):
         """Within it the model is the one of this name."""
         return contextlib.nullcontext()
 
-    def _step(self, name: str, decoder: Decoder) -> None:
+    def _step(self, name: str, scheduler: BatchScheduler) -> None:
         try:
             with self._adapter(name):
-                decoder.step()
+                scheduler.step()
         except BaseException as error:  # raised again where the answers are read
-            decoder.abandon(error)
+            scheduler.abandon(error)
 
 
 class TransformersEngine(DecodingEngine):
-    """generation.Engine on a transformers model."""
+    """An Engine on a transformers model."""
 
     name = "transformers"
 
@@ -156,7 +138,7 @@ class TransformersEngine(DecodingEngine):
         *,
         max_batch_size: int = 8,
         context: int | None = None,
-        rotations: Rotations | None = None,
+        request_rope: RequestRope | None = None,
         adapters: Sequence[str] = (),
         speculation: Speculation | None = None,
     ) -> None:
@@ -168,46 +150,44 @@ class TransformersEngine(DecodingEngine):
             speculation: what drafts, if anything does.
         """
         own: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.model, self._rotations, self._speculation = model, rotations, speculation
+        self.model, self._request_rope, self._speculation = model, request_rope, speculation
 
-        def decoder() -> Decoder:
+        def scheduler() -> BatchScheduler:
             if speculation is None:
-                return Decoder(model, max_batch_size, rotations)
-            return SpeculativeDecoder(model, max_batch_size, rotations, speculation)
+                return BatchScheduler(model, max_batch_size, request_rope)
+            return SpeculativeScheduler(model, max_batch_size, request_rope, speculation)
 
-        decoders = {name: decoder() for name in (BASE, *adapters)}
-        super().__init__(decoders, tokenizer, template, min(filter(None, (own, context)), default=None))
+        schedulers = {name: scheduler() for name in (BASE, *adapters)}
+        super().__init__(schedulers, tokenizer, template, min(filter(None, (own, context)), default=None))
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine. Searches beams too, one request after another."""
+        """Answer all, in order. Searches beams too, one request after another."""
         if any(request.settings.num_beams > 1 for request in requests):
             return [self._call(partial(self._search, request)) for request in requests]
         return super().generate(requests)
 
     def _search(self, request: Request) -> Completion:
-        if self._rotations:
-            self._rotations.rotate([len(request.prompt) + self.check(request)])
+        if self._request_rope:
+            self._request_rope.rotate([len(request.prompt) + self.check(request)])
         return search_beams(self.model, self, request)
 
     def check(self, request: Request) -> int:
-        """See Prompter. Raises: InputError for guidance beside drafts."""
+        """How many new tokens a request has room for. Raises: InputError, for guidance beside drafts too."""
         if self._speculation and request.settings.guidance_scale > 1:
             raise InputError(GUIDED_DRAFTS)
         return super().check(request)
 
     def statistics(self) -> dict[str, float]:
-        """See generation.Engine; with drafts also drafted, accepted, passes, and speed_up once it is known."""
+        """With drafts also drafted, accepted, passes, and speed_up once it is known."""
         totals = super().statistics()
         if self._speculation and (speed_up := self._speculation.clock.speed_up):
             totals["speed_up"] = speed_up
         return totals
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See generation.Engine."""
-
         def compute() -> Tensor:
-            if self._rotations:
-                self._rotations.rotate([len(prompt) for prompt in prompts])
+            if self._request_rope:
+                self._request_rope.rotate([len(prompt) for prompt in prompts])
             with self._adapter(BASE):
                 return embed(self.model, prompts)
 

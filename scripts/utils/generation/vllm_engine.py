@@ -20,7 +20,7 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..text.prompts import OWN_TEMPLATE
 from ..text.tokenizer import encode_texts
-from .engine import Answer, Completion, Delta, Job, Prompter, Request
+from .engine import Answer, Delta, Engine, Prompter, Request, TokenSequence
 from .sampling import TokenLogprob
 from .transformers_engine import BASE
 from .vllm_backends import engine_options, is_installed, serve_command
@@ -38,7 +38,7 @@ ADVICE = "need vLLM 0.11 or later"
 class Source(Protocol):
     """Where tokens come from."""
 
-    def tokens(self, job: Job, model: str, stop_ids: Sequence[int]) -> Tokens:
+    def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
         """The tokens of an answer as they come, with log-probabilities where they were asked for.
 
         Closing it early ends the answer in vLLM. Raises: InputError for what vLLM refuses.
@@ -62,8 +62,8 @@ class _Answer(Answer):
             self.wake()
 
 
-class VllmEngine(Prompter):
-    """generation.Engine on a Source. Its thread runs an event loop with a task for each request."""
+class VllmEngine(Engine):
+    """An Engine on a Source. Its thread runs an event loop with a task for each request."""
 
     name = "vllm"
 
@@ -78,20 +78,18 @@ class VllmEngine(Prompter):
         max_batch_size: int,
     ) -> None:
         """`models`: what vLLM calls each model, by the name it has here."""
-        super().__init__(tokenizer, template, context)
-        self.models, self.max_batch_size = list(models), max_batch_size
+        super().__init__(tokenizer, template, context, models, max_batch_size)
         self._source, self._served = source, dict(models)
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = 0
         self._slots = asyncio.Semaphore(max_batch_size)  # first come, first served
-        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
 
     def check(self, request: Request) -> int:
-        """See generation.Prompter. Raises: InputError for what vLLM does not do."""
+        """How many new tokens a request has room for. Raises: InputError, for what vLLM does not do too."""
         problems = {
             "beam search (num_beams)": request.settings.num_beams > 1,
             "classifier-free guidance (guidance_scale, negative_prompt)": (
@@ -104,20 +102,12 @@ class VllmEngine(Prompter):
         return super().check(request)
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Answer:
-        """See generation.Engine."""
-        name = self.models[0] if request.model is None else request.model
-        if name not in self._served:
-            raise InputError(f"there is no model {name!r}; there are {', '.join(self.models)}")
-        if self._closed:
-            raise InputError("the engine is closed")
+        name = self._find_model(request)
+        self._check_open()
         answer = _Answer(len(request.prompt), on_delta)
-        job = Job(request, self, answer)
-        self._loop.call_soon_threadsafe(self._start, job, self._served[name])
+        sequence = TokenSequence(request, self, answer)
+        self._loop.call_soon_threadsafe(self._start, sequence, self._served[name])
         return answer
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See generation.Engine."""
-        return [answer.wait() for answer in [self.submit(request) for request in requests]]
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Raises: InputError."""
@@ -126,12 +116,11 @@ class VllmEngine(Prompter):
         )
 
     def statistics(self) -> dict[str, float]:
-        """See generation.Engine; vLLM does not tell its steps."""
+        """vLLM does not tell its steps: 0."""
         waiting = len(self._tasks) - self._running
         return {"running": self._running, "waiting": waiting, "max_batch_size": self.max_batch_size, **self._counts}
 
     def close(self) -> None:
-        """See generation.Engine."""
         if not self._closed:
             self._closed = True
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
@@ -141,8 +130,8 @@ class VllmEngine(Prompter):
 
     # ------------------------------------------------------------ within the loop
 
-    def _start(self, job: Job, model: str) -> None:
-        task = self._loop.create_task(self._work(job, model))
+    def _start(self, sequence: TokenSequence, model: str) -> None:
+        task = self._loop.create_task(self._work(sequence, model))
         self._tasks.add(task)
 
         def wake() -> None:
@@ -151,36 +140,36 @@ class VllmEngine(Prompter):
 
         def finish(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            if task.cancelled() and job.answer.completion is None:
-                job.end("cancelled")
+            if task.cancelled() and sequence.answer.completion is None:
+                sequence.end("cancelled")
 
         task.add_done_callback(finish)
-        assert isinstance(job.answer, _Answer)
-        job.answer.wake = wake
-        if job.answer.cancelled:
+        assert isinstance(sequence.answer, _Answer)
+        sequence.answer.wake = wake
+        if sequence.answer.cancelled:
             task.cancel()
 
-    async def _work(self, job: Job, model: str) -> None:
+    async def _work(self, sequence: TokenSequence, model: str) -> None:
         try:
             async with self._slots:
                 self._running += 1
                 try:
-                    await self._follow(job, model)
+                    await self._follow(sequence, model)
                 finally:
                     self._running -= 1
         except Exception as error:  # raised again where the answer is read
-            job.end(error=error)
+            sequence.end(error=error)
 
-    async def _follow(self, job: Job, model: str) -> None:
-        self._counts["prompt_tokens"] += len(job.request.prompt)
-        async with contextlib.aclosing(self._source.tokens(job, model, self.stop_ids)) as tokens:
+    async def _follow(self, sequence: TokenSequence, model: str) -> None:
+        self._counts["prompt_tokens"] += len(sequence.request.prompt)
+        async with contextlib.aclosing(self._source.tokens(sequence, model, self.stop_ids)) as tokens:
             async for token, logprob in tokens:
                 self._counts["new_tokens"] += 1
-                if job.advance(token, logprob):
+                if sequence.advance(token, logprob):
                     break
-        self._counts["cached_tokens"] += job.answer.num_cached_tokens
-        if job.answer.completion is None:
-            job.end("length")  # vLLM's own limit
+        self._counts["cached_tokens"] += sequence.answer.num_cached_tokens
+        if sequence.answer.completion is None:
+            sequence.end("length")  # vLLM's own limit
 
     async def _stop(self) -> None:
         tasks = list(self._tasks)
@@ -190,12 +179,12 @@ class VllmEngine(Prompter):
         await self._source.close()
 
 
-def sampling_settings(job: Job, stop_ids: Sequence[int]) -> dict[str, Any]:
+def sampling_settings(sequence: TokenSequence, stop_ids: Sequence[int]) -> dict[str, Any]:
     """A request in vLLM's names, which its Python class and its server share."""
-    request, settings = job.request, job.request.settings
+    request, settings = sequence.request, sequence.request.settings
     found: dict[str, Any] = {
-        "max_tokens": job.room,
-        "min_tokens": min(settings.min_new_tokens, job.room),
+        "max_tokens": sequence.room,
+        "min_tokens": min(settings.min_new_tokens, sequence.room),
         "temperature": float(settings.temperature) if settings.samples else 0.0,
         "top_k": settings.top_k,
         "top_p": float(settings.top_p),
@@ -255,16 +244,15 @@ class VllmServer:
             raise InputError(f"--vllm_url {self.url}{path}: {_complaint(response)}")
         return response.json()
 
-    async def tokens(self, job: Job, model: str, stop_ids: Sequence[int]) -> Tokens:
-        """See Source."""
+    async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
         import httpx
 
         if self._client is None:
             limits = httpx.Limits(max_connections=None)
             timeout = httpx.Timeout(10, read=None, pool=None)  # the first token may wait for other requests
             self._client = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout)
-        body = {"model": model, "prompt": list(job.request.prompt), "stream": True, "return_token_ids": True}
-        body |= sampling_settings(job, stop_ids)
+        body = {"model": model, "prompt": list(sequence.request.prompt), "stream": True, "return_token_ids": True}
+        body |= sampling_settings(sequence, stop_ids)
         body["return_tokens_as_token_ids"] = True  # in log-probabilities
         async with self._client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
@@ -278,11 +266,10 @@ class VllmServer:
                 if "error" in chunk:
                     raise RuntimeError(f"vLLM: {chunk['error'].get('message', chunk['error'])}")
                 for choice in chunk["choices"]:
-                    for pair in _choice_tokens(choice, job.request.top_logprobs):
+                    for pair in _choice_tokens(choice, sequence.request.top_logprobs):
                         yield pair
 
     async def close(self) -> None:
-        """See Source."""
         if self._client is not None:
             await self._client.aclose()
 
@@ -331,24 +318,23 @@ class VllmLibrary:
             name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(adapters.items(), 1)
         }
 
-    async def tokens(self, job: Job, model: str, stop_ids: Sequence[int]) -> Tokens:
-        """See Source."""
+    async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
         from vllm.sampling_params import RequestOutputKind
 
-        count = job.request.top_logprobs
+        count = sequence.request.top_logprobs
         try:
             settings = self._vllm.SamplingParams(
-                **sampling_settings(job, stop_ids), detokenize=False, output_kind=RequestOutputKind.DELTA
+                **sampling_settings(sequence, stop_ids), detokenize=False, output_kind=RequestOutputKind.DELTA
             )
             outputs = self._engine.generate(
-                self._vllm.TokensPrompt(prompt_token_ids=list(job.request.prompt)),
+                self._vllm.TokensPrompt(prompt_token_ids=list(sequence.request.prompt)),
                 settings,
                 request_id=uuid.uuid4().hex,
                 lora_request=self._adapters.get(model),
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    job.answer.num_cached_tokens = output.num_cached_tokens or job.answer.num_cached_tokens
+                    sequence.answer.num_cached_tokens = output.num_cached_tokens or sequence.answer.num_cached_tokens
                     piece = output.outputs[0]
                     for number, token in enumerate(piece.token_ids):
                         found = None
@@ -360,7 +346,6 @@ class VllmLibrary:
             raise InputError(f"vLLM: {error}") from None
 
     async def close(self) -> None:
-        """See Source."""
         self._engine.shutdown()
 
 
@@ -379,7 +364,7 @@ def load_vllm(
     url: str | None = None,
     api_key: str | None = None,
 ) -> VllmEngine:
-    """The engine for what an engines.EnginePlan has found.
+    """The engine for what a loading.EnginePlan has found.
 
     Args:
         url: of a running `vllm serve`; None: vLLM runs here.

@@ -2,7 +2,7 @@
 
   arguments  its flags, and who may use it
   errors     Errors in the form of OpenAI's protocol
-  requests   what requests look like, and its errors; responses are in openai_responses
+  requests   what requests look like
   responses  what responses look like
   planning   What a request of the OpenAI protocol asks of the engine: prompts as tokens, settings, constraints
   replies    From deltas to replies of the OpenAI protocol: whole, or as events of a stream

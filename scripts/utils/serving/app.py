@@ -23,10 +23,10 @@ from ..core.errors import InputError
 from ..generation.engine import Engine
 from .arguments import ServingArguments
 from .errors import ApiError, bad_request, describe_validation_error
-from .http import Gate, JsonRoute, Log, Metrics, Record
-from .planning import Plan, Planner, list_inputs
-from .queue import Answers, ClientLeft, FairQueue, Turn
-from .replies import ChatReply, CompletionReply, Reply, TokenNames, to_event, to_json
+from .http import AccessMiddleware, JsonRoute, LogMiddleware, Metrics, Record
+from .planning import RequestPlan, RequestPlanner, list_inputs
+from .queue import ClientLeft, FairQueue, RequestStream, Ticket
+from .replies import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder, TokenNames, to_event, to_json
 from .requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from .responses import (
     ChatCompletion,
@@ -87,7 +87,7 @@ def create_app(
     _add_routes(app, service)
     _add_error_handlers(app)
     # The last one added is the outermost.
-    app.add_middleware(Gate, api_keys=api_keys, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(AccessMiddleware, api_keys=api_keys, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -96,7 +96,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Log, metrics=service.metrics)
+    app.add_middleware(LogMiddleware, metrics=service.metrics)
     return app
 
 
@@ -109,7 +109,7 @@ class Service:
         names = settings.served_model_name or engine.models[:1]
         self.models = dict.fromkeys(names, engine.models[0]) | {name: name for name in engine.models[1:]}
         self.engine, self.settings, self.created = engine, settings, int(time.time())
-        self.planner = Planner(
+        self.planner = RequestPlanner(
             engine,
             self.models,
             defaults,
@@ -117,12 +117,12 @@ class Service:
             system_prompt=system_prompt,
             completions_template=settings.completions_template,
         )
-        self.names = TokenNames(engine.tokenizer, self.planner.surfaces)
+        self.names = TokenNames(engine.tokenizer, engine.token_bytes)
         self.queue = FairQueue(settings.max_batch_size, settings.max_queue)
         self.embedding_queue = FairQueue(1, settings.max_queue)
         self.metrics = Metrics(engine, self.queue)
         self.closing = False
-        self.active: set[Answers] = set()
+        self.active: set[RequestStream] = set()
         # One thread each: tokenizers are not made for several at once.
         self._planning = ThreadPoolExecutor(1, "planning")
         self._embedding = ThreadPoolExecutor(1, "embedding")
@@ -163,8 +163,8 @@ class Service:
         self.embedding_queue.check_room(1)
         loop = asyncio.get_running_loop()
         free = asyncio.Event()
-        turn = Turn(client, free.set)
-        self.embedding_queue.enter(turn)
+        ticket = Ticket(client, free.set)
+        self.embedding_queue.enter(ticket)
         vectors: list[list[float]] = []
         try:
             await free.wait()
@@ -175,7 +175,7 @@ class Service:
         except InputError as error:  # not every engine can
             raise bad_request(str(error)) from None
         finally:
-            self.embedding_queue.leave(turn)
+            self.embedding_queue.leave(ticket)
 
 
 def _closing_error() -> ApiError:
@@ -199,9 +199,11 @@ def _batches(inputs: Sequence[list[int]], size: int) -> list[list[list[int]]]:
 class AnswerResponse(Response):
     """Sends the answers of a plan, whole or as a stream, and cancels them when the client has gone."""
 
-    def __init__(self, service: Service, plan: Plan, reply: Reply, stream: bool, record: Record, client: str) -> None:
+    def __init__(
+        self, service: Service, plan: RequestPlan, builder: ResponseBuilder, stream: bool, record: Record, client: str
+    ) -> None:
         super().__init__()
-        self._service, self._plan, self._reply, self._stream = service, plan, reply, stream
+        self._service, self._plan, self._builder, self._stream = service, plan, builder, stream
         self._record, self._client = record, client
         self._started = False
 
@@ -210,7 +212,7 @@ class AnswerResponse(Response):
         service, record = self._service, self._record
         record.model, record.prompt_tokens = self._plan.model, self._plan.num_prompt_tokens
         interval = service.settings.stream_interval if self._stream else math.inf
-        answers = Answers(service.engine, service.queue, self._client, self._plan.requests, interval)
+        answers = RequestStream(service.engine, service.queue, self._client, self._plan.requests, interval)
         service.active.add(answers)
         watching = asyncio.create_task(_fail_when_gone(receive, answers))
         try:
@@ -227,22 +229,22 @@ class AnswerResponse(Response):
             watching.cancel()
             answers.cancel()
             service.active.discard(answers)
-            record.new_tokens, record.cached_tokens = self._reply.num_new_tokens, self._cached(answers)
+            record.new_tokens, record.cached_tokens = self._builder.num_new_tokens, self._cached(answers)
 
-    async def _answer(self, answers: Answers, send: Send) -> None:
-        reply = self._reply
+    async def _answer(self, answers: RequestStream, send: Send) -> None:
+        builder = self._builder
         while answers.completed < len(self._plan.requests) or answers.unread:
             events = []
             for number, delta in await answers.read():
                 self._record.note_token()
-                events += reply.events(number, delta)
+                events += builder.events(number, delta)
             if self._stream and events:
                 await self._send(send, b"".join(to_event(to_json(event)) for event in events))
-        usage = reply.usage(self._cached(answers))
+        usage = builder.usage(self._cached(answers))
         if not self._stream:
-            await self._send(send, to_json(reply.whole(usage)), more=False)
+            await self._send(send, to_json(builder.whole(usage)), more=False)
             return
-        last = to_event(to_json(reply.usage_event(usage))) if self._plan.include_usage else b""
+        last = to_event(to_json(builder.usage_event(usage))) if self._plan.include_usage else b""
         await self._send(send, last + to_event(b"[DONE]"), more=False)
 
     async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
@@ -254,12 +256,12 @@ class AnswerResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
-    def _cached(self, answers: Answers) -> int:
+    def _cached(self, answers: RequestStream) -> int:
         numbers = range(0, len(self._plan.requests), self._plan.per_prompt)
         return sum(answers.num_cached_tokens(number) for number in numbers)
 
 
-async def _fail_when_gone(receive: Receive, answers: Answers) -> None:
+async def _fail_when_gone(receive: Receive, answers: RequestStream) -> None:
     await _gone(receive)
     answers.fail(ClientLeft())
     answers.cancel()
@@ -296,7 +298,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         record = request.scope["record"]
         plan = await service.plan(service.planner.chat, body, record, service.queue, body.n or 1)
-        return _answer(service, plan, ChatReply(plan, service.names), bool(body.stream), request)
+        return _answer(service, plan, ChatResponseBuilder(plan, service.names), bool(body.stream), request)
 
     @app.post(
         "/v1/completions",
@@ -307,7 +309,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         record = request.scope["record"]
         jobs = len(list_inputs(body.prompt)) * (body.best_of or body.n or 1)
         plan = await service.plan(service.planner.completions, body, record, service.queue, jobs)
-        return _answer(service, plan, CompletionReply(plan, service.names), bool(body.stream), request)
+        return _answer(service, plan, CompletionResponseBuilder(plan, service.names), bool(body.stream), request)
 
     @app.post("/v1/embeddings", responses=ERRORS, response_model_exclude_none=True)
     async def create_embedding(body: EmbeddingRequest, request: Request) -> EmbeddingList:
@@ -339,9 +341,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _answer(service: Service, plan: Plan, reply: Reply, stream: bool, request: Request) -> Response:
+def _answer(service: Service, plan: RequestPlan, builder: ResponseBuilder, stream: bool, request: Request) -> Response:
     scope = request.scope
-    return AnswerResponse(service, plan, reply, stream, scope["record"], scope["client_name"])
+    return AnswerResponse(service, plan, builder, stream, scope["record"], scope["client_name"])
 
 
 async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> EmbeddingList:

@@ -154,7 +154,7 @@ async def send_error(send: Send, error: ApiError) -> None:
 # ---------------------------------------------------------------- layers
 
 
-class Log:
+class LogMiddleware:
     """The outermost layer: gives each request an id, and writes one line of JSON when it has ended.
 
     Neither prompts nor keys are in it.
@@ -202,7 +202,7 @@ class Log:
         access_logger.info("%s", json.dumps(line, ensure_ascii=False))
 
 
-class Gate:
+class AccessMiddleware:
     """The inner layer: who may come in, how much may be sent, and what a failure looks like."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], max_body_bytes: int) -> None:

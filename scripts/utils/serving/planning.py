@@ -5,15 +5,16 @@ The functions here tokenise and compile grammars, which takes time: they run out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
-from ..generation.engine import Engine, Prompter, Request
+from ..generation.engine import Engine, Request
 from ..text.prompts import Message
 from ..text.tool_calls import add_tools, call_forms, write_call
 from .errors import ApiError, bad_request, context_error, missing
@@ -25,7 +26,7 @@ ROLES = {"developer": "system", "function": "tool"}
 
 
 @dataclass
-class Plan:
+class RequestPlan:
     """What the engine is to do for one HTTP request.
 
     Attributes:
@@ -53,7 +54,7 @@ class Plan:
         return sum(len(request.prompt) for request in self.requests[:: self.per_prompt])
 
 
-class Planner:
+class RequestPlanner:
     """Plans requests for one engine."""
 
     def __init__(
@@ -77,13 +78,11 @@ class Planner:
         self.engine, self.models, self.defaults = engine, models, defaults
         self.context = min(filter(None, (engine.context, context)), default=None)
         self._system_prompt, self._completions_template = system_prompt, completions_template
-        prompter = Prompter(engine.tokenizer, engine.template, engine.context)
-        self.surfaces, self._stop_ids = prompter.surfaces, prompter.stop_ids
         self._grammars: Grammars | None = None
 
     # ------------------------------------------------------------ chat
 
-    def chat(self, body: ChatRequest) -> Plan:
+    def chat(self, body: ChatRequest) -> RequestPlan:
         """Raises: ApiError."""
         model = self.find_model(body.model)
         self._refuse_other_services(body)
@@ -101,19 +100,14 @@ class Planner:
         count = body.n or 1
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [prompt], count, [settings], top_logprobs, strip=True)
-        negative, constraint = self._negative(messages), self._constraint(body, functions)
+        with _refusals_as_mistakes():
+            negative = self.engine.encode_negative(messages, self.defaults)
+        constraint = self._constraint(body, functions)
         for request in requests:
             request.negative_prompt, request.constraint = negative, constraint and constraint.copy()
-        return Plan(
+        return RequestPlan(
             model, requests, count, count, top_logprobs, include_usage=_wants_usage(body), calls=bool(functions)
         )
-
-    def _negative(self, messages: list[Message]) -> list[int] | None:
-        """The conversation that answers are guided away from, where the server was started with one."""
-        if self.defaults.guidance_scale <= 1 or self.defaults.negative_prompt is None:
-            return None
-        turns = messages[1:] if messages[0]["role"] == "system" else messages
-        return self._encode([{"role": "system", "content": self.defaults.negative_prompt}, *turns])
 
     def _refuse_other_services(self, body: ChatRequest) -> None:
         if set(body.modalities or ()) - {"text"} or body.audio is not None:
@@ -131,10 +125,8 @@ class Planner:
             raise bad_request("This server does not moderate.", "moderation")
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        try:
+        with _refusals_as_mistakes():
             return self.engine.encode(messages)
-        except InputError as error:  # a template that refuses this order of roles
-            raise bad_request(str(error), "messages") from None
 
     def _functions(self, body: ChatRequest) -> list[dict[str, Any]]:
         """The functions that this answer may call."""
@@ -176,12 +168,12 @@ class Planner:
 
     def _get_grammars(self) -> Grammars:
         if self._grammars is None:
-            self._grammars = Grammars(self.engine.tokenizer, self._stop_ids)
+            self._grammars = Grammars(self.engine.tokenizer, self.engine.stop_ids)
         return self._grammars
 
     # ------------------------------------------------------------ completions
 
-    def completions(self, body: CompletionRequest) -> Plan:
+    def completions(self, body: CompletionRequest) -> RequestPlan:
         """Raises: ApiError."""
         model = self.find_model(body.model)
         self._check_answering(body)
@@ -201,16 +193,17 @@ class Planner:
         top_logprobs = 0 if tried > count and body.logprobs is None else body.logprobs
         requests = self._requests(body, prompts, tried, settings, top_logprobs, strip=self._completions_template)
         echoed = [text if isinstance(text, str) else self.engine.decode(text) for text in inputs]
-        return Plan(
+        return RequestPlan(
             model, requests, tried, count, body.logprobs, _wants_usage(body), prompts=echoed if body.echo else None
         )
 
     def _encode_input(self, text: str | list[int], param: str, template: bool = False) -> list[int]:
         if isinstance(text, str):
             return self._encode([{"role": "user", "content": text}]) if template else self.engine.encode_text(text)
-        if max(text) >= len(self.surfaces):
+        if max(text) >= len(self.engine.token_bytes):
             raise bad_request(
-                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.surfaces)} tokens.", param
+                f"Token id {max(text)} is beyond the model's vocabulary of {len(self.engine.token_bytes)} tokens.",
+                param,
             )
         return text
 
@@ -279,9 +272,10 @@ class Planner:
     ) -> list[Request]:
         """For each prompt `per_prompt` requests; with a seed, they use the numbers from it on."""
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        if bias and max(bias) >= len(self.surfaces):
+        if bias and max(bias) >= len(self.engine.token_bytes):
             raise bad_request(
-                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.surfaces)} tokens.", "logit_bias"
+                f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.engine.token_bytes)} tokens.",
+                "logit_bias",
             )
         seed = secrets.randbits(62) if body.seed is None else body.seed
         model = self.models[self.find_model(body.model)]
@@ -301,6 +295,15 @@ class Planner:
 
 
 # ---------------------------------------------------------------- reading
+
+
+@contextlib.contextmanager
+def _refusals_as_mistakes() -> Iterator[None]:
+    """A template that refuses the order of a conversation's roles is the request's mistake."""
+    try:
+        yield
+    except InputError as error:
+        raise bad_request(str(error), "messages") from None
 
 
 def list_inputs(inputs: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Turn:
+class Ticket:
     """A place in the queue, then one of the slots."""
 
     client: str
@@ -38,19 +38,19 @@ class FairQueue:
         running, waiting: how many jobs.
     """
 
-    def __init__(self, slots: int, max_waiting: int) -> None:
-        self.slots, self.max_waiting = slots, max_waiting
+    def __init__(self, max_batch_size: int, max_waiting: int) -> None:
+        self.max_batch_size, self.max_waiting = max_batch_size, max_waiting
         self.running = self.waiting = self._expected = 0
-        self._lines: dict[str, deque[Turn]] = {}  # clients in the order of their turns
+        self._lines: dict[str, deque[Ticket]] = {}  # clients in the order of their turns
         self._seconds = 1.0  # that a job takes, about
 
     def check_room(self, jobs: int) -> None:
         """Raises: ApiError 429 if so many more jobs would be too many, 400 if they always would."""
-        capacity = self.slots + self.max_waiting
+        capacity = self.max_batch_size + self.max_waiting
         if jobs > capacity:
             raise bad_request(f"The request asks for {jobs} answers; this server takes up to {capacity} at once.")
         if self.running + self.waiting + self._expected + jobs > capacity:
-            seconds = math.ceil(self._seconds * max(self.waiting, 1) / self.slots)
+            seconds = math.ceil(self._seconds * max(self.waiting, 1) / self.max_batch_size)
             raise ApiError(
                 429,
                 f"The server is busy: {self.running} answers are being written and {self.waiting} wait. Try again "
@@ -70,42 +70,42 @@ class FairQueue:
         finally:
             self._expected -= jobs
 
-    def enter(self, turn: Turn) -> None:
-        """Wait for a slot; the turn's `start` is called, perhaps at once, when there is one. `leave` must follow."""
-        self._lines.setdefault(turn.client, deque()).append(turn)
+    def enter(self, ticket: Ticket) -> None:
+        """Wait for a slot; the ticket's `start` is called, perhaps at once, when there is one. `leave` must follow."""
+        self._lines.setdefault(ticket.client, deque()).append(ticket)
         self.waiting += 1
         self._fill()
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, ticket: Ticket) -> None:
         """Free the slot, or give up waiting."""
-        if turn.started is not None:
+        if ticket.started is not None:
             self.running -= 1
-            self._seconds += 0.1 * (time.monotonic() - turn.started - self._seconds)
+            self._seconds += 0.1 * (time.monotonic() - ticket.started - self._seconds)
         else:
             self.waiting -= 1
-            self._lines[turn.client].remove(turn)
-            if not self._lines[turn.client]:
-                del self._lines[turn.client]
+            self._lines[ticket.client].remove(ticket)
+            if not self._lines[ticket.client]:
+                del self._lines[ticket.client]
         self._fill()
 
     def _fill(self) -> None:
-        while self.running < self.slots and self._lines:
+        while self.running < self.max_batch_size and self._lines:
             client, line = next(iter(self._lines.items()))
             del self._lines[client]
-            turn = line.popleft()
+            ticket = line.popleft()
             if line:
                 self._lines[client] = line  # behind the others
             self.waiting -= 1
             self.running += 1
-            turn.started = time.monotonic()
-            turn.start()
+            ticket.started = time.monotonic()
+            ticket.start()
 
 
 class ClientLeft(Exception):
     """Nobody waits for the reply any more."""
 
 
-class Answers:
+class RequestStream:
     """The answers of one HTTP request, from the queue to their last tokens.
 
     Attributes:
@@ -131,14 +131,14 @@ class Answers:
         self._news = asyncio.Event()
         self._deltas: dict[int, list[Delta]] = {}  # not read yet, by number
         self._answers: dict[int, Answer] = {}
-        self._turns = {
-            number: Turn(client, functools.partial(self._start, number)) for number in range(len(requests))
+        self._tickets = {
+            number: Ticket(client, functools.partial(self._start, number)) for number in range(len(requests))
         }  # of those that have not ended
         self._failure: Exception | None = None
         self.completed = 0
         self.begun = False
-        for turn in list(self._turns.values()):
-            queue.enter(turn)
+        for ticket in list(self._tickets.values()):
+            queue.enter(ticket)
 
     def _start(self, number: int) -> None:
         self.begun = True
@@ -170,7 +170,7 @@ class Answers:
         if not found:
             self._woken = False
             found = self._read_arrived()  # what came just before woke nobody
-        if found and self._turns:
+        if found and self._tickets:
             self._woken = True
             if math.isfinite(self._interval):
                 self._timer = self._loop.call_later(self._interval, self._collect)
@@ -187,7 +187,7 @@ class Answers:
             self.fail(_engine_failure(delta.error))
         if delta.error is not None or delta.finish_reason is not None:
             self.completed += 1
-            self._queue.leave(self._turns.pop(number))
+            self._queue.leave(self._tickets.pop(number))
         self._news.set()
 
     async def read(self) -> list[tuple[int, Delta]]:
@@ -218,10 +218,10 @@ class Answers:
 
     def cancel(self) -> None:
         """End what has not ended; slots are free once the engine has let go of them."""
-        for number, turn in list(self._turns.items()):
-            if turn.started is None:
-                del self._turns[number]
-                self._queue.leave(turn)
+        for number, ticket in list(self._tickets.items()):
+            if ticket.started is None:
+                del self._tickets[number]
+                self._queue.leave(ticket)
             elif number in self._answers:
                 self._answers[number].cancel()
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..generation.engine import Delta
 from ..generation.sampling import TokenLogprob
 from ..text.tool_calls import read_call
-from .planning import Plan
+from .planning import RequestPlan
 from .responses import (
     AnswerMessage,
     AnswerToolCall,
@@ -43,18 +43,20 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity
 class TokenNames:
     """How tokens are shown."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, surfaces: Sequence[bytes]) -> None:
-        self._tokenizer, self.surfaces = tokenizer, surfaces
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, token_bytes: Sequence[bytes]) -> None:
+        self._tokenizer, self.token_bytes = tokenizer, token_bytes
 
     def surface(self, token_id: int) -> bytes:
         """The bytes a token stands for; special tokens and padded rows: none."""
-        return self.surfaces[token_id] if token_id < len(self.surfaces) else b""
+        return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""
 
     def name(self, token_id: int) -> str:
         """Its text; of a part of a character its bytes, of a special token its name."""
         surface = self.surface(token_id)
         if not surface:
-            return str(self._tokenizer.convert_ids_to_tokens(token_id) or "") if token_id < len(self.surfaces) else ""
+            return (
+                str(self._tokenizer.convert_ids_to_tokens(token_id) or "") if token_id < len(self.token_bytes) else ""
+            )
         try:
             return surface.decode()
         except UnicodeDecodeError:
@@ -116,7 +118,7 @@ class VisibleTokens:
 
 
 @dataclass
-class Choice:
+class ChoiceBuilder:
     """One answer, as far as it has come."""
 
     visible: VisibleTokens
@@ -144,17 +146,17 @@ class Choice:
         return self.logprob / max(self.num_tokens, 1)
 
 
-class Reply:
+class ResponseBuilder:
     """What all replies have in common: names, choices and usage."""
 
     prefix = ""
-    kinds = ("", "")  # the object field of a whole reply, and of an event
+    kinds = ("", "")  # the object field of a whole response, and of an event
 
-    def __init__(self, plan: Plan, names: TokenNames) -> None:
+    def __init__(self, plan: RequestPlan, names: TokenNames) -> None:
         self.plan, self.names = plan, names
         self.head: dict[str, Any] = {"id": f"{self.prefix}-{secrets.token_hex(16)}"}
         self.head |= {"created": int(time.time()), "model": plan.model}
-        self.choices = [Choice(VisibleTokens(names)) for _ in plan.requests]
+        self.choices = [ChoiceBuilder(VisibleTokens(names)) for _ in plan.requests]
         self._whole_head = {**self.head, "object": self.kinds[0]}
         self._event_head = {**self.head, "object": self.kinds[1]}
         if plan.include_usage:
@@ -188,14 +190,13 @@ class Reply:
         raise NotImplementedError
 
 
-class ChatReply(Reply):
+class ChatResponseBuilder(ResponseBuilder):
     """Replies of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     kinds = ("chat.completion", "chat.completion.chunk")
 
     def whole(self, usage: Usage) -> BaseModel:
-        """See Reply."""
         choices = []
         for number, choice in enumerate(self.choices):
             call = read_call(choice.text) if self.plan.calls else None
@@ -212,7 +213,7 @@ class ChatReply(Reply):
         return ChatCompletion(**self._whole_head, choices=choices, usage=usage)
 
     def events(self, number: int, delta: Delta) -> list[BaseModel]:
-        """See Reply. Text that may be a tool call is held back until it is known."""
+        """Text that may be a tool call is held back until it is known."""
         choice = self.choices[number]
         first = not choice.begun
         shown = choice.add(delta)
@@ -234,14 +235,13 @@ class ChatReply(Reply):
         return events
 
     def usage_event(self, usage: Usage) -> BaseModel:
-        """See Reply."""
         return ChatCompletionChunk(**{**self._event_head, "usage": usage}, choices=[])
 
     def _chunk(self, number: int, message: dict[str, Any], **fields: Any) -> BaseModel:
         choice = ChatChunkChoice(index=number, delta=AnswerMessage(**message), **fields)
         return ChatCompletionChunk(**self._event_head, choices=[choice])
 
-    def _reason(self, choice: Choice, call: tuple[str, str] | None) -> Any:
+    def _reason(self, choice: ChoiceBuilder, call: tuple[str, str] | None) -> Any:
         return "tool_calls" if call is not None else choice.finish_reason
 
     def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob]]) -> ChatLogprobs | None:
@@ -267,14 +267,14 @@ def _tool_call(call: tuple[str, str], **fields: int) -> AnswerToolCall:
     )
 
 
-class CompletionReply(Reply):
+class CompletionResponseBuilder(ResponseBuilder):
     """Replies of /v1/completions."""
 
     prefix = "cmpl"
     kinds = ("text_completion", "text_completion")
 
     def whole(self, usage: Usage) -> BaseModel:
-        """See Reply. Of each prompt's answers the best ones come first."""
+        """Of each prompt's answers the best ones come first."""
         choices: list[CompletionChoice] = []
         for first in range(0, len(self.choices), self.plan.per_prompt):
             numbers = list(range(first, first + self.plan.per_prompt))
@@ -293,7 +293,6 @@ class CompletionReply(Reply):
         return Completion(**self._whole_head, choices=choices, usage=usage)
 
     def events(self, number: int, delta: Delta) -> list[BaseModel]:
-        """See Reply."""
         choice = self.choices[number]
         text = (self._echo(number) if not choice.begun else "") + delta.text
         shown = choice.add(delta)
@@ -308,7 +307,6 @@ class CompletionReply(Reply):
         return [Completion(**self._event_head, choices=[piece])]
 
     def usage_event(self, usage: Usage) -> BaseModel:
-        """See Reply."""
         return Completion(**{**self._event_head, "usage": usage}, choices=[])
 
     def _echo(self, number: int) -> str:

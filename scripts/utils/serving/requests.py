@@ -1,4 +1,4 @@
-"""OpenAI's HTTP protocol: what requests look like, and its errors; responses are in openai_responses.
+"""OpenAI's HTTP protocol: what requests look like.
 
 Requests are read strictly, as the original does: a number in quotes or an unknown field is an error that names it.
 """
@@ -15,12 +15,6 @@ from .errors import TOO_MANY
 MAX_INPUTS = 2048  # texts in one request, as the original has it
 MAX_MESSAGES = 512  # in one conversation; the time to write its prompt grows with their square
 MAX_FIELDS = 1000  # of one object: more are not looked at, since each wrong one costs time
-
-
-# ---------------------------------------------------------------- errors
-
-
-# ---------------------------------------------------------------- requests
 
 
 def _limit_fields(value: Any) -> Any:
@@ -229,7 +223,7 @@ class ChatRequest(SamplingRequest):
     reasoning_effort: Any = None
     verbosity: Any = None
     prediction: Any = None
-    # Refused unless null or plain text; see serving_requests.
+    # Refused unless null or plain text; see planning.
     modalities: list[str] | None = None
     audio: Any = None
     functions: Any = None

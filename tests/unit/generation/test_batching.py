@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
 from utils.generation import batching
-from utils.generation.batching import Decoder, Generator, compute
+from utils.generation.batching import BatchScheduler, Generator, forward
 from utils.generation.cache import common_prefix
-from utils.generation.engine import Answer, Job, Request, TextDecoder
-from utils.generation.sampling import Chooser, adjust, choose
+from utils.generation.engine import Answer, Request, TextDecoder, TokenSequence
+from utils.generation.sampling import Sampler, choose, process_logits
 from utils.generation.transformers_engine import TransformersEngine
 from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_raw, encode_text, load_tokenizer, token_surfaces
@@ -82,9 +82,9 @@ def write(monkeypatch, text, tokenizer, stop=True, before=lambda: None):
     """Make the model write the text, whatever its weights say."""
     script = encode_text(tokenizer, text) + [tokenizer.eos_token_id] * stop
 
-    def choose_script(logits, choosers):
+    def choose_script(logits, samplers):
         before()
-        return [script[min(chooser.length, len(script) - 1)] for chooser in choosers], [None] * len(choosers)
+        return [script[min(sampler.length, len(script) - 1)] for sampler in samplers], [None] * len(samplers)
 
     monkeypatch.setattr(batching, "choose", choose_script)
     return script
@@ -168,9 +168,9 @@ def test_padding_changes_no_logit(monkeypatch, generator, tokenizer):
     prompts = [encode_raw(text, tokenizer) for text in PROMPTS]
     seen = []
 
-    def look(logits, choosers):
-        seen.append(adjust(logits, choosers))
-        return choose(logits, choosers)
+    def look(logits, samplers):
+        seen.append(process_logits(logits, samplers))
+        return choose(logits, samplers)
 
     monkeypatch.setattr(batching, "choose", look)
     settings = GenerationArguments(max_new_tokens=1, repetition_penalty=2.0, **GREEDY)
@@ -186,9 +186,9 @@ def test_the_next_prompt_joins_when_an_answer_ends(monkeypatch, generator, token
 
     def count(model, cache, first, tokens, keep):
         steps.extend([len(tokens)] if max(map(len, tokens)) == 1 else [])  # prompts have more tokens
-        return compute(model, cache, first, tokens, keep)
+        return forward(model, cache, first, tokens, keep)
 
-    monkeypatch.setattr(batching, "compute", count)
+    monkeypatch.setattr(batching, "forward", count)
     monkeypatch.setattr(generator, "stop_ids", list(range(3, 40)))  # so that answers differ in length
     settings = GenerationArguments(max_new_tokens=30, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
     prompts, seeds = [encode_raw(text, tokenizer) for text in PROMPTS] * 4, list(range(20))
@@ -196,7 +196,7 @@ def test_the_next_prompt_joins_when_an_answer_ends(monkeypatch, generator, token
     lengths = [len(answer.token_ids) for answer in alone]
     assert len(set(lengths)) > 5
     steps.clear()
-    answers = generator.generate(prompts, settings, seeds, batch_size=2)
+    answers = generator.generate(prompts, settings, seeds, max_batch_size=2)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
     joined, together = len(steps), max(steps)
     steps.clear()
@@ -249,7 +249,7 @@ def test_drawn_tokens_follow_the_distribution(top_k, top_p):
     probabilities = torch.tensor([0.05, 0.5, 0.0, 0.15, 0.3])
     scores = probabilities.clamp(min=1e-30).log().repeat(4000, 1)
     arguments = GenerationArguments(temperature=1.0, repetition_penalty=1.0, top_k=top_k, top_p=top_p)
-    drawn, _ = choose(scores, [Chooser(arguments, [0], [], seed) for seed in range(4000)])
+    drawn, _ = choose(scores, [Sampler(arguments, [0], [], seed) for seed in range(4000)])
     counts = torch.bincount(torch.tensor(drawn), minlength=5).double()
     assert counts[2] == 0
     expected = probabilities.double() * 4000
@@ -258,7 +258,7 @@ def test_drawn_tokens_follow_the_distribution(top_k, top_p):
 
 
 def test_penalties_and_bias_are_what_the_api_reference_says():
-    chooser = Chooser(
+    sampler = Sampler(
         GenerationArguments(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0, min_new_tokens=9),
         [0, 1],
         [5],
@@ -266,10 +266,10 @@ def test_penalties_and_bias_are_what_the_api_reference_says():
         logit_bias={3: 7.0},
     )
     for token in (2, 2, 1):
-        chooser.advance(token)
+        sampler.advance(token)
     logits = torch.tensor([[1.0, -1.0, 4.0, 1.0, 1.0, 1.0]])
     expected = [0.5, -2.0 - 0.75, 2.0 - 1.0, 8.0, 1.0, -math.inf]
-    assert adjust(logits, [chooser])[0].tolist() == expected
+    assert process_logits(logits, [sampler])[0].tolist() == expected
     assert logits[0, 0] == 1.0, "the model's logits stay"
 
 
@@ -277,22 +277,22 @@ def test_min_p_leaves_out_what_is_much_less_likely():
     scores = torch.tensor([0.6, 0.25, 0.1, 0.05]).log().repeat(500, 1)
     for settings in ({"top_k": 0}, {"top_k": 4}):
         arguments = GenerationArguments(temperature=1.0, top_p=1.0, min_p=0.2, repetition_penalty=1.0, **settings)
-        drawn, _ = choose(scores, [Chooser(arguments, [0], [], seed) for seed in range(500)])
+        drawn, _ = choose(scores, [Sampler(arguments, [0], [], seed) for seed in range(500)])
         assert set(drawn) == {0, 1}, "0.25 is more than a fifth of 0.6, 0.1 is less"
 
 
 def test_rows_of_a_batch_have_settings_of_their_own():
     scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(3))
     kinds = [{"temperature": 0.0}, {"top_k": 3}, {"top_k": 0, "top_p": 0.5}, {"top_k": 0, "top_p": 1.0}, {"top_k": 40}]
-    choosers = [
+    samplers = [
         [
-            Chooser(GenerationArguments(**{"temperature": 1.0, **kind}), [row], [], seed=row)
+            Sampler(GenerationArguments(**{"temperature": 1.0, **kind}), [row], [], seed=row)
             for row, kind in enumerate(kinds)
         ]
         for _ in range(2)
     ]
-    together, _ = choose(scores[:5], choosers[0])
-    alone = [choose(scores[row : row + 1], [choosers[1][row]])[0][0] for row in range(5)]
+    together, _ = choose(scores[:5], samplers[0])
+    alone = [choose(scores[row : row + 1], [samplers[1][row]])[0][0] for row in range(5)]
     assert together == alone
 
 
@@ -458,17 +458,17 @@ def test_stop_texts_are_seen_before_white_space_is_left_out(monkeypatch, engine,
 # ---------------------------------------------------------------- slots
 
 
-def answered(decoder, generator, requests, join=1):
+def answered(scheduler, generator, requests, join=1):
     """Answer requests that come one by one, `join` steps apart."""
-    jobs = []
+    sequences = []
     for request in requests:
-        jobs.append(Job(request, generator, Answer(len(request.prompt))))
-        decoder.waiting.append(jobs[-1])
+        sequences.append(TokenSequence(request, generator, Answer(len(request.prompt))))
+        scheduler.waiting.append(sequences[-1])
         for _ in range(join):
-            decoder.step()
-    while decoder.step():
+            scheduler.step()
+    while scheduler.step():
         pass
-    return [job.answer.completion for job in jobs]
+    return [sequence.answer.completion for sequence in sequences]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
@@ -483,31 +483,31 @@ def test_answers_that_join_and_leave_are_those_they_would_be_alone(generator, to
         )
         for text in texts
     ]
-    together = answered(Decoder(generator.model, slots), generator, requests, join)
+    together = answered(BatchScheduler(generator.model, slots), generator, requests, join)
     for request, completion in zip(requests, together, strict=True):
         [alone] = generator.generate([request.prompt], request.settings)
         assert (completion.token_ids, completion.text) == (alone.token_ids, alone.text)
 
 
 def test_long_prompts_are_computed_in_parts_beside_those_that_write(monkeypatch, generator, tokenizer):
-    monkeypatch.setattr(batching, "PROMPT_TOKENS_BESIDE", 7)
+    monkeypatch.setattr(batching, "PREFILL_CHUNK", 7)
     settings = GenerationArguments(max_new_tokens=30, **GREEDY)
     requests = [Request(encode_raw(text * 9, tokenizer), settings) for text in PROMPTS]
-    decoder = Decoder(generator.model, 8)
-    together = answered(decoder, generator, requests, join=2)
+    scheduler = BatchScheduler(generator.model, 8)
+    together = answered(scheduler, generator, requests, join=2)
     for request, completion in zip(requests, together, strict=True):
         assert completion.token_ids == generator.generate([request.prompt], settings)[0].token_ids
-    assert decoder.counts["prompt_tokens"] == sum(len(request.prompt) for request in requests)
+    assert scheduler.counts["prompt_tokens"] == sum(len(request.prompt) for request in requests)
 
 
 def test_a_conversation_goes_on_from_what_was_computed(generator, tokenizer):
     settings = GenerationArguments(max_new_tokens=12, **GREEDY)
-    decoder = Decoder(generator.model, 3)
+    scheduler = BatchScheduler(generator.model, 3)
     prompt = encode_raw("Once upon a time there was a small house near the river", tokenizer)
     other = encode_raw("What is the capital of France? " * 3, tokenizer)
     known = 0
     for _ in range(4):
-        [completion, _] = answered(decoder, generator, [Request(prompt, settings), Request(other, settings)], join=0)
+        [completion, _] = answered(scheduler, generator, [Request(prompt, settings), Request(other, settings)], join=0)
         assert completion.token_ids == generator.generate([prompt], settings)[0].token_ids
         assert completion.num_cached_tokens == known
         known = len(prompt) + len(completion.token_ids) - 1  # the last token has not been computed
@@ -517,9 +517,9 @@ def test_a_conversation_goes_on_from_what_was_computed(generator, tokenizer):
 def test_answers_to_one_prompt_compute_it_once(generator, tokenizer):
     settings = GenerationArguments(max_new_tokens=6, temperature=1.0)
     prompt = encode_raw("Once upon a time there was a small house near the river", tokenizer)
-    decoder = Decoder(generator.model, 8)
+    scheduler = BatchScheduler(generator.model, 8)
     requests = [Request(prompt, settings, seed=seed) for seed in range(5)]
-    completions = answered(decoder, generator, requests, join=0)
+    completions = answered(scheduler, generator, requests, join=0)
     for seed, completion in enumerate(completions):
         assert completion.token_ids == generator.generate([prompt], settings, [seed])[0].token_ids
     assert [completion.num_cached_tokens for completion in completions] == [0] + [len(prompt) - 1] * 4
@@ -531,7 +531,7 @@ def test_guidance_equals_transformers(generator, model, tokenizer):
     prompts = [encode_raw(text, tokenizer) for text in PROMPTS[:3]]
     negative = encode_raw("A bad answer to all", tokenizer)
     requests = [Request(prompt, settings, negative_prompt=negative) for prompt in prompts]
-    guided = answered(Decoder(generator.model, 5), generator, requests, join=0)  # two at a time
+    guided = answered(BatchScheduler(generator.model, 5), generator, requests, join=0)  # two at a time
     for prompt, completion in zip(prompts, guided, strict=True):
         expected = model.generate(
             input_ids=torch.tensor([prompt]),

@@ -370,7 +370,7 @@ def test_the_file_brings_the_tokenizer(exported, tokenizer):
     texts = fuzz_texts(300, [TEXTS[0], TEXTS[2]])
     assert encode_texts(found.tokenizer, texts) == encode_texts(tokenizer, texts)
     assert found.tokenizer.chat_template == CHAT_TEMPLATES["alpaca-2"] == found.template
-    assert found.stop_ids == [tokenizer.eos_token_id] and found.surfaces == list(found.surfaces)
+    assert found.stop_ids == [tokenizer.eos_token_id] and found.token_bytes == list(found.token_bytes)
     assert plan(exported, chat=False).template is None
 
 

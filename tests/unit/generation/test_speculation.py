@@ -14,19 +14,25 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
 from utils.core.errors import InputError
 from utils.generation import speculation
-from utils.generation.batching import Decoder, Generator
+from utils.generation.batching import BatchScheduler, Generator
 from utils.generation.drafts import (
-    LayerDraft,
+    EarlyExitDraft,
     ModelDraft,
     PromptLookup,
     RetokenizedDraft,
     _Occurrences,
     same_vocabulary,
 )
-from utils.generation.engine import Answer, Job, Request
+from utils.generation.engine import Answer, Request, TokenSequence
 from utils.generation.loading import DraftPlan
-from utils.generation.sampling import Chooser
-from utils.generation.speculation import Clock, Pace, Speculation, SpeculativeDecoder, accept_or_replace
+from utils.generation.sampling import Sampler
+from utils.generation.speculation import (
+    Clock,
+    DraftLengthController,
+    Speculation,
+    SpeculativeScheduler,
+    rejection_sample,
+)
 from utils.generation.transformers_engine import TransformersEngine
 from utils.text.tokenizer import encode_raw, encode_text, load_tokenizer
 from utils.weights.config import load_config
@@ -75,7 +81,7 @@ def kinds(model, similar, tokenizer, extended_tokenizer_folder):
         "similar": partial(ModelDraft, similar),
         "itself": partial(ModelDraft, model),
         "fewer rows": partial(ModelDraft, narrow.eval()),
-        "layers": partial(LayerDraft, 1),
+        "layers": partial(EarlyExitDraft, 1),
         "lookup": PromptLookup,
         "other vocabulary": partial(RetokenizedDraft, LlamaForCausalLM(config).eval(), other_tokenizer, tokenizer),
         "itself in text": partial(RetokenizedDraft, model, tokenizer, tokenizer),
@@ -91,17 +97,17 @@ def prompts_of(tokenizer, count, seed=0):
     return [encode_raw(text * (1 + number % 3), tokenizer) for number, text in enumerate(texts)]
 
 
-def answered(decoder, prompter, requests, join=1):
+def answered(scheduler, prompter, requests, join=1):
     """Answer requests that come one by one, `join` steps apart."""
-    jobs = []
+    sequences = []
     for request in requests:
-        jobs.append(Job(request, prompter, Answer(len(request.prompt))))
-        decoder.waiting.append(jobs[-1])
+        sequences.append(TokenSequence(request, prompter, Answer(len(request.prompt))))
+        scheduler.waiting.append(sequences[-1])
         for _ in range(join):
-            decoder.step()
-    while decoder.step():
+            scheduler.step()
+    while scheduler.step():
         pass
-    return [job.answer.completion for job in jobs]
+    return [sequence.answer.completion for sequence in sequences]
 
 
 def settings_of(number, **changes):
@@ -118,19 +124,19 @@ def settings_of(number, **changes):
 
 def plain_answers(generator, requests):
     """What a decoder without drafts answers."""
-    return answered(Decoder(generator.model, 16), generator, requests, join=0)
+    return answered(BatchScheduler(generator.model, 16), generator, requests, join=0)
 
 
 def compare(generator, kind, requests, plain, slots, join, k):
     """Check that drafts change no answer; returns what the decoder counted."""
-    decoder = SpeculativeDecoder(generator.model, slots, None, Speculation(kind, k))
-    drafted = answered(decoder, generator, requests, join)
+    scheduler = SpeculativeScheduler(generator.model, slots, None, Speculation(kind, k))
+    drafted = answered(scheduler, generator, requests, join)
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
     assert [(c.text, c.finish_reason) for c in drafted] == [(c.text, c.finish_reason) for c in plain]
-    assert decoder.counts["new_tokens"] == sum(len(c.token_ids) for c in plain)
-    assert 0 <= decoder.counts["accepted"] <= decoder.counts["drafted"]
-    assert decoder.counts["passes"] >= decoder.counts["new_tokens"] - decoder.counts["accepted"]
-    return decoder.counts
+    assert scheduler.counts["new_tokens"] == sum(len(c.token_ids) for c in plain)
+    assert 0 <= scheduler.counts["accepted"] <= scheduler.counts["drafted"]
+    assert scheduler.counts["passes"] >= scheduler.counts["new_tokens"] - scheduler.counts["accepted"]
+    return scheduler.counts
 
 
 # ---------------------------------------------------------------- greedy
@@ -173,11 +179,11 @@ def test_two_hundred_greedy_answers(name, kinds, generator, tokenizer):
 def test_a_draft_that_is_always_right_saves_passes(kinds, generator, tokenizer):
     generator.stop_ids = []
     request = Request(prompts_of(tokenizer, 3)[2], GenerationArguments(max_new_tokens=31, **GREEDY))
-    decoder = SpeculativeDecoder(generator.model, 1, None, Speculation(kinds["itself"], 4))
-    answered(decoder, generator, [request])
+    scheduler = SpeculativeScheduler(generator.model, 1, None, Speculation(kinds["itself"], 4))
+    answered(scheduler, generator, [request])
     # The prompt's pass and 6 of 5 tokens each; one more if a pass was left without a draft for the clock.
-    assert decoder.counts["passes"] <= 8
-    assert decoder.counts["accepted"] == decoder.counts["drafted"]
+    assert scheduler.counts["passes"] <= 8
+    assert scheduler.counts["accepted"] == scheduler.counts["drafted"]
 
 
 def test_log_probabilities_are_there_for_drafted_tokens_too(kinds, generator, tokenizer):
@@ -186,8 +192,8 @@ def test_log_probabilities_are_there_for_drafted_tokens_too(kinds, generator, to
         request = Request(prompt, GenerationArguments(max_new_tokens=20, **changes), top_logprobs=2)
         plain = plain_answers(generator, [request])
         compare(generator, kinds["similar"], [request], plain, slots=1, join=0, k=3)
-        decoder = SpeculativeDecoder(generator.model, 1, None, Speculation(kinds["similar"], 3))
-        [drafted] = answered(decoder, generator, [request])
+        scheduler = SpeculativeScheduler(generator.model, 1, None, Speculation(kinds["similar"], 3))
+        [drafted] = answered(scheduler, generator, [request])
         assert [found.token_id for found in drafted.logprobs] == drafted.token_ids
         for one, other in zip(drafted.logprobs, plain[0].logprobs, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
@@ -211,10 +217,10 @@ def test_a_grammar_is_kept_to(kinds, generator, tokenizer):
 
     prompt = prompts_of(tokenizer, 1)[0]
     settings = GenerationArguments(max_new_tokens=25, **GREEDY)
-    [plain] = answered(Decoder(generator.model, 1), generator, [Request(prompt, settings, constraint=Even())])
+    [plain] = answered(BatchScheduler(generator.model, 1), generator, [Request(prompt, settings, constraint=Even())])
     for name in ("similar", "layers"):
-        decoder = SpeculativeDecoder(generator.model, 1, None, Speculation(kinds[name], 3))
-        [drafted] = answered(decoder, generator, [Request(prompt, settings, constraint=Even())])
+        scheduler = SpeculativeScheduler(generator.model, 1, None, Speculation(kinds[name], 3))
+        [drafted] = answered(scheduler, generator, [Request(prompt, settings, constraint=Even())])
         assert drafted.token_ids == plain.token_ids
         assert all(token % 2 == 0 for token in drafted.token_ids)
 
@@ -223,13 +229,13 @@ def test_what_was_computed_is_kept_for_the_next_turn(kinds, generator, tokenizer
     """As in plain decoding: all but the last token; the same with the draft's own keys and values."""
     generator.stop_ids = []
     for name in ("similar", "layers"):
-        decoder = SpeculativeDecoder(generator.model, 3, None, Speculation(kinds[name], 3))
+        scheduler = SpeculativeScheduler(generator.model, 3, None, Speculation(kinds[name], 3))
         prompt, known = prompts_of(tokenizer, 13)[12], 0
         other = prompts_of(tokenizer, 13)[11]
         for _ in range(3):
             settings = GenerationArguments(max_new_tokens=12, **GREEDY)
             [completion, _] = answered(
-                decoder, generator, [Request(prompt, settings), Request(other, settings)], join=0
+                scheduler, generator, [Request(prompt, settings), Request(other, settings)], join=0
             )
             assert completion.num_cached_tokens == known
             assert completion.token_ids == generator.generate([prompt], settings)[0].token_ids
@@ -243,17 +249,17 @@ def test_a_failure_leaves_nothing_half_computed(monkeypatch, fails, kinds, model
     engine = TransformersEngine(model, tokenizer, None, max_batch_size=2, speculation=Speculation(kinds["layers"], 3))
     request = Request(prompts_of(tokenizer, 13)[12], GenerationArguments(max_new_tokens=12, **GREEDY))
     expected = plain_answers(generator, [request])[0].token_ids
-    logits, passes = Decoder.logits, []
+    logits, passes = BatchScheduler.logits, []
 
-    def failing(decoder, first, tokens, keep=1):
-        result = logits(decoder, first, tokens, keep)
+    def failing(scheduler, first, tokens, keep=1):
+        result = logits(scheduler, first, tokens, keep)
         passes.append(keep)
         if (len(passes) == 3) if fails == "draft" else (keep > 1 and passes.count(keep) == 1):
             raise MemoryError("no more")
         return result
 
     try:
-        monkeypatch.setattr(Decoder, "logits", failing)
+        monkeypatch.setattr(BatchScheduler, "logits", failing)
         with pytest.raises(MemoryError):
             engine.submit(request).wait()
         monkeypatch.undo()
@@ -265,7 +271,7 @@ def test_a_failure_leaves_nothing_half_computed(monkeypatch, fails, kinds, model
 
 
 def test_drafts_rotate_as_the_model_does(tiny_model_folder, tokenizer):
-    """auto-NTK: requests of different lengths have rotations of their own."""
+    """auto-NTK: requests of different lengths have request_rope of their own."""
     from utils.core.arguments import RopeArguments
     from utils.models.rope import install_row_rotary, scale_rope
 
@@ -280,11 +286,13 @@ def test_drafts_rotate_as_the_model_does(tiny_model_folder, tokenizer):
         Request(prompt, GenerationArguments(max_new_tokens=20 + 25 * (number % 3), **GREEDY))
         for number, prompt in enumerate(prompts)
     ]
-    plain = [answered(Decoder(model, 1, rotary), generator, [request])[0].token_ids for request in requests]
-    for kind in (partial(LayerDraft, 1), partial(ModelDraft, model)):
-        decoder = SpeculativeDecoder(model, 3, rotary, Speculation(kind, 3))
-        assert [c.token_ids for c in answered(decoder, generator, requests)] == plain
-    assert decoder.counts["accepted"] == decoder.counts["drafted"], "the model itself, rotated alike, is always right"
+    plain = [answered(BatchScheduler(model, 1, rotary), generator, [request])[0].token_ids for request in requests]
+    for kind in (partial(EarlyExitDraft, 1), partial(ModelDraft, model)):
+        scheduler = SpeculativeScheduler(model, 3, rotary, Speculation(kind, 3))
+        assert [c.token_ids for c in answered(scheduler, generator, requests)] == plain
+    assert scheduler.counts["accepted"] == scheduler.counts["drafted"], (
+        "the model itself, rotated alike, is always right"
+    )
 
 
 # ---------------------------------------------------------------- sampling
@@ -303,7 +311,7 @@ def tiny_model(seed, layers=2):
 
 
 PROMPTER = SimpleNamespace(
-    check=lambda request: request.settings.max_new_tokens, stop_ids=[END], surfaces=[b"x"] * VOCABULARY
+    check=lambda request: request.settings.max_new_tokens, stop_ids=[END], token_bytes=[b"x"] * VOCABULARY
 )
 SAMPLED = {
     "all": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
@@ -366,9 +374,9 @@ def chi_square(counts, expected, total):
 
 
 def sampled(model, kind, prompt, settings, seeds, k=3):
-    decoder = SpeculativeDecoder(model, 64, None, Speculation(kind, k)) if kind else Decoder(model, 64)
+    scheduler = SpeculativeScheduler(model, 64, None, Speculation(kind, k)) if kind else BatchScheduler(model, 64)
     requests = [Request(prompt, settings, seed) for seed in seeds]
-    return [tuple(c.token_ids) for c in answered(decoder, PROMPTER, requests, join=0)], decoder.counts
+    return [tuple(c.token_ids) for c in answered(scheduler, PROMPTER, requests, join=0)], scheduler.counts
 
 
 def disagreeing():
@@ -382,7 +390,7 @@ def disagreeing():
 
 TINY = {
     "another model": lambda: partial(ModelDraft, disagreeing()),
-    "layers": lambda: partial(LayerDraft, 1),
+    "layers": lambda: partial(EarlyExitDraft, 1),
     "lookup": lambda: PromptLookup,
 }
 
@@ -415,7 +423,7 @@ def test_sampled_answers_have_the_models_distribution(monkeypatch, name, kind, t
 
 def test_the_test_above_would_see_drafts_that_are_always_accepted(monkeypatch):
     monkeypatch.setattr(speculation, "MOST_ROWS", 64)
-    monkeypatch.setattr(speculation, "accept_or_replace", lambda logits, chooser, token, drafted: token)
+    monkeypatch.setattr(speculation, "rejection_sample", lambda logits, sampler, token, drafted: token)
     model, prompt = tiny_model(7), [3, 5, 4, 3, 5]
     settings = GenerationArguments(max_new_tokens=LENGTH, repetition_penalty=1.0, **SAMPLED["all"])
     answers, _ = sampled(model, TINY["another model"](), prompt, settings, range(800))
@@ -438,10 +446,10 @@ def test_rejection_by_hand():
     logits, grid = torch.tensor(own).log(), 30
     outcomes = [0.0] * 4
     for token, first, second in itertools.product(range(4), range(grid), range(grid)):
-        chooser = Chooser(settings, [], [], 0)
+        sampler = Sampler(settings, [], [], 0)
         numbers = iter([(first + 0.5) / grid, (second + 0.5) / grid])
-        chooser.draw = lambda numbers=numbers: next(numbers)
-        found = accept_or_replace(logits, chooser, token, torch.tensor(drafted, dtype=torch.float64))
+        sampler.draw = lambda numbers=numbers: next(numbers)
+        found = rejection_sample(logits, sampler, token, torch.tensor(drafted, dtype=torch.float64))
         outcomes[found] += drafted[token] / grid**2
     assert outcomes == pytest.approx(own, abs=0.02)
     assert outcomes[3] == 0
@@ -449,32 +457,32 @@ def test_rejection_by_hand():
 
 def test_equal_distributions_leave_no_rest_to_draw_from():
     settings = GenerationArguments(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-    chooser = Chooser(settings, [], [], 0)
-    chooser.draw = lambda: 0.999999
+    sampler = Sampler(settings, [], [], 0)
+    sampler.draw = lambda: 0.999999
     own = torch.tensor([0.25, 0.75])
     # More than the model gives it, by rounding: it is rejected, and nothing is left above the draft.
-    found = accept_or_replace(own.log(), chooser, 0, torch.tensor([0.2500001 * 2, 0.75], dtype=torch.float64))
+    found = rejection_sample(own.log(), sampler, 0, torch.tensor([0.2500001 * 2, 0.75], dtype=torch.float64))
     assert found in (0, 1)
 
 
 # ---------------------------------------------------------------- how much is drafted
 
 
-def drafting(pace, chances, passes=200, seed=0):
+def drafting(controller, chances, passes=200, seed=0):
     """How many tokens each pass drafts, where the draft knows the chance that a token is accepted: any of these."""
     generated, lengths = torch.Generator().manual_seed(seed), []
     for _ in range(passes):
-        most, drafted, tokens, goes_on, standing = pace.length(), 0, 1, True, True
+        most, drafted, tokens, goes_on, standing = controller.length(), 0, 1, True, True
         picked = [chances[int(torch.randint(len(chances), (), generator=generated))] for _ in range(most)]
         while drafted < most and goes_on:
-            goes_on, drafted = pace.goes_on(picked[drafted]), drafted + 1
+            goes_on, drafted = controller.goes_on(picked[drafted]), drafted + 1
         for place in range(drafted):
             if standing:
                 standing = float(torch.rand((), generator=generated)) < picked[place]
-                pace.note(place, standing)
+                controller.note(place, standing)
                 tokens += standing
         if drafted:
-            pace.end(tokens)
+            controller.end(tokens)
         lengths.append(drafted)
     return lengths
 
@@ -482,28 +490,28 @@ def drafting(pace, chances, passes=200, seed=0):
 def test_more_is_drafted_where_more_is_accepted():
     means = {}
     for chance in (0.05, 0.6, 0.95):
-        lengths = drafting(Pace(cost=0.15), [chance])
+        lengths = drafting(DraftLengthController(cost=0.15), [chance])
         means[chance] = sum(lengths[50:]) / 150
         assert max(lengths) <= speculation.LONGEST
     assert means[0.05] < 0.4, "it rests, and looks again now and then"
     assert 1 < means[0.6] < 4 < 6 < means[0.95]
-    assert sum(drafting(Pace(cost=1.1), [0.9])) < 10, "nothing pays that costs as much as the model"
-    fixed = drafting(Pace(cost=0.15, fixed=5), [0.1, 0.9], passes=64)
+    assert sum(drafting(DraftLengthController(cost=1.1), [0.9])) < 10, "nothing pays that costs as much as the model"
+    fixed = drafting(DraftLengthController(cost=0.15, fixed=5), [0.1, 0.9], passes=64)
     assert Counter(fixed) == {5: 62, 0: 2}, "two passes are for the clock"
 
 
 def test_a_draft_stops_where_it_is_not_sure():
-    pace = Pace(cost=0.15)
-    drafting(pace, [0.1, 0.95], passes=300)
-    while not pace.length():
+    controller = DraftLengthController(cost=0.15)
+    drafting(controller, [0.1, 0.95], passes=300)
+    while not controller.length():
         pass
-    assert pace.goes_on(0.95) and pace.goes_on(0.95) and not pace.goes_on(0.1)
+    assert controller.goes_on(0.95) and controller.goes_on(0.95) and not controller.goes_on(0.1)
 
 
 def test_the_pace_recovers_when_drafts_become_good():
-    pace = Pace(cost=0.2)
-    assert sum(drafting(pace, [0.02])[-60:]) < 20
-    assert sum(drafting(pace, [0.98], passes=400)[-60:]) > 240
+    controller = DraftLengthController(cost=0.2)
+    assert sum(drafting(controller, [0.02])[-60:]) < 20
+    assert sum(drafting(controller, [0.98], passes=400)[-60:]) > 240
 
 
 def test_the_clock_compares_with_passes_without_drafts():
@@ -529,12 +537,12 @@ def test_what_followed_before_is_drafted():
 
 def test_text_of_another_vocabulary_becomes_own_tokens(kinds, model, tokenizer):
     """What the draft writes, cut as the model's tokenizer cuts the whole text."""
-    draft = kinds["itself in text"](SimpleNamespace(num_slots=1, model=model))
+    draft = kinds["itself in text"](SimpleNamespace(max_batch_size=1, model=model))
     whole = encode_raw("Once upon a time there was a house 你好", tokenizer)
     for cut in range(4, len(whole) - 1):
         found = draft._in_own_tokens(whole[:cut], whole[cut:])
-        text = b"".join(draft._surfaces[token] for token in found)
-        rest = b"".join(draft._surfaces[token] for token in whole[cut:])
+        text = b"".join(draft._token_bytes[token] for token in found)
+        rest = b"".join(draft._token_bytes[token] for token in whole[cut:])
         begins_a_character = not 0x80 <= rest[0] < 0xC0
         assert text == (rest if begins_a_character else b"")
     assert draft._in_own_tokens(whole[:5], [tokenizer.eos_token_id, *whole[5:]]) == []

@@ -412,7 +412,7 @@ def test_evaluation_is_greedy_repeatable_and_leaves_the_model_as_it_was(tiny_mod
             torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=trainer.generator.stop_ids,
             pad_token_id=0, attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         )[0, len(prompt) :].tolist()  # fmt: skip
-        text = trainer.generator.surfaces
+        text = trainer.generator.token_bytes
         decoder = TextDecoder(text, True)
         body = ids[:-1] if ids[-1] in trainer.generator.stop_ids else ids
         scores += reward_by_text([""], [decoder.push(body) + decoder.finish()])

@@ -15,12 +15,12 @@ import torch
 
 from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
-from utils.generation.engine import Answer, Delta, Prompter
+from utils.generation.engine import Answer, Delta, Engine
 from utils.generation.sampling import TokenLogprob
 from utils.serving.app import create_app
 from utils.serving.arguments import ServingArguments, load_api_keys
 from utils.serving.errors import ApiError
-from utils.serving.queue import Answers, FairQueue, Turn
+from utils.serving.queue import FairQueue, RequestStream, Ticket
 from utils.serving.replies import TokenNames, VisibleTokens
 from utils.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from utils.text.prompts import CHAT_TEMPLATES
@@ -32,14 +32,14 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-class StandIn(Prompter):
+class StandIn(Engine):
     """An engine that says what a test lets it say; with `words` it says them by itself."""
 
     name = "stand-in"
 
     def __init__(self, tokenizer, words=(), context=512):
-        super().__init__(tokenizer, CHAT_TEMPLATES["alpaca-2"], context)
-        self.models, self.words = ["default", "other"], words
+        super().__init__(tokenizer, CHAT_TEMPLATES["alpaca-2"], context, ["default", "other"], 8)
+        self.words = words
         self.requests, self.answers = [], []
 
     def submit(self, request, on_delta=None):
@@ -56,6 +56,9 @@ class StandIn(Prompter):
 
     def statistics(self):
         return {"running": 0, "waiting": 0, "steps": 7}
+
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +112,11 @@ def events(response):
 
 
 def test_clients_take_turns_however_many_jobs_they_have():
-    queue, order = FairQueue(slots=1, max_waiting=10), []
+    queue, order = FairQueue(max_batch_size=1, max_waiting=10), []
     turns = {}
     for client_name, job in [("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 1), ("b", 2), ("c", 1)]:
         name = f"{client_name}{job}"
-        turns[name] = Turn(client_name, lambda name=name: order.append(name))
+        turns[name] = Ticket(client_name, lambda name=name: order.append(name))
         queue.enter(turns[name])
     assert order == ["a1"]
     while len(order) < 7:
@@ -123,25 +126,25 @@ def test_clients_take_turns_however_many_jobs_they_have():
 
 def test_slots_are_never_lost_nor_given_twice():
     chance = random.Random(0)
-    queue = FairQueue(slots=3, max_waiting=1000)
+    queue = FairQueue(max_batch_size=3, max_waiting=1000)
     alive = []
     for _ in range(3000):
         if alive and chance.random() < 0.5:
             queue.leave(alive.pop(chance.randrange(len(alive))))  # running or waiting
         else:
-            turn = Turn(chance.choice("abcd"), lambda: None)
-            alive.append(turn)
-            queue.enter(turn)
-        running = sum(turn.started is not None for turn in alive)
+            ticket = Ticket(chance.choice("abcd"), lambda: None)
+            alive.append(ticket)
+            queue.enter(ticket)
+        running = sum(ticket.started is not None for ticket in alive)
         assert queue.running == running == min(3, len(alive))
         assert queue.waiting == len(alive) - running
 
 
 def test_a_full_queue_says_when_to_come_back():
-    queue = FairQueue(slots=2, max_waiting=3)
-    turns = [Turn("a", lambda: None) for _ in range(4)]
-    for turn in turns:
-        queue.enter(turn)
+    queue = FairQueue(max_batch_size=2, max_waiting=3)
+    turns = [Ticket("a", lambda: None) for _ in range(4)]
+    for ticket in turns:
+        queue.enter(ticket)
     queue.check_room(1)
     with pytest.raises(ApiError) as busy:
         queue.check_room(2)
@@ -504,8 +507,8 @@ def push_tokens(names, text_tokens, text, **options):
 
 
 def test_only_tokens_of_the_text_are_shown(tokenizer):
-    surfaces = [b"", b"a", b" b", b"\xe4", b"\xbd\xa0", b"  ", b"STOP", b"\n"]
-    names = TokenNames(tokenizer, surfaces)
+    token_bytes = [b"", b"a", b" b", b"\xe4", b"\xbd\xa0", b"  ", b"STOP", b"\n"]
+    names = TokenNames(tokenizer, token_bytes)
     shown = lambda *args: [(place, token.token_id) for place, token in push_tokens(names, *args)]  # noqa: E731
     assert shown([1, 2, 0], "a b") == [(0, 1), (1, 2)]  # not the end token
     assert shown([5, 2, 1, 7], "ba") == [(0, 2), (1, 1)]  # not stripped space, at either end
@@ -892,7 +895,7 @@ def test_a_token_within_the_interval_waits_for_its_end_only(engine):
     async def go():
         service = create_app(engine, ServingArguments()).state.service
         request = service.planner.chat(ChatRequest(**HELLO)).requests[0]
-        answers = Answers(engine, service.queue, "client", [request], 0.02)
+        answers = RequestStream(engine, service.queue, "client", [request], 0.02)
         texts = []
         for text in "ab":
             engine.answers[0].push(Delta(text, (5,)))

@@ -58,7 +58,7 @@ class PromptWriter:
     @cached_property
     def _may_begin(self) -> torch.Tensor:
         """Which tokens do not begin with a newline, (V,) bool."""
-        return torch.tensor([not surface.startswith(b"\n") for surface in self.prompter.surfaces])
+        return torch.tensor([not surface.startswith(b"\n") for surface in self.prompter.token_bytes])
 
     # ------------------------------------------------------------ token ids
 

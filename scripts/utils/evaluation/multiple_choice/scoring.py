@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ...core.machine import available_bytes
-from ...generation.batching import compute
+from ...generation.batching import forward
 from ...generation.cache import GROWTH, SlotCache, common_prefix
 from ...models.rope import find_row_rotary, rotary_dim
 
@@ -301,7 +301,7 @@ class PrefixScorer:
     def _compute(self, cache: SlotCache, rows: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
         """Logits (B, keep, V) after the last tokens of the first B slots. Raises: InputError if one is no number."""
         self.counts["computed_tokens"] += len(rows) * max(map(len, rows))
-        logits = compute(self.model, cache, 0, rows, keep)
+        logits = forward(self.model, cache, 0, rows, keep)
         if not bool(torch.isfinite(logits[:, -1]).all()):
             raise InputError(
                 "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "

@@ -10,7 +10,7 @@ from utils.core.errors import InputError
 from utils.evaluation.longbench.prompts import NoNewlineFirst, PromptWriter
 from utils.evaluation.longbench.tasks import TASKS, Sample
 from utils.generation.engine import Prompter
-from utils.generation.sampling import Chooser, choose
+from utils.generation.sampling import Sampler, choose
 from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import load_tokenizer
 
@@ -139,8 +139,8 @@ def test_what_is_asked_of_an_engine(prompter):
 
 def test_an_answer_of_one_line_does_not_begin_with_a_newline():
     constraint = NoNewlineFirst(torch.tensor([True, False, True]))
-    chooser = Chooser(GREEDY, [], [], 0, constraint=constraint)
+    sampler = Sampler(GREEDY, [], [], 0, constraint=constraint)
     logits = torch.tensor([[0.0, 3.0, 2.0, 9.0]])  # the last row belongs to no token
-    assert choose(logits, [chooser])[0] == [2]
-    chooser.advance(2)
-    assert choose(logits, [chooser])[0] == [1]
+    assert choose(logits, [sampler])[0] == [2]
+    sampler.advance(2)
+    assert choose(logits, [sampler])[0] == [1]

@@ -358,10 +358,10 @@ def test_our_own_server_lists_what_the_model_says(own_server, tokenizer):
             best = int(logprobs.argmax())
             values = {}  # of texts of one character, the likeliest token of each
             for index in reversed(logprobs.topk(count).indices.tolist()):
-                name = engine.surfaces[index].decode(errors="replace")
+                name = engine.token_bytes[index].decode(errors="replace")
                 values[name.strip() if count == 20 else name] = float(logprobs[index])
             texts = tuple(name for name in values if len(name.strip()) == 1 and name.isprintable() and name != "�")
-            if not texts or not engine.surfaces[best].strip():
+            if not texts or not engine.token_bytes[best].strip():
                 continue
             (score,) = scorer.score([ChoiceRequest((), (), asked, texts)])
             if score.error is None:
