@@ -122,8 +122,8 @@ def main(
     start_run(training_run, {**inputs, "reference": key}, training_args.process_index == 0)
 
     if reference is not None and key is not None:
-        judge = partial(load_reference_tables, key, reference, lora_args, training_args, tokenizer, collator)
-        train_set, eval_sets = judge_pairs(judge, train_set, eval_sets)
+        load = partial(load_reference_tables, key, reference, lora_args, training_args, tokenizer, collator)
+        train_set, eval_sets = attach_reference_logprobs(load, train_set, eval_sets)
     model: Any = build_training_model(
         model_args, ExtendArguments(), lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
@@ -178,17 +178,21 @@ def choose_reference(
     return model_args if before else None
 
 
-def judge_pairs(
-    judge: Callable[[list[PreferenceFile]], list[np.ndarray]], train_set: PairSet, eval_sets: dict[str, PairSet]
+def attach_reference_logprobs(
+    load_tables: Callable[[list[PreferenceFile]], list[np.ndarray]],
+    train_set: PairSet,
+    eval_sets: dict[str, PairSet],
 ) -> tuple[PairSet, dict[str, PairSet]]:
-    """The sets with the reference's log-probabilities of every answer; `judge` computes or finds the files' tables."""
-    from utils.rlhf.dpo_trainer import JudgedPairs
+    """The sets with the reference's log-probabilities of every answer; `load_tables` finds or computes a file's."""
+    from utils.rlhf.dpo_trainer import PairsWithReference
 
     sets = {"": train_set, **eval_sets}
     files = {pairs.file.key: pairs.file for pairs in sets.values()}
-    tables = dict(zip(files, judge(list(files.values())), strict=True))
-    judged: dict[str, PairSet] = {name: JudgedPairs(pairs, tables[pairs.file.key]) for name, pairs in sets.items()}
-    return judged.pop(""), judged
+    tables = dict(zip(files, load_tables(list(files.values())), strict=True))
+    with_reference: dict[str, PairSet] = {
+        name: PairsWithReference(pairs, tables[pairs.file.key]) for name, pairs in sets.items()
+    }
+    return with_reference.pop(""), with_reference
 
 
 if __name__ == "__main__":

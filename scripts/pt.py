@@ -72,7 +72,7 @@ def main(
     from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
-    from utils.training.trainer import RecipeTrainer, describe_model, train_and_save
+    from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -98,7 +98,7 @@ def main(
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
-    trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
     return train_and_save(trainer, training_run, "Continued pre-training", "run_sft.sh")
 
 
@@ -179,12 +179,12 @@ def compare_embedding_inits(
     """Write embedding_init.json: validation bits-per-byte at step 0 for every way to set the new rows."""
     from utils.models.new_rows import find_tokenizer, initialise_rows
     from utils.training.runs import prepare_process
-    from utils.training.trainer import RecipeTrainer
+    from utils.training.trainer import CausalLMTrainer
 
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is None or len(old_tokenizer) >= len(tokenizer):
         return
-    trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
     report: dict[str, dict[str, float]] = {}
     for method in EMBEDDING_INITS:
         initialise_rows(model, old_tokenizer, tokenizer, method, len(old_tokenizer), training_args.seed)

@@ -56,7 +56,7 @@ def main(
     from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
-    from utils.training.trainer import RecipeTrainer, describe_model, train_and_save
+    from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
 
     folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
     if folder is None:
@@ -80,7 +80,7 @@ def main(
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
-    trainer = RecipeTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
     return train_and_save(trainer, training_run, "Instruction tuning", "run_inference.sh")
 
 

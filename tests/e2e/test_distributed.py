@@ -81,9 +81,9 @@ def allow_fsdp_on_cpu(args, config: dict) -> None:
 
 @contextlib.contextmanager
 def killed_after(step: int):
-    from utils.training.trainer import RecipeTrainer
+    from utils.training.trainer import CausalLMTrainer
 
-    save = RecipeTrainer._save_checkpoint
+    save = CausalLMTrainer._save_checkpoint
 
     def save_and_die(self, *args, **kwargs):
         save(self, *args, **kwargs)
@@ -91,11 +91,11 @@ def killed_after(step: int):
             self.accelerator.wait_for_everyone()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    RecipeTrainer._save_checkpoint = save_and_die
+    CausalLMTrainer._save_checkpoint = save_and_die
     try:
         yield
     finally:
-        RecipeTrainer._save_checkpoint = save
+        CausalLMTrainer._save_checkpoint = save
 
 
 @contextlib.contextmanager

@@ -11,6 +11,5 @@
   streamed_model  transformers' own model in float32, whose weights are read from files as it needs them
   verify          a merged folder against its base with the adapters beside it, as training ran them
 
-Others import: config, updates, base_record, merged_model, inputs, writer, manifest,
-  streamed_model, verify.
+Others import: config, updates, base_record, merged_model, inputs, writer, manifest, streamed_model, verify.
 """

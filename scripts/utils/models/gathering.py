@@ -16,7 +16,7 @@ def full_shape(parameter: nn.Parameter) -> Size:
 
 
 @contextlib.contextmanager
-def whole_weights(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered_weights(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within the block every process has these weights whole, where ZeRO-3 cut them up as they were loaded.
 
     What process 0 writes into them there is what all processes have afterwards.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..text.tokenizer import embedding_rows, load_tokenizer, segment_with
-from .gathering import full_shape, whole_weights
+from .gathering import full_shape, gathered_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ def initialise_rows(
         pieces = [segment_with(old_tokenizer, tokenizer, index) for index in range(first_new, len(tokenizer))]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in [embedding] if head is embedding else [embedding, head]:
-        with whole_weights([weight]):
+        with gathered_weights([weight]):
             weight[first_new:] = _new_rows(weight, first_new, pieces, method, seed).to(weight)
 
 

@@ -56,7 +56,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> 
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probabilities (B, T) of `targets` (B, T), 0 where there is none; see losses.loss_targets."""
+    """Log-probabilities (B, T) of `targets` (B, T), 0 where there is none; see models.lm_loss.loss_targets."""
     causal = causal_model(model)
     hidden = hidden_states(model, input_ids, position_ids)
     with loss_targets(causal, targets, "tokens", temperature):

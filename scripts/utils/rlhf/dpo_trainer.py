@@ -1,6 +1,6 @@
 """Direct preference optimisation: the loss of a pair, its Trainer, and the curves of a run.
 
-Shapes: P pairs of a batch, B rows, T positions. Chosen and rejected answers come by turns, as in pairs.PairCollator.
+Shapes: P pairs of a batch, B rows, T positions. Chosen and rejected answers come by turns; see data.batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..core.figures import saved_figure
 from ..data.batches import Example, PairCollator, PairSet
 from ..training.arguments import RunArguments
 from ..training.plots import log_curves
-from ..training.runs import named_disk_errors
 from . import objectives
 from .pair_trainer import PairTrainer
 from .reference import answer_lengths, answer_logprobs
@@ -44,7 +43,7 @@ class Objective:
     """The loss of a pair.
 
     Attributes:
-        kind: sigmoid, ipo, hinge, orpo or simpo; see rl's function of that name.
+        kind: sigmoid, ipo, hinge, orpo or simpo; see the function of objectives of that name.
         beta: see there; for sigmoid, ipo and hinge, how dear it is to leave the reference.
         label_smoothing: sigmoid only.
         simpo_gamma: simpo only.
@@ -100,22 +99,22 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class JudgedExample(Example):
+class ExampleWithReference(Example):
     """An Example with the reference's log-probabilities of both answers, (2,) float32."""
 
     reference: np.ndarray
 
 
-class JudgedPairs(PairSet):
+class PairsWithReference(PairSet):
     """A PairSet with the reference's table (n, 2) of its file; see reference.load_reference_tables."""
 
     def __init__(self, pairs: PairSet, table: np.ndarray) -> None:
         super().__init__(pairs.file, pairs.ids)
         self.table = table
 
-    def __getitem__(self, index: int) -> JudgedExample:
+    def __getitem__(self, index: int) -> ExampleWithReference:
         example = super().__getitem__(index)
-        return JudgedExample(example.number, example.pair, self.table[example.number])
+        return ExampleWithReference(example.number, example.pair, self.table[example.number])
 
 
 class PreferenceCollator(PairCollator):
@@ -123,9 +122,9 @@ class PreferenceCollator(PairCollator):
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = super().__call__(examples)
-        judged = [example.reference for example in examples if isinstance(example, JudgedExample)]
-        if judged:
-            batch["reference"] = torch.from_numpy(np.concatenate(judged))
+        references = [example.reference for example in examples if isinstance(example, ExampleWithReference)]
+        if references:
+            batch["reference"] = torch.from_numpy(np.concatenate(references))
         return batch
 
 
@@ -158,17 +157,14 @@ class DPOTrainer(PairTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss over the pairs of the optimizer step; plus the router's balancing loss of a mixture."""
-        losses, statistics, outputs = self._judge(model, inputs)
+        losses, statistics, outputs = self._pair_statistics(model, inputs)
         parts = torch.cat([statistics.double().sum(0), statistics.new_tensor([len(losses)]).double()])
         self.sums += parts.cpu()
         loss = self.mean_over_pairs(losses, num_items_in_batch)
-        auxiliary = getattr(outputs, "aux_loss", None)
-        if torch.is_tensor(auxiliary):
-            weight = self.accelerator.unwrap_model(model).config.router_aux_loss_coef
-            loss = loss + weight * auxiliary / self.current_gradient_accumulation_steps
+        loss = self.add_router_loss(loss, model, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _judge(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
+    def _pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
         """Losses (P,), statistics (P, 8) and the policy's output."""
         reference = batch.get("reference")
         if reference is None and self.objective.needs_reference:
@@ -192,9 +188,9 @@ class DPOTrainer(PairTrainer):
 
     # ------------------------------------------------------------ evaluation
 
-    def judge_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def evaluate_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Statistics (P, 8)."""
-        return self._judge(model, inputs)[1]
+        return self._pair_statistics(model, inputs)[1]
 
     def _summarise_losses(self, prediction: EvalPrediction) -> dict[str, float]:
         statistics = np.asarray(prediction.predictions, dtype=np.float64)
@@ -227,13 +223,10 @@ class DPOTrainer(PairTrainer):
             self.sums.zero_()
         super().log(logs, start_time)
 
-    def save_state(self) -> None:
-        """Save the log, and draw it."""
-        super().save_state()
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir))
-            with named_disk_errors(folder):
-                plot_preferences(self.state.log_history, folder / "dpo.png")
+    def draw(self, folder: Path, title: str) -> None:
+        """loss.png, and rewards, margin and accuracy as dpo.png."""
+        super().draw(folder, title)
+        plot_preferences(self.state.log_history, folder / "dpo.png")
 
 
 def plot_preferences(history: list[dict[str, Any]], path: Path) -> None:

@@ -9,14 +9,12 @@ processes) pass `count`, the number of answer tokens of the whole batch: then th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # numbers of a (rows, V) block whose entropy is computed at once: 64 MiB in float32
 # |log ratio| of new to old policy above which a token's ratio stays constant: exp(20) is still finite in float32, and
 # an infinite ratio times a zero advantage or gradient would be NaN.
 MAX_LOG_RATIO = 20.0
@@ -47,47 +45,34 @@ def _masked(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- masked statistics
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, count: Tensor | float | None = None) -> Tensor:
-    """Mean of values (...) over mask (...): a scalar, or without dimension `dim`; 0 where the mask is empty.
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Mean of values (...) over mask (...), a scalar; 0 where the mask is empty.
 
     Args: count: divide by this number instead of the mask's own sum (see the module's docstring).
     """
     (kept,) = _masked(mask, values)
-    total = kept.sum() if dim is None else kept.sum(dim)
-    if count is None:
-        count = (mask.bool().sum() if dim is None else mask.bool().sum(dim)).clamp(min=1)
-    return total / count
+    return kept.sum() / (mask.bool().sum().clamp(min=1) if count is None else count)
 
 
-def masked_moments(
-    values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance (divisor n - 1, at least 1) of values (...) over mask (...): two scalars.
-
-    Args: total: sums a tensor over the processes, where the moments of all processes' values are wanted.
-    """
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (divisor n - 1, at least 1) of values (...) over mask (...): two scalars."""
     (kept,) = _masked(mask, values)
-    total = total or (lambda tensor: tensor)
-    number, sum_ = total(torch.stack([mask.bool().sum().to(kept.dtype), kept.sum()])).unbind()
-    mean = sum_ / number.clamp(min=1)
-    squares = total((kept - mean).square().masked_fill(~mask.bool(), 0.0).sum())
+    number = mask.bool().sum().to(kept.dtype)
+    mean = kept.sum() / number.clamp(min=1)
+    # Two passes: the mean of squares less the square of the mean would cancel in float32.
+    squares = (kept - mean).square().masked_fill(~mask.bool(), 0.0).sum()
     return mean, squares / (number - 1).clamp(min=1)
 
 
-def masked_whiten(
-    values: Tensor, mask: Tensor, keep_mean: bool = False, total: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Values (...) scaled to standard deviation 1, and shifted to mean 0 unless keep_mean, over mask (...); 0 outside.
+def masked_whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (...) scaled to mean 0 and standard deviation 1 over mask (...); 0 outside it.
 
-    Equal values (or a single one) become 0, with keep_mean they stay as they are. `total`: see masked_moments.
+    Equal values (or a single one) become 0.
     Source: Huang et al. 2023, "The N Implementation Details of RLHF with PPO" (reward and advantage whitening).
     """
-    mean, variance = masked_moments(values, mask, total)
+    mean, variance = masked_moments(values, mask)
     (kept,) = _masked(mask, values)
-    whitened = (kept - mean) * torch.rsqrt(variance + 1e-8)
-    if keep_mean:
-        whitened = whitened + mean
-    return whitened.masked_fill(~mask.bool(), 0.0)
+    return ((kept - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(~mask.bool(), 0.0)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
@@ -98,23 +83,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     values, returns = _masked(mask, values, returns)
     variance = masked_moments(returns, mask)[1].item()
     return 1 - masked_moments(returns - values, mask)[1].item() / variance if variance > 0 else math.nan
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits): logits (..., V) -> (...). Logits of -inf (sampling filters) are allowed.
-
-    The float32 copies exist for CHUNK_ELEMENTS numbers at once (under autograd they are kept for the backward pass).
-    """
-    rows = logits.reshape(-1, logits.shape[-1])
-    parts = rows.split(max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1])))
-    return torch.cat([_entropy_of_rows(*_wide(part)) for part in parts]).view(logits.shape[:-1])
-
-
-def _entropy_of_rows(logits: Tensor) -> Tensor:
-    log_probabilities = torch.log_softmax(logits, -1)
-    probabilities = log_probabilities.exp()
-    # 0 * log 0 is 0, which floats do not know.
-    return -(probabilities * log_probabilities.masked_fill(probabilities == 0, 0.0)).sum(-1)
 
 
 # ---------------------------------------------------------------- KL and token rewards
@@ -176,21 +144,18 @@ class AdaptiveKL:
         self.value *= 1 + error * episodes / self.horizon
 
 
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, score_clip: float | None = None) -> Tensor:
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of every answer token: -kl_coef * kl, and at the last one also the answer's score; 0 outside the mask.
 
-    Args: scores: (B,), the reward model's; kl: (B, T) from kl_per_token; mask: (B, T);
-        score_clip: cut scores to [-score_clip, score_clip] (DeepSpeed-Chat: 5).
+    Args: scores: (B,), the reward model's; kl: (B, T) from kl_per_token; mask: (B, T).
     Returns: (B, T). A row without answer tokens has no reward.
     Source: Ouyang et al. 2022 (InstructGPT), section 3.5, eq. 2, with one KL term per token as in Ziegler et al. 2019,
-    eq. 2; score clipping: Yao et al. 2023 (DeepSpeed-Chat).
+    eq. 2.
     """
     if scores.shape != mask.shape[:1]:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, need one score for each of {len(mask)} answers")
     (kl,) = _masked(mask, kl)
     (scores,) = _wide(scores)
-    if score_clip is not None:
-        scores = scores.clamp(-score_clip, score_clip)
     # Counted from the right, the last answer token is the first with exactly one answer token from there on.
     from_right = mask.bool().flip(1).cumsum(1).flip(1)
     last = mask.bool() & (from_right == 1)
@@ -238,8 +203,8 @@ def ppo_policy_loss(
     Args: logprobs: of the policy being trained; old_logprobs: of the one that sampled; advantages; mask: (B, T) each;
         count: see the module's docstring.
     Returns: scalar loss, and statistics without gradient: "clip_fraction" (share of tokens whose loss is the clipped
-        one, so without gradient), "approx_kl" (k3 of KL(old || new), nats a token), "ratio_mean", all three
-        means with the same `count` as the loss, and "ratio_min", "ratio_max" (at most and at least 1).
+        one, so without gradient) and "approx_kl" (k3 of KL(old || new), nats a token), means with the same
+        `count` as the loss.
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
     """
     logprobs, old_logprobs, advantages = _masked(mask, logprobs, old_logprobs, advantages)
@@ -253,9 +218,6 @@ def ppo_policy_loss(
         statistics = {
             "clip_fraction": masked_mean((clipped > plain).float(), mask, count=count),
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask, count=count),
-            "ratio_mean": masked_mean(ratio, mask, count=count),
-            "ratio_min": ratio.amin(),  # outside the mask ratios are 1
-            "ratio_max": ratio.amax(),
         }
     return loss, statistics
 
@@ -308,19 +270,8 @@ def reward_model_loss(
     return losses + centering * (chosen + rejected).square() if centering else losses
 
 
-def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Share of pairs with chosen > rejected, (B,) each -> scalar: scores or implicit rewards. A tie is a mistake."""
-    chosen, rejected = _wide(chosen, rejected)
-    return (chosen > rejected).float().sum() / max(1, len(chosen))
-
-
 # ---------------------------------------------------------------- preference losses
 # One loss a pair. "Averaged" log-probabilities are divided by the answer's number of tokens.
-
-
-def sequence_logprobs(logprobs: Tensor, mask: Tensor, average: bool = False) -> Tensor:
-    """Log-probability of each answer, (B, T) and mask (B, T) -> (B,): the sum over its tokens, or their mean."""
-    return masked_mean(logprobs, mask, dim=1, count=None if average else 1.0)
 
 
 def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:

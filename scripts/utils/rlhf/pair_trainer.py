@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import LengthGroupedOrder, PairSet
-from ..training.trainer import RecipeTrainer
+from ..training.trainer import CausalLMTrainer
 
 
-class PairTrainer(RecipeTrainer):
-    """RecipeTrainer on batches of a PairCollator. A subclass gives compute_loss, judge_pairs and its summary.
+class PairTrainer(CausalLMTrainer):
+    """CausalLMTrainer on batches of a PairCollator. A subclass gives compute_loss, evaluate_pairs and its summary.
 
     Losses are divided by the number of pairs of the whole optimizer step, over all devices: `mean_over_pairs`.
     """
@@ -35,7 +35,7 @@ class PairTrainer(RecipeTrainer):
         count = torch.tensor(sum(len(batch["numbers"]) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count) if self.args.world_size > 1 else count
 
-    def judge_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def evaluate_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """What evaluation needs of each pair of a batch, (P, n)."""
         raise NotImplementedError
 
@@ -46,11 +46,11 @@ class PairTrainer(RecipeTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """(None, judge_pairs (P, n), the pairs' numbers (P,))."""
+        """(None, evaluate_pairs (P, n), the pairs' numbers (P,))."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            judged = self.judge_pairs(model, inputs)
-        return None, judged.float(), inputs["numbers"]
+            figures = self.evaluate_pairs(model, inputs)
+        return None, figures.float(), inputs["numbers"]
 
     def mean_over_pairs(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Losses (P,) of a micro-batch -> their share of the mean over the pairs of the optimizer step, a scalar."""

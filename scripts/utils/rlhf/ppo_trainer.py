@@ -38,7 +38,7 @@ from ..text.prompts import IGNORE_INDEX
 from ..training.arguments import RunArguments, peak_memory_gb
 from ..training.plots import plot_curves
 from ..training.runs import last_checkpoint
-from ..training.trainer import RecipeTrainer
+from ..training.trainer import CausalLMTrainer
 from .actor_critic import critic_state, is_critic_parameter, load_critic, save_critic, token_logprobs, use_adapter
 from .objectives import AdaptiveKL, FixedKL, explained_variance, ppo_policy_loss, value_loss
 from .rewards import Rewards
@@ -47,12 +47,12 @@ from .rollouts import (
     Rollout,
     build_experience,
     collate,
+    gather_answers,
     make_batch,
     minibatches,
     prompt_numbers,
     rollout_seed,
     score_moments,
-    take,
 )
 
 SAMPLES_FILE = "samples.jsonl"
@@ -100,8 +100,8 @@ def describe(experience: Experience) -> dict[str, float]:
     return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
-class RolloutTrainer(RecipeTrainer):
-    """A RecipeTrainer whose model, with an attached critic (rlhf.actor_critic), answers prompts and is rewarded."""
+class RolloutTrainer(CausalLMTrainer):
+    """A CausalLMTrainer whose model, with an attached critic (rlhf.actor_critic), answers prompts and is rewarded."""
 
     if TYPE_CHECKING:  # inherited, named for the type checker
         control: Any
@@ -220,7 +220,7 @@ class RolloutTrainer(RecipeTrainer):
                 with use_adapter(policy, None):
                     ref_logprobs = token_logprobs(policy, **batch, temperature=temperature)
             for rows, tensor in zip(figures.values(), (logprobs, ref_logprobs, values, entropies), strict=True):
-                for number, row in zip(numbers, take(tensor, places), strict=True):
+                for number, row in zip(numbers, gather_answers(tensor, places), strict=True):
                     rows[number] = row
         return figures
 

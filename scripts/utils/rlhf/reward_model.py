@@ -20,7 +20,7 @@ from ..core.arguments import LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..lora.config import load_adapter_config
-from ..models.gathering import whole_weights
+from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, load_model
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import load_tokenizer
@@ -95,7 +95,7 @@ def initialise_head(weight: nn.Parameter, seed: int) -> None:
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1.
     """
     generator = torch.Generator().manual_seed(seed)
-    with whole_weights([weight]):
+    with gathered_weights([weight]):
         weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5)
 
 

@@ -44,7 +44,7 @@ class RewardTrainer(PairTrainer):
         centering: float,
     ) -> None:
         """Args: collator: a PairCollator; use_margin: demand the records' margins; centering: see
-        rl.reward_model_loss."""
+        objectives.reward_model_loss."""
         self.use_margin, self.centering = use_margin, centering
         self.reports: dict[str, dict[str, Any]] = {}
         self._evaluated: tuple[str, PairSet] | None = None
@@ -113,7 +113,7 @@ class RewardTrainer(PairTrainer):
             write_json(folder / REPORT, self.reports)
             plot_report(self.reports, folder / PICTURE)
 
-    def judge_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def evaluate_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Scores (P, 2)."""
         return self._score(model, inputs)
 

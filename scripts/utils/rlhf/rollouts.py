@@ -147,14 +147,14 @@ def collate(
     return {"input_ids": ids, "position_ids": positions, "targets": targets}, places
 
 
-def take(values: Tensor, places: Tensor) -> list[Tensor]:
+def gather_answers(values: Tensor, places: Tensor) -> list[Tensor]:
     """Of values (B, T), each row's entries at its places (B, A): tensors (A,) on the CPU."""
     picked = values.gather(1, places.clamp(min=0).to(values.device)).float().cpu()
     return [row[place >= 0] for row, place in zip(picked, places, strict=True)]
 
 
-def put(rows: Tensor, places: Tensor, length: int) -> Tensor:
-    """The inverse of take for a table (B, A): (B, length), 0 elsewhere."""
+def scatter_answers(rows: Tensor, places: Tensor, length: int) -> Tensor:
+    """The inverse of gather_answers for a table (B, A): (B, length), 0 elsewhere."""
     inside = places >= 0
     table = rows.new_zeros(len(rows), length)
     row = torch.arange(len(rows)).unsqueeze(1).expand_as(places)
@@ -170,7 +170,7 @@ def make_batch(experience: Experience, numbers: Sequence[int], pad_token_id: int
     )
     length = batch["input_ids"].shape[1]
     for name in ("logprobs", "values", "advantages", "returns"):
-        batch[f"old_{name}" if name in ("logprobs", "values") else name] = put(
+        batch[f"old_{name}" if name in ("logprobs", "values") else name] = scatter_answers(
             getattr(experience, name)[index], places, length
         )
     return batch

@@ -28,10 +28,10 @@ from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_dis
 logger = logging.getLogger(__name__)
 
 
-class RecipeTrainer(Trainer):
+class CausalLMTrainer(Trainer):
     """transformers' Trainer with this project's loss, checkpoints and measurements.
 
-    Batches hold input_ids, position_ids, labels and shift_labels, each (B, T); see data.Collator.
+    Batches hold input_ids, position_ids, labels and shift_labels, each (B, T); see data.batches.Collator.
     """
 
     args: RunArguments
@@ -82,11 +82,17 @@ class RecipeTrainer(Trainer):
         loss = outputs.logits.sum() / count
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
-        auxiliary = getattr(outputs, "aux_loss", None)
-        if auxiliary is not None and torch.is_tensor(auxiliary):
-            weight = self.accelerator.unwrap_model(model).config.router_aux_loss_coef
-            loss = loss + weight * auxiliary / self.current_gradient_accumulation_steps
+        loss = self.add_router_loss(loss, model, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def add_router_loss(self, loss: Tensor, model: nn.Module, outputs: Any) -> Tensor:
+        """A micro-batch's loss with its share of the balancing loss, where the model is a mixture that gives one."""
+        auxiliary = getattr(outputs, "aux_loss", None)
+        if not torch.is_tensor(auxiliary):
+            return loss
+        weight = self.accelerator.unwrap_model(model).config.router_aux_loss_coef
+        # A mean over its own tokens: the micro-batches' means are averaged, where the other losses are summed.
+        return loss + weight * auxiliary / self.current_gradient_accumulation_steps
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -217,7 +223,7 @@ def describe_model(model: nn.Module) -> str:
     return f"{total:,} parameters, {trainable:,} trained ({trainable / total:.2%})"
 
 
-def train_and_save(trainer: RecipeTrainer, run: Run, title: str, next_launcher: str) -> dict[str, Any]:
+def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher: str) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
 
     Args: next_launcher: what a fully trained model goes into next; an adapter is merged first.

@@ -22,7 +22,7 @@ from utils.rlhf.actor_critic import (
     token_logprobs,
     use_adapter,
 )
-from utils.rlhf.rollouts import collate, take
+from utils.rlhf.rollouts import collate, gather_answers
 from utils.text.prompts import IGNORE_INDEX
 
 SEQUENCES = [([1, 5, 9, 20], [30, 31, 2]), ([1, 7], [40]), ([1, 8, 9, 10, 11, 12, 13], [50, 51, 52, 53, 54, 2])]
@@ -31,7 +31,7 @@ SEQUENCES = [([1, 5, 9, 20], [30, 31, 2]), ([1, 7], [40]), ([1, 8, 9, 10, 11, 12
 def check_figures(policy, actor, critic, temperature):
     batch, places = collate(SEQUENCES, pad_token_id=0)
     with torch.no_grad():
-        figures = [take(tensor, places) for tensor in policy(**batch, temperature=temperature)]
+        figures = [gather_answers(tensor, places) for tensor in policy(**batch, temperature=temperature)]
     for row, (prompt, answer) in enumerate(SEQUENCES):
         logprobs, entropies, _ = oracle(actor, prompt, answer, temperature)
         values = oracle(critic, prompt, answer, 1.0, policy.critic.value)[2]
@@ -67,8 +67,8 @@ def test_without_its_adapter_the_policy_is_the_base_model(lora, critic, tiny_mod
     batch, places = collate(SEQUENCES, pad_token_id=0)
     with torch.no_grad():
         with use_adapter(policy, None):
-            reference = take(token_logprobs(policy, **batch, temperature=0.7), places)
-        own = take(token_logprobs(policy, **batch, temperature=0.7), places)
+            reference = gather_answers(token_logprobs(policy, **batch, temperature=0.7), places)
+        own = gather_answers(token_logprobs(policy, **batch, temperature=0.7), places)
     for row, (prompt, answer) in enumerate(SEQUENCES):
         expected = torch.tensor(oracle(base, prompt, answer, 0.7)[0])
         torch.testing.assert_close(reference[row], expected, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.models.training_model import attach_adapter, build_training_model
-from utils.rlhf.dpo_trainer import STATISTICS, DPOTrainer, JudgedPairs, Objective, PreferenceCollator
+from utils.rlhf.dpo_trainer import STATISTICS, DPOTrainer, Objective, PairsWithReference, PreferenceCollator
 from utils.training.arguments import RunArguments
 
 KINDS = {  # name: objective and the launcher's flags for it
@@ -228,7 +228,7 @@ def test_a_new_adapter_starts_at_the_reference(tiny_model_folder, pair_set, tmp_
     model = adapted_model(tiny_model_folder, perturb=False, modules_to_save="embed_tokens,lm_head", lora_dropout=0.5)
     trainer = make_trainer(model.train(), pair_set, KINDS["sigmoid"], tmp_path)
     batch = trainer.data_collator([pair_set[number] for number in range(len(pair_set))])
-    losses, statistics, _ = trainer._judge(model, batch)
+    losses, statistics, _ = trainer._pair_statistics(model, batch)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=1e-6, atol=0)
     found = trainer.objective.summarise(statistics.detach().mean(0).numpy())
     assert found["reward_margin"] == found["chosen_reward"] == found["log_ratio"] == found["accuracy"] == 0
@@ -254,8 +254,8 @@ def test_the_reference_pass_has_no_dropout_and_leaves_the_policy_trainable(tiny_
 def test_batches_carry_the_references_numbers(pair_set):
     table = np.arange(2 * len(pair_set.file), dtype=np.float32).reshape(-1, 2)
     subset = type(pair_set)(pair_set.file, np.array([4, 1]))
-    judged = JudgedPairs(subset, table)
-    batch = PreferenceCollator(0, "sdpa")([judged[0], judged[1]])
+    pairs = PairsWithReference(subset, table)
+    batch = PreferenceCollator(0, "sdpa")([pairs[0], pairs[1]])
     assert batch["reference"].tolist() == [8.0, 9.0, 2.0, 3.0] and batch["numbers"].tolist() == [4, 1]
     assert "reference" not in PreferenceCollator(0, "sdpa")([subset[0]])
 

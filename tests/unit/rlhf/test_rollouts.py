@@ -10,13 +10,13 @@ from support.policies import make_rollouts, plain_experience
 from utils.rlhf.rollouts import (
     build_experience,
     collate,
+    gather_answers,
     make_batch,
     minibatches,
     prompt_numbers,
-    put,
     rollout_seed,
+    scatter_answers,
     score_moments,
-    take,
 )
 from utils.text.prompts import IGNORE_INDEX
 
@@ -123,18 +123,18 @@ def test_collate_lays_out_prompts_and_answers():
     ]
 
 
-def test_take_and_put_undo_each_other():
+def test_gathering_and_scattering_undo_each_other():
     batch, places = collate(SEQUENCES, pad_token_id=0)
     length = batch["input_ids"].shape[1]
     values = torch.randn(3, length, dtype=torch.float64)
-    rows = take(values, places)
+    rows = gather_answers(values, places)
     assert [len(row) for row in rows] == [3, 1, 5]
     table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    back = put(table, places, length)
+    back = scatter_answers(table, places, length)
     scored = batch["targets"] != IGNORE_INDEX
     assert torch.equal(back[scored], values[scored].float()) and not back[~scored].any()
     wide = torch.cat([table, torch.full((3, 4), 9.0)], 1)  # a table of the whole iteration is wider than its batch
-    assert torch.equal(put(wide, places, length), back)
+    assert torch.equal(scatter_answers(wide, places, length), back)
 
 
 def test_a_batch_holds_its_rollouts_experience():
