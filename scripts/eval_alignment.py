@@ -142,12 +142,13 @@ def answer_questions(
     from utils.generation.engine import Request, check_room
     from utils.generation.loading import EnginePlan
     from utils.lora.base_record import weights_fingerprint
+    from utils.text.prompts import with_system_prompt
     from utils.weights.reader import open_checkpoint
 
     plan = EnginePlan(model_args)
     model_args = plan.args
-    system = [] if model_args.system_prompt is None else [{"role": "system", "content": model_args.system_prompt}]
-    prompts = [plan.encode([*system, {"role": "user", "content": q.text}]) for q in questions]
+    asked = [[{"role": "user", "content": question.text}] for question in questions]
+    prompts = [plan.encode(with_system_prompt(messages, model_args.system_prompt)) for messages in asked]
     for question, prompt in zip(questions, prompts, strict=True):
         try:
             check_room(len(prompt), settings, plan.context)

@@ -167,15 +167,10 @@ def encode_question(question: Question, plan: EnginePlan) -> list[int]:
                 f"a conversation cannot be continued as plain text ({question!r:.80}); pass --with_prompt"
             )
         return plan.encode_text(question)
+    from utils.text.prompts import with_system_prompt
+
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     return plan.encode(with_system_prompt(messages, plan.args.system_prompt))
-
-
-def with_system_prompt(messages: list[dict[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
-    """The messages, --system_prompt before them unless they have one of their own."""
-    if system_prompt is None or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def check_lengths(prompts: list[list[int]], settings: GenerationArguments, context: int | None) -> None:
@@ -300,10 +295,12 @@ def answers_in_order(engine: Engine, requests: list[Request]) -> Iterator[Comple
 
 
 def answer_one(engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int]) -> dict[str, Any]:
-    """Print one answer as it is written."""
+    """Print one answer as it is written; a text to be continued stands before it."""
     use_utf8()
     logger.info("question: %s", question)
-    completion = print_answer(engine, settings, question, prompt, settings.seed)
+    if engine.template is None:
+        print(question, end="", flush=True)
+    completion = print_answer(engine, ask(engine, settings, question, prompt, settings.seed))
     return {
         "answers": 1,
         "output": full_output(question, completion, engine),
@@ -311,14 +308,9 @@ def answer_one(engine: Engine, settings: GenerationArguments, question: Question
     }
 
 
-def print_answer(
-    engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int], seed: int
-) -> Completion:
-    """Print an answer, piece by piece unless beams are searched; a text to be continued stands before it."""
-    if engine.template is None:
-        print(question, end="", flush=True)
-    request = ask(engine, settings, question, prompt, seed)
-    if settings.num_beams > 1:
+def print_answer(engine: Engine, request: Request) -> Completion:
+    """Print an answer, piece by piece unless beams are searched."""
+    if request.settings.num_beams > 1:
         completion = engine.generate([request])[0]
         print(completion.text)
         return completion
@@ -330,27 +322,30 @@ def print_answer(
     return answer.completion
 
 
+# ---------------------------------------------------------------- the chat
+
+
 def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | None) -> dict[str, Any]:
     """A conversation on the terminal until an empty line, /exit, end of input or Ctrl-C."""
     use_utf8()
     mode = "the conversation is remembered" if engine.template else "each text is continued; --with_prompt to chat"
     print(f"Type and press Enter ({mode}). Empty line or /exit: leave. /help: commands. Ctrl-C: leave.")
-    conversation = Conversation(system_prompt)
-    turns = 0
+    terminal = TerminalChat(system_prompt)
+    answers = 0  # also of what was taken back or cleared: no two of a run draw with the same seed
     try:
         while (line := input("\nInput: ").strip()) not in ("", "/exit"):
             try:
-                question = conversation.command(line) if line.startswith("/") else line
+                question = terminal.command(line) if line.startswith("/") else line
                 if question is not None:
-                    answer_turn(engine, settings, conversation, question, settings.seed + turns)
-                    turns += 1
+                    terminal.answer(engine, settings, question, settings.seed + answers)
+                    answers += 1
             except InputError as error:
                 print(f"\n[{error}]")
     except EOFError:
         print()
     except KeyboardInterrupt:
         print("\n[left]")
-    return {"turns": turns}
+    return {"turns": answers}
 
 
 HELP = """/system TEXT   another system prompt (none: /system alone), and a new conversation
@@ -363,21 +358,21 @@ HELP = """/system TEXT   another system prompt (none: /system alone), and a new 
 /help          this; an empty line or /exit leaves"""
 
 
-class Conversation:
-    """What was said, and the commands that change it.
-
-    Attributes:
-        history: the messages so far, without the system prompt.
-    """
+class TerminalChat:
+    """The web demo's conversation, led by lines that are typed."""
 
     def __init__(self, system_prompt: str | None) -> None:
+        from utils.web.chat import Conversation
+
         self.system_prompt = system_prompt
-        self.history: list[dict[str, str]] = []
+        self.conversation = Conversation()
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The system prompt, if there is one, and the history."""
-        return with_system_prompt(self.history, self.system_prompt)
+        """The system prompt, if there is one, and what was said."""
+        from utils.text.prompts import with_system_prompt
+
+        return with_system_prompt(self.conversation.messages(), self.system_prompt)
 
     def command(self, line: str) -> str | None:
         """Do what a line that begins with / says; returns the question to be asked now, if there is one.
@@ -387,18 +382,20 @@ class Conversation:
         name, _, text = line.partition(" ")
         text = text.strip()
         if name in ("/reset", "/clear"):
-            self.history = []
+            self.conversation.clear()
             print("The conversation was cleared.")
         elif name == "/system":
-            self.system_prompt, self.history = text, []
+            self.system_prompt = text
+            self.conversation.clear()
             print("A new conversation under another system prompt." if text else "A new one without a system prompt.")
         elif name in ("/undo", "/retry", "/edit"):
-            question = self.take_back()
+            if not self.conversation.turns:
+                raise InputError("nothing has been asked yet")
             if name == "/edit" and not text:
-                self.history = [*self.history, *question]
                 raise InputError("/edit needs the question that is to stand there")
+            question = self.conversation.undo()
             if name != "/undo":
-                return text if name == "/edit" else question[0]["content"]
+                return text if name == "/edit" else question
             print("The last question was taken back.")
         elif name == "/history":
             for message in self.messages:
@@ -413,15 +410,6 @@ class Conversation:
             raise InputError(f"{name} is no command; /help lists them (a question cannot begin with /)")
         return None
 
-    def take_back(self) -> list[dict[str, str]]:
-        """Remove the last question and its answer from the history, and return them."""
-        places = [number for number, message in enumerate(self.history) if message["role"] == "user"]
-        if not places:
-            raise InputError("nothing has been asked yet")
-        taken = self.history[places[-1] :]
-        self.history = self.history[: places[-1]]
-        return taken
-
     def save(self, path: Path) -> None:
         """Write the conversation as {"messages"}; an existing file of another kind is not replaced."""
         if path.suffix != ".json":
@@ -432,38 +420,38 @@ class Conversation:
         print(f"{len(self.messages)} messages in {path}")
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote."""
-        from utils.text.conversations import read_conversation
+        """Read what `save` or the web demo wrote."""
+        from utils.web.saved_chats import read_chat
 
         if not path.is_file():
             raise InputError(f"no such file: {path}")
-        record = read_json(path)
-        read_conversation(record, str(path))
-        messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
-        system = [message["content"] for message in messages if message["role"] == "system"]
-        self.system_prompt = system[0] if system else self.system_prompt
-        self.history = [message for message in messages if message["role"] != "system"]
-        print(f"{len(self.history)} messages from {path}")
+        saved = read_chat(read_json(path), str(path))
+        self.conversation.replace(saved.turns)
+        self.system_prompt = self.system_prompt if saved.system_prompt is None else saved.system_prompt
+        print(f"{len(self.conversation.messages())} messages from {path}")
 
+    def answer(self, engine: Engine, settings: GenerationArguments, question: str, seed: int) -> None:
+        """Print the answer to a question, and remember both; without a template nothing is remembered."""
+        from utils.web.chat import Reply, plan_request
 
-def answer_turn(
-    engine: Engine, settings: GenerationArguments, conversation: Conversation, question: str, seed: int
-) -> None:
-    """Print the answer to a question, and add both to the conversation."""
-    print("Output: ", end="", flush=True)
-    if engine.template is None:
-        print_answer(engine, settings, question, engine.encode_text(question), seed)
-        return
-    asked = [*conversation.history, {"role": "user", "content": question}]
-    messages, dropped = engine.fit_history(
-        with_system_prompt(asked, conversation.system_prompt), settings.max_new_tokens
-    )
-    if dropped:
-        print(f"[the {dropped} oldest messages no longer fit the context of {engine.context} tokens] ", end="")
-    completion = print_answer(engine, settings, messages, engine.encode(messages), seed)
-    if completion.finish_reason == "length":
-        print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
-    conversation.history = [*asked[dropped:], {"role": "assistant", "content": completion.text}]
+        print("Output: ", end="", flush=True)
+        if engine.template is None:
+            print(question, end="", flush=True)
+            print_answer(engine, ask(engine, settings, question, engine.encode_text(question), seed))
+            return
+        self.conversation.ask(question)
+        try:
+            request, dropped = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
+            if dropped:
+                print(f"[the {dropped} oldest messages no longer fit the context of {engine.context} tokens] ", end="")
+            completion = print_answer(engine, request)
+        except InputError:
+            self.conversation.take_back()
+            raise
+        if completion.finish_reason == "length":
+            print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
+        self.conversation.turns[-1].replies = [Reply(completion.text, completion.finish_reason)]
+        del self.conversation.turns[: dropped // 2]  # what was left out is forgotten: two messages a turn
 
 
 def use_utf8() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import inference_hf
 import pytest
 import torch
-from inference_hf import Conversation, TaskArguments
+from inference_hf import TaskArguments, TerminalChat
 from transformers import AutoModelForCausalLM
 
 from support.paths import SCRIPTS
@@ -23,6 +23,7 @@ from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.generation import engine
 from utils.text.tokenizer import encode_raw, load_tokenizer, save_tokenizer
+from utils.web.chat import Reply, Turn
 
 SCRIPT = SCRIPTS / "inference_hf.py"
 QUESTIONS = [
@@ -630,22 +631,56 @@ def test_a_mistake_ends_in_one_line_without_traceback(tmp_path):
 # ---------------------------------------------------------------- commands of a conversation
 
 
+def remembered(*said):
+    """A chat in which questions and answers, in turn, were said."""
+    terminal = TerminalChat("be brief")
+    turns = [Turn(question, [Reply(answer, "stop")]) for question, answer in zip(said[::2], said[1::2], strict=True)]
+    terminal.conversation.replace(turns)
+    return terminal
+
+
 def test_commands_change_the_conversation(tmp_path, capsys):
-    conversation = Conversation("be brief")
     asked = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]
-    conversation.history = [*asked, {"role": "user", "content": "two"}, {"role": "assistant", "content": "2"}]
+    terminal = remembered("one", "1", "two", "2")
+    history = terminal.conversation.messages
     path = tmp_path / "talk.json"
-    assert conversation.command(f"/save {path}") is None
-    assert conversation.command("/retry") == "two" and conversation.history == asked
-    assert conversation.command("/edit three") == "three" and conversation.history == []
-    conversation.command(f"/load {path}")
-    assert len(conversation.history) == 4 and conversation.messages[0]["content"] == "be brief"
-    conversation.command("/undo")
-    assert conversation.history == asked
-    conversation.command("/history")
+    assert terminal.command(f"/save {path}") is None
+    assert terminal.command("/retry") == "two" and history() == asked
+    assert terminal.command("/edit three") == "three" and history() == []
+    terminal.command(f"/load {path}")
+    assert len(history()) == 4 and terminal.messages[0]["content"] == "be brief"
+    terminal.command("/undo")
+    assert history() == asked
+    terminal.command("/history")
     assert "user: one\nassistant: 1" in capsys.readouterr().out
-    conversation.command("/system")
-    assert conversation.messages == [{"role": "system", "content": ""}]
+    terminal.command("/system")
+    assert terminal.messages == [{"role": "system", "content": ""}]
+
+
+def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
+    """The file as text, and what the web demo's files and training data give."""
+    path = tmp_path / "talk.json"
+    remembered("你好", "1").command(f"/save {path}")
+    assert path.read_text(encoding="utf-8") == (
+        '{\n  "messages": [\n    {\n      "role": "system",\n      "content": "be brief"\n    },\n'
+        '    {\n      "role": "user",\n      "content": "你好"\n    },\n'
+        '    {\n      "role": "assistant",\n      "content": "1"\n    }\n  ]\n}\n'
+    )
+    for record in (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "model": "m"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ):
+        path.write_text(json.dumps(record), encoding="utf-8")
+        terminal = TerminalChat("be brief")
+        terminal.command(f"/load {path}")
+        assert [message["content"] for message in terminal.messages] == ["be brief", "q", "a"]
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"talk.json:1: broken JSON"):
+        terminal.command(f"/load {path}")
+    path.write_text('{"messages": [{"role": "root", "content": "q"}]}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"talk.json: messages: turn 1"):
+        terminal.command(f"/load {path}")
+    assert len(terminal.messages) == 3, "what cannot be read changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -660,11 +695,11 @@ def test_commands_change_the_conversation(tmp_path, capsys):
     ],
 )
 def test_commands_that_cannot_be_done_change_nothing(line, message):
-    conversation = Conversation("be brief")
+    terminal = TerminalChat("be brief")
     with pytest.raises(InputError, match=message):
-        conversation.command(line)
-    conversation.history = [{"role": "user", "content": "one"}]
+        terminal.command(line)
+    terminal.conversation.ask("one")
     if line == "/edit":
         with pytest.raises(InputError, match="needs the question"):
-            conversation.command(line)
-    assert conversation.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]
+            terminal.command(line)
+    assert terminal.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]

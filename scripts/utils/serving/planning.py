@@ -15,7 +15,7 @@ from typing import Any
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..generation.engine import Engine, Request
-from ..text.prompts import Message
+from ..text.prompts import Message, with_system_prompt
 from ..text.tool_calls import add_tools, call_forms, write_call
 from .errors import ApiError, bad_request, context_error, missing
 from .grammar import JSON_OBJECT, Grammars, JsonConstraint
@@ -90,9 +90,7 @@ class RequestPlanner:
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
         functions = self._functions(body)
-        messages = read_messages(body)
-        if self._system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        messages = with_system_prompt(read_messages(body), self._system_prompt)
         if functions:
             messages = add_tools(messages, functions)
         prompt = self._encode(messages)

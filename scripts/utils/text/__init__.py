@@ -6,8 +6,7 @@
   vocabulary         merging sentencepiece models, growing byte-level BPE, and keeping what is reachable
   vocabulary_report  measured on held-out text, written as json, markdown and a picture
   text_sample        documents streamed from files, and a seeded sample that fits in memory
-  prompts            every template and system prompt, records -> messages -> token ids and labels, and the stop
-                     tokens
+  prompts            every template and system prompt, messages -> token ids and labels, and the stop tokens
   conversations      every layout of pairs and prompts -> the conversation, the better and the worse answer
   tool_calls         how functions are told to the model and called by it, in the form that instruction tuning trains
 

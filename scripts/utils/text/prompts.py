@@ -1,4 +1,4 @@
-"""Prompts: every template and system prompt, records -> messages -> token ids and labels, and the stop tokens.
+"""Prompts: every template and system prompt, messages -> token ids and labels, and the stop tokens.
 
 A template is a jinja chat template, the form every engine reads, so training, inference and exported tokenizers
 cannot differ.
@@ -88,10 +88,18 @@ def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> st
     return str(tokenizer.chat_template)
 
 
-# ---------------------------------------------------------------- records -> messages
-
-
 # ---------------------------------------------------------------- messages -> ids
+
+
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+    """The messages, the system prompt before them unless they have one of their own.
+
+    Args:
+        system_prompt: None leaves it to the template, which may have a default; "" is a system prompt, an empty one.
+    """
+    if system_prompt is None or (messages and messages[0]["role"] == "system"):
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def encode_prompt(messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

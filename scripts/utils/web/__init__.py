@@ -2,11 +2,11 @@
 
   access       the flags that all of them have, passwords, and the launch itself
   base         a header, and texts that change with the language
-  texts        The web demo's words in Chinese and English
-  chat         The web demo's conversations, whatever shows them: turns, prompts that fit, answers as they come, and
-               their words
+  texts        words of the pages in Chinese and English
+  chat         conversations, whatever shows them: turns, prompts that fit, answers as they come, and their words
   saved_chats  conversations saved and read again
-  page         what stands on it, and what happens when it is used. All else is in web_chat
+  page         what stands on it, and what happens when it is used; all else is in chat
 
-Others import: access, base, texts, chat, page.
+The command line's chat is led by chat and saved_chats too, so these two bring in no gradio.
+Others import: access, base, texts, chat, saved_chats, page.
 """

@@ -1,4 +1,4 @@
-"""The web demo's conversations, whatever shows them: turns, prompts that fit, answers as they come, and their words.
+"""Conversations, whatever shows them: turns, prompts that fit, answers as they come, and their words.
 
 A conversation may have several models answer the same questions side by side; each sees its own earlier answers.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from ..core.arguments import GenerationArguments, InferenceArguments
 from ..core.errors import InputError
 from ..generation.engine import Answer, Delta, Engine, FinishReason, Request
-from ..text.prompts import CHAT_TEMPLATES, OWN_TEMPLATE, Message
+from ..text.prompts import CHAT_TEMPLATES, OWN_TEMPLATE, Message, with_system_prompt
 from ..weights.reader import open_checkpoint
 from .texts import translate
 
@@ -66,7 +66,10 @@ class Turn:
 
 
 class Conversation:
-    """What one user and the models have said. One request at a time; `stop` may come from any thread."""
+    """What one user and the models have said, in a browser or a terminal.
+
+    One request at a time; `stop` may come from any thread.
+    """
 
     def __init__(self, num_models: int = 1) -> None:
         self.turns: list[Turn] = []
@@ -239,12 +242,11 @@ def plan_request(
         max_memory: most tokens of a prompt; None: what the context has beside the answer.
     """
     systems = [system_prompt] if settings.negative_prompt is None else [system_prompt, settings.negative_prompt]
-    starts = [[] if system is None else [{"role": "system", "content": system}] for system in systems]
     reserved = settings.max_new_tokens
     if max_memory is not None and engine.context is not None:
         reserved = max(reserved, engine.context - max_memory)
-    dropped = max(engine.fit_history([*start, *messages], reserved)[1] for start in starts)
-    kept = [*starts[0], *messages[dropped:]]
+    dropped = max(engine.fit_history(with_system_prompt(messages, system), reserved)[1] for system in systems)
+    kept = with_system_prompt(messages[dropped:], system_prompt)
     return Request(
         engine.encode(kept), settings, seed, negative_prompt=engine.encode_negative(kept, settings)
     ), dropped

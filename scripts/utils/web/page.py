@@ -1,4 +1,4 @@
-"""The web demo's page: what stands on it, and what happens when it is used. All else is in web_chat."""
+"""The web demo's page: what stands on it, and what happens when it is used. All else is in web.chat."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ChatPage(TranslatedPage):
     ) -> None:
         """
         Args:
-            cards: what is shown about each engine, see web_chat.model_card.
+            cards: what is shown about each engine, see web.chat.model_card.
             settings, system_prompt: what the controls say at first.
             language: "zh", "en", or "auto": what the browser asks for.
             max_answers: conversations answered at once; further ones wait, and see their place in the queue.

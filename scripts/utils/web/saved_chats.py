@@ -1,4 +1,4 @@
-"""The web demo's files: conversations saved and read again."""
+"""Files of conversations: saved, and read again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..text.conversations import read_conversation
-from ..text.prompts import Message
+from ..text.prompts import Message, with_system_prompt
 from .chat import SETTINGS, Conversation, Reply, Turn, with_guidance
 
 
@@ -28,8 +28,8 @@ def save_chat(
     conversation: Conversation, models: Sequence[str], system_prompt: str | None, settings: Mapping[str, Any]
 ) -> str:
     """The conversation as JSON: messages as in training data, the settings, and further models' answers."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    record: dict[str, Any] = {"messages": [*system, *conversation.messages()], "model": models[0]}
+    messages = with_system_prompt(conversation.messages(), system_prompt)
+    record: dict[str, Any] = {"messages": messages, "model": models[0]}
     if len(models) > 1:
         record["compared"] = [
             {"model": name, "answers": [turn.replies[number].text for turn in conversation.turns if turn.replies]}
@@ -52,11 +52,16 @@ def load_chat(data: bytes, num_models: int = 1) -> SavedChat:
         raise InputError(f"it is not UTF-8 text (byte {error.start + 1})") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"it is not JSON ({error})") from None
+    return read_chat(record, "the file", num_models)
+
+
+def read_chat(record: Any, location: str, num_models: int = 1) -> SavedChat:
+    """load_chat for a file that has been parsed; `location` is how messages of errors call it."""
     if isinstance(record, list) and len(record) == 1:
         record = record[0]
     if not isinstance(record, dict):
         raise InputError(f"need one conversation, an object with 'messages', got {type(record).__name__}")
-    messages = _read_messages(record)
+    messages = _read_messages(record, location)
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2) or not roles:
@@ -71,14 +76,14 @@ def load_chat(data: bytes, num_models: int = 1) -> SavedChat:
     return SavedChat(turns, system, _read_settings(record.get("settings") or {}))
 
 
-def _read_messages(record: dict[str, Any]) -> list[Message]:
+def _read_messages(record: dict[str, Any], location: str) -> list[Message]:
     """The messages of a record; a question without an answer, which training data may not have, is one too."""
     messages = record.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
         record = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-        read = read_conversation(record, "the file")[:-1]
+        read = read_conversation(record, location)[:-1]
     else:
-        read = read_conversation(record, "the file")
+        read = read_conversation(record, location)
     for message in read:
         try:
             message["content"].encode()

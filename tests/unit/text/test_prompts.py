@@ -12,6 +12,7 @@ from utils.text.prompts import (
     render,
     resolve_template,
     stop_token_ids,
+    with_system_prompt,
 )
 from utils.text.tokenizer import encode_text, load_tokenizer
 
@@ -164,3 +165,13 @@ def test_unknown_template_lists_the_known(tokenizer):
     with pytest.raises(InputError, match="no chat template"):
         tokenizer.chat_template = None
         resolve_template("tokenizer", tokenizer)
+
+
+def test_a_system_prompt_goes_before_messages_that_have_none():
+    messages = [{"role": "user", "content": "q"}]
+    assert with_system_prompt(messages, None) == messages, "the template's default, if it has one"
+    assert with_system_prompt(messages, "s") == [{"role": "system", "content": "s"}, *messages]
+    assert with_system_prompt(messages, "") == [{"role": "system", "content": ""}, *messages], "none, on purpose"
+    own = [{"role": "system", "content": "own"}, *messages]
+    assert with_system_prompt(own, "s") == own
+    assert messages == [{"role": "user", "content": "q"}], "the messages themselves stay as they are"

@@ -4,11 +4,14 @@ import itertools
 import json
 import re
 import string
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from support.paths import SCRIPTS
 from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
 from utils.generation.engine import Answer, Delta, Prompter
@@ -498,3 +501,9 @@ def test_pictures_in_answers_are_not_fetched():
 
 def test_turns_of_one_conversation_are_not_another_s():
     assert Conversation().turns is not Conversation().turns and Turn("a").replies is not Turn("a").replies
+
+
+def test_conversations_bring_in_no_gradio():
+    """The command line's chat has them too, where nobody needs a browser."""
+    code = "import sys, utils.web.chat, utils.web.saved_chats; assert 'gradio' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, check=True)

@@ -19,7 +19,7 @@ from ...core.records import iter_records
 from ...generation.engine import Answer, Delta, Engine, FinishReason, Request, check_room
 from ...generation.loading import EnginePlan
 from ...lora.base_record import weights_fingerprint
-from ...text.prompts import Message
+from ...text.prompts import Message, with_system_prompt
 from ...weights.names import ADAPTER_CONFIG
 from ...weights.reader import open_checkpoint
 from ..endpoints import Endpoint, EndpointError
@@ -62,8 +62,7 @@ class Player(Protocol):
 
 def ask(question: Question, system_prompt: str | None) -> list[Message]:
     """The messages that a question is."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": question.text}]
+    return with_system_prompt([{"role": "user", "content": question.text}], system_prompt)
 
 
 class LocalPlayer:

@@ -12,6 +12,7 @@ from ...core.arguments import GenerationArguments
 from ...core.errors import InputError
 from ...generation.cache import common_prefix
 from ...generation.engine import Prompter, Request
+from ...text.prompts import with_system_prompt
 from .tasks import Sample, Task
 
 
@@ -106,8 +107,7 @@ class PromptWriter:
         return self._chat(text) if self.in_template(task) else self.prompter.encode_text(text)
 
     def _chat(self, text: str) -> list[int]:
-        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        return self.prompter.encode([*system, {"role": "user", "content": text}])
+        return self.prompter.encode(with_system_prompt([{"role": "user", "content": text}], self.system_prompt))
 
 
 def _ends(ids: Sequence[int], others: Sequence[int]) -> tuple[int, int]:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from ...core.errors import InputError
 from ...generation.engine import Prompter
-from ...text.prompts import IGNORE_INDEX, Message, encode_conversation, render_forerunner_exam
+from ...text.prompts import (
+    IGNORE_INDEX,
+    Message,
+    encode_conversation,
+    render_forerunner_exam,
+    with_system_prompt,
+)
 from ...text.tokenizer import encode_text
 from .questions import ChoiceQuestion
 from .scoring import ChoiceRequest
@@ -39,7 +45,7 @@ class ChoiceWriter:
 
     def __init__(self, wording: Wording, mode: Mode, with_prompt: bool, system_prompt: str | None = None) -> None:
         self.wording, self.mode, self.with_prompt = wording, mode, with_prompt
-        self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self._system_prompt = system_prompt
         if wording.system is not None and with_prompt and system_prompt is not None:
             raise InputError("the preset has a system prompt of its own; leave out --system_prompt, or --preset")
 
@@ -59,11 +65,11 @@ class ChoiceWriter:
             turns[0] = (introduction + turns[0][0], turns[0][1])
         if self.wording.system is not None:
             return render_forerunner_exam(self.wording.system, turns)
-        messages = [*self._system]
+        messages = []
         for asked, answered in turns:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answered})
-        return messages[:-1]
+        return with_system_prompt(messages[:-1], self._system_prompt)
 
     def answers(self, question: ChoiceQuestion) -> list[str]:
         """What is scored after the prompt: the letters, or in cloze mode the texts of the choices."""
