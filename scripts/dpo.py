@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from utils.data.batches import PairSet
-    from utils.data.preferences import PreferenceFile
+    from utils.data.preferences import PairCache
     from utils.rlhf.dpo_trainer import Objective
     from utils.training.arguments import RunArguments
 
@@ -179,7 +179,7 @@ def choose_reference(
 
 
 def judge_pairs(
-    judge: Callable[[list[PreferenceFile]], list[np.ndarray]], train_set: PairSet, eval_sets: dict[str, PairSet]
+    judge: Callable[[list[PairCache]], list[np.ndarray]], train_set: PairSet, eval_sets: dict[str, PairSet]
 ) -> tuple[PairSet, dict[str, PairSet]]:
     """The sets with the reference's log-probabilities of every answer; `judge` computes or finds the files' tables."""
     from utils.rlhf.dpo_trainer import JudgedPairs
