@@ -21,7 +21,7 @@ BETA = 0.1
 
 
 class MadePairs:
-    """Random tokens of given lengths, in the place of a PreferenceFile."""
+    """Random tokens of given lengths, in the place of a PairCache."""
 
     def __init__(self, lengths, vocabulary: int) -> None:
         self.lengths, self.vocabulary = lengths, vocabulary

@@ -119,8 +119,9 @@ def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
     """Train in place; `watched`: rows that are looked at on the way, with --watch."""
     import torch
 
-    from utils.models.lm_loss import IGNORED, loss_targets
+    from utils.models.lm_loss import loss_targets
     from utils.models.loading import bf16_is_supported
+    from utils.text.prompts import IGNORE_INDEX
 
     generator = torch.Generator().manual_seed(args.seed)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -141,12 +142,12 @@ def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
         if place + args.rows > len(rows):
             rows, place = training_rows(corpora, tokenizer, generator), 0
         batch, place = rows[place : place + args.rows], place + args.rows
-        targets = torch.cat([batch[:, 1:], torch.full_like(batch[:, :1], IGNORED)], dim=1)
+        targets = torch.cat([batch[:, 1:], torch.full_like(batch[:, :1], IGNORE_INDEX)], dim=1)
         with (
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_supported()),
             loss_targets(model, targets),
         ):
-            loss = model(input_ids=batch, use_cache=False).logits / (targets != IGNORED).sum()
+            loss = model(input_ids=batch, use_cache=False).logits / (targets != IGNORE_INDEX).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

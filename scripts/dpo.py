@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from utils.data.batches import PairSet
-    from utils.data.preferences import PreferenceFile
+    from utils.data.preferences import PairCache
     from utils.rlhf.dpo_trainer import Objective
     from utils.training.arguments import RunArguments
 
@@ -179,7 +179,7 @@ def choose_reference(
 
 
 def attach_reference_logprobs(
-    load_tables: Callable[[list[PreferenceFile]], list[np.ndarray]],
+    load_tables: Callable[[list[PairCache]], list[np.ndarray]],
     train_set: PairSet,
     eval_sets: dict[str, PairSet],
 ) -> tuple[PairSet, dict[str, PairSet]]:

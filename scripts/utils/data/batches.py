@@ -25,7 +25,7 @@ from ..core.records import RECORD_SUFFIXES
 from ..text.prompts import IGNORE_INDEX
 from .blocks import Item
 from .corpora import parse_corpora, split_documents
-from .preferences import Pair, PreferenceFile, PromptFile, group_by_length, load_preferences
+from .preferences import Pair, PairCache, PromptCache, group_by_length, load_preferences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """A pair and its number in the PreferenceFile."""
+    """A pair and its number in the PairCache."""
 
     number: int
     pair: Pair
 
 
 class PairSet(Dataset[Example]):
-    """Some pairs of a PreferenceFile.
+    """Some pairs of a PairCache.
 
     Attributes:
         lengths: (n,) tokens of each pair, its prompt counted once.
@@ -56,7 +56,7 @@ class PairSet(Dataset[Example]):
 
     num_bytes = 0  # bits per byte are not reported for pairs
 
-    def __init__(self, file: PreferenceFile, ids: np.ndarray | None = None) -> None:
+    def __init__(self, file: PairCache, ids: np.ndarray | None = None) -> None:
         """Args: ids: (n,) which pairs; all by default."""
         self.file = file
         self.ids = np.arange(len(file)) if ids is None else np.asarray(ids, dtype=np.int64)
@@ -79,7 +79,7 @@ class PairCollator:
     answer: (B, T), the number of the answer each position belongs to, -1 for padding: 2 p is the chosen answer of pair
         p, 2 p + 1 its rejected one. A prompt counts to its answer, a shared one to the chosen answer.
     last: (2 P,), the place of each answer's last token in the flattened (B * T,) positions.
-    numbers: (P,), the pairs' numbers in the PreferenceFile.
+    numbers: (P,), the pairs' numbers in the PairCache.
     margins: (P,) float32, 0 where the record gave none.
     """
 
@@ -191,7 +191,7 @@ class LengthGroupedOrder(Sampler[int]):
 
 # ---------------------------------------------------------------- from arguments to sets
 
-File = TypeVar("File", bound=PromptFile)
+File = TypeVar("File", bound=PromptCache)
 
 
 def load_named_files(
@@ -261,7 +261,7 @@ def load_pair_sets(
     return PairSet(pairs, train_ids), eval_sets, cache_keys(pairs, validation)
 
 
-def cache_keys(training: PromptFile, validation: Mapping[str, PromptFile]) -> dict[str, str]:
+def cache_keys(training: PromptCache, validation: Mapping[str, PromptCache]) -> dict[str, str]:
     """What identifies the data of a run, by the names of its parts."""
     return {"train": training.key, **{name: group.key for name, group in validation.items()}}
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import InputError
 from ..text.prompts import IGNORE_INDEX
-from .cache import SampleFile, TokenFile
+from .cache import CorpusCache, SampleCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class PackedBlocks(Dataset[Item]):
 
     def __init__(
         self,
-        file: TokenFile,
+        file: CorpusCache,
         document_ids: np.ndarray,
         block_size: int,
         *,
@@ -220,7 +220,7 @@ class PaddedSamples(Dataset[Item]):
 
     num_bytes = 0  # bits per byte are not reported for answers
 
-    def __init__(self, file: SampleFile, sample_ids: np.ndarray | None = None) -> None:
+    def __init__(self, file: SampleCache, sample_ids: np.ndarray | None = None) -> None:
         """Args: sample_ids: (n,) which samples; all by default."""
         self.file = file
         ids = np.arange(file.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
@@ -264,7 +264,7 @@ class PackedSamples(PaddedSamples):
     """Whole samples packed into rows of at most max_seq_length tokens; each is a segment of its own."""
 
     def __init__(
-        self, file: SampleFile, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
+        self, file: SampleCache, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
     ) -> None:
         """
         Args:

@@ -39,7 +39,7 @@ OnBadText = Literal["error", "skip"]
 # ---------------------------------------------------------------- the cache of a corpus
 
 
-class TokenStore:
+class TokenCache:
     """Documents or samples on disk as token ids, memory-mapped.
 
     Attributes:
@@ -71,13 +71,13 @@ class TokenStore:
     def num_documents(self) -> int:
         return len(self.document_ends)
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
         # Workers of a DataLoader map the file again; by default the whole array would travel.
         return type(self), (self.folder,)
 
 
-class TokenFile(TokenStore):
-    """A tokenised corpus; see TokenStore.
+class CorpusCache(TokenCache):
+    """A tokenised corpus; see TokenCache.
 
     Attributes:
         document_bytes: (num_documents,) uint32, UTF-8 bytes of each document's text.
@@ -88,8 +88,8 @@ class TokenFile(TokenStore):
         self.document_bytes = self._map("document_bytes")
 
 
-class SampleFile(TokenStore):
-    """Tokenised conversations, each a document; see TokenStore.
+class SampleCache(TokenCache):
+    """Tokenised conversations, each a document; see TokenCache.
 
     Attributes:
         trained: (num_tokens,) bool, where the label is the token itself and not IGNORE_INDEX.
@@ -106,7 +106,7 @@ class SampleFile(TokenStore):
         return self.num_documents
 
 
-File = TypeVar("File", bound=TokenStore)
+File = TypeVar("File", bound=TokenCache)
 
 
 class CacheWriter:
@@ -170,7 +170,7 @@ def _open(kind: type[File], folder: Path) -> File | None:
     return found
 
 
-def _describe(file: TokenStore) -> str:
+def _describe(file: TokenCache) -> str:
     size = sum(item.stat().st_size for item in file.folder.iterdir())
     tokens = len(file.tokens)
     return f"{file.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"

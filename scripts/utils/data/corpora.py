@@ -24,9 +24,9 @@ from .cache import (
     FORMAT,
     Arrays,
     CacheWriter,
+    CorpusCache,
     OnBadText,
-    TokenFile,
-    TokenStore,
+    TokenCache,
     check_sources,
     choose_workers,
     hash_files,
@@ -100,7 +100,7 @@ class _Encoder:
         return SentencePieceProcessor(model_proto=self.model)
 
     def encode(self, texts: list[str]) -> Arrays:
-        """The arrays of a TokenFile that holds these documents."""
+        """The arrays of a CorpusCache that holds these documents."""
         raw = [text.encode() for text in texts]
         if self.model is not None:
             # No Python list of ids is ever made: twice as fast.
@@ -164,8 +164,8 @@ def tokenize_corpus(
     document_separator: str | None = None,
     on_bad_text: OnBadText = "error",
     num_workers: int | None = None,
-) -> TokenFile:
-    """Tokenise files (txt, json, jsonl, parquet) into a TokenFile below `cache_dir`, or open the one that is there.
+) -> CorpusCache:
+    """Tokenise files (txt, json, jsonl, parquet) into a CorpusCache below `cache_dir`, or open the one that is there.
 
     Every document is BOS + ids + EOS, each where the tokenizer has it; its text is encoded as text, so "<s>" in a file
     is no special token.
@@ -204,7 +204,7 @@ def tokenize_corpus(
             check_sources(paths, hashes, cache_dir, writer.num_tokens, bad_text)
             writer.finish(key, paths, skipped=bad_text.skipped)
 
-    return open_or_build(TokenFile, cache_dir / f"tokens-{key[:20]}", build)
+    return open_or_build(CorpusCache, cache_dir / f"tokens-{key[:20]}", build)
 
 
 def _plan(
@@ -262,7 +262,7 @@ def _tokenize_unit(encoder: _Encoder, unit: _Unit) -> _Part:
 # ---------------------------------------------------------------- the validation split
 
 
-def split_documents(file: TokenStore, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_documents(file: TokenCache, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split into (training ids, validation ids), each int64 and ascending; about `share` are held out.
 
     A document's side follows from its text and the seed alone: other documents, their order and the number of files do

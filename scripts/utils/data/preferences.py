@@ -34,7 +34,7 @@ from .cache import (
     FORMAT,
     CacheWriter,
     OnBadText,
-    TokenStore,
+    TokenCache,
     check_sources,
     choose_workers,
     describe_sources,
@@ -57,8 +57,8 @@ DROPS = {
 }
 
 
-class PromptFile(TokenStore):
-    """Encoded prompts, memory-mapped; a data set whose items are (T,) int64 arrays. See TokenStore.
+class PromptCache(TokenCache):
+    """Encoded prompts, memory-mapped; a data set whose items are (T,) int64 arrays. See TokenCache.
 
     Attributes:
         document_hashes: a checksum of each prompt, so that documents.split_documents holds equal ones out together.
@@ -117,8 +117,8 @@ class Pair(NamedTuple):
     source: str
 
 
-class PreferenceFile(PromptFile):
-    """Encoded pairs, memory-mapped; a data set whose items are Pairs. See PromptFile; a document is a whole pair.
+class PairCache(PromptCache):
+    """Encoded pairs, memory-mapped; a data set whose items are Pairs. See PromptCache; a document is a whole pair.
 
     Attributes:
         lengths: (n, 3) int32, tokens of prompt, chosen and rejected.
@@ -347,8 +347,8 @@ def load_preferences(
     num_workers: int | None = None,
     max_samples: int | None = None,
     max_dropped_share: float = 0.1,
-) -> PreferenceFile:
-    """Tokenise pairs (json, jsonl, parquet) into a PreferenceFile below `cache_dir`, or open the one there.
+) -> PairCache:
+    """Tokenise pairs (json, jsonl, parquet) into a PairCache below `cache_dir`, or open the one there.
 
     Args:
         template: the jinja text of the chat template, see prompts.resolve_template.
@@ -360,7 +360,7 @@ def load_preferences(
     if max_seq_length <= MIN_ANSWER:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least {MIN_ANSWER + 1} tokens")
     settings = (tokenizer, template, max_seq_length, Path(cache_dir), on_bad_text, num_workers, max_samples)
-    return _load(PreferenceFile, _encode_preferences, files, *settings, max_dropped_share)
+    return _load(PairCache, _encode_preferences, files, *settings, max_dropped_share)
 
 
 def load_prompts(
@@ -374,15 +374,15 @@ def load_prompts(
     num_workers: int | None = None,
     max_samples: int | None = None,
     max_dropped_share: float = 0.1,
-) -> PromptFile:
-    """Tokenise prompts into a PromptFile, as load_preferences does pairs; a prompt that is too long is dropped."""
+) -> PromptCache:
+    """Tokenise prompts into a PromptCache, as load_preferences does pairs; a prompt that is too long is dropped."""
     if max_prompt_length < 1:
         raise InputError(f"--max_prompt_length {max_prompt_length}: need at least 1 token")
     settings = (tokenizer, template, max_prompt_length, Path(cache_dir), on_bad_text, num_workers, max_samples)
-    return _load(PromptFile, _encode_prompts, files, *settings, max_dropped_share)
+    return _load(PromptCache, _encode_prompts, files, *settings, max_dropped_share)
 
 
-File = TypeVar("File", bound=PromptFile)
+File = TypeVar("File", bound=PromptCache)
 
 
 def _load(
@@ -467,7 +467,7 @@ def _describe_drops(counters: dict[str, int]) -> str:
     return ", ".join(parts)
 
 
-def _log_counters(file: PromptFile, name: str, max_dropped_share: float) -> None:
+def _log_counters(file: PromptCache, name: str, max_dropped_share: float) -> None:
     counters = file.counters
     records = counters["records"]
     dropped = sum(counters[reason] for reason in DROPS)

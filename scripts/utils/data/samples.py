@@ -22,7 +22,7 @@ from .cache import (
     Arrays,
     CacheWriter,
     OnBadText,
-    SampleFile,
+    SampleCache,
     check_sources,
     choose_workers,
     describe_sources,
@@ -69,8 +69,8 @@ def load_sft_samples(
     on_bad_text: OnBadText = "error",
     num_workers: int | None = None,
     max_samples: int | None = None,
-) -> SampleFile:
-    """Tokenise conversations (json, jsonl, parquet) into a SampleFile below `cache_dir`, or open the one there.
+) -> SampleCache:
+    """Tokenise conversations (json, jsonl, parquet) into a SampleCache below `cache_dir`, or open the one there.
 
     A sample longer than max_seq_length loses its right end; if the cut falls within an answer, the answer's end token
     takes the last place. A sample that then trains nothing is dropped. Both are counted.
@@ -119,7 +119,7 @@ def load_sft_samples(
             check_sources(paths, hashes, cache_dir, writer.num_tokens, bad_text)
             writer.finish(key, paths, skipped=bad_text.skipped, counters=counters)
 
-    return open_or_build(SampleFile, cache_dir / f"samples-{key[:20]}", build)
+    return open_or_build(SampleCache, cache_dir / f"samples-{key[:20]}", build)
 
 
 def _record_units(

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..gguf.llamacpp import compute_logits
-from ..models.lm_loss import IGNORED, install_loss_head, loss_targets
+from ..models.lm_loss import install_loss_head, loss_targets
 from ..models.rope import find_row_rotary, rotary_key
+from ..text.prompts import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ class ModelScorer:
         """(B, T) float64, 0 where nothing is scored."""
         length = max(len(window.ids) for window in windows)
         ids = torch.zeros(len(windows), length, dtype=torch.long)
-        targets = torch.full_like(ids, IGNORED)
+        targets = torch.full_like(ids, IGNORE_INDEX)
         for row, window in enumerate(windows):
             tokens = torch.as_tensor(window.ids, dtype=torch.long)
             ids[row, : len(tokens)] = tokens
@@ -154,7 +155,7 @@ def token_losses(model: PreTrainedModel, ids: Tensor, batch_tokens: int | None =
     The model has its LossHead (losses.install_loss_head). Raises: InputError if one is no number.
     """
     parts = ids.split(max(1, (batch_tokens or BATCH_TOKENS) // ids.shape[1]))
-    last = torch.full_like(ids[:, :1], IGNORED)
+    last = torch.full_like(ids[:, :1], IGNORE_INDEX)
     targets = torch.cat([ids[:, 1:], last], dim=1).split(len(parts[0]))
     losses = [_target_losses(model, *pair) for pair in zip(parts, targets, strict=True)]
     return torch.cat(losses)[:, :-1]
@@ -162,7 +163,7 @@ def token_losses(model: PreTrainedModel, ids: Tensor, batch_tokens: int | None =
 
 @torch.no_grad()
 def _target_losses(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
-    """The losses of `targets`, the tokens that follow: (B, T) float64, 0 where they are IGNORED.
+    """The losses of `targets`, the tokens that follow: (B, T) float64, 0 where they are IGNORE_INDEX.
 
     Rows need no attention mask: what pads a shorter one stands behind it, where a causal model does not look.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.records import iter_document_batches
-from ..text.tokenizer import encode_texts, token_bytes
+from ..text.tokenizer import encode_texts, token_byte_lengths
 from .intervals import student_quantile
 from .likelihood import Window, cut_windows
 
@@ -83,7 +83,7 @@ def read_documents(
         document_separator: in txt files, the line that ends a document; None makes every line one.
     Raises: InputError if there is no document, or none with a token to score.
     """
-    start, surfaces = _start(tokenizer), token_bytes(tokenizer)
+    start, surfaces = _start(tokenizer), token_byte_lengths(tokenizer)
     ids: list[np.ndarray] = []
     scored: list[int] = []
     num_bytes: list[int] = []
@@ -202,7 +202,7 @@ def read_rows(
     Raises: InputError if no document is long enough.
     """
     start = _start(tokenizer)
-    surfaces, step = token_bytes(tokenizer), length - len(start)
+    surfaces, step = token_byte_lengths(tokenizer), length - len(start)
     ids: list[list[int]] = []
     num_bytes: list[list[int]] = []
     longest = 0

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..text.prompts import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100  # targets of positions without loss, the value PyTorch's own losses skip
 CHUNK_ELEMENTS = 1 << 25  # logits alive at once: 64 MiB in bf16
 # Rows whose softmax is in float32 at once: on a CPU few enough to stay in the cache, on a GPU all rows of a chunk.
 CPU_SOFTMAX_ROWS = 16
@@ -37,7 +37,7 @@ class _SummedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORED -> scalar float32."""
+        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORE_INDEX -> scalar float32."""
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -80,7 +80,7 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORED -> float32 (N,) and (N,)."""
+        """hidden (N, H), weight (V, H) in one dtype, targets (N,) without IGNORE_INDEX -> float32 (N,) and (N,)."""
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropies = torch.zeros_like(losses)
@@ -163,12 +163,12 @@ class _GradientCast(torch.autograd.Function):
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target, without gradient.
 
-    Args: hidden (..., H); weight (V, H); targets (...), IGNORED where there is none.
+    Args: hidden (..., H); weight (V, H); targets (...), IGNORE_INDEX where there is none.
     Returns: float32 of targets' shape, 0 at ignored positions.
     """
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     result = torch.zeros(flat_targets.shape, dtype=torch.float32, device=hidden.device)
-    kept = (flat_targets != IGNORED).nonzero().squeeze(1)
+    kept = (flat_targets != IGNORE_INDEX).nonzero().squeeze(1)
     for rows in chunks(len(kept), weight.shape[0]):
         logits = flat_hidden[kept[rows]] @ weight.T
         step = _softmax_rows(logits)
@@ -196,7 +196,7 @@ class LossHead(nn.Linear):
         with torch.autocast(device, enabled=False):
             if kind == "sum" and not torch.is_grad_enabled():
                 return token_nll(input.to(dtype), self.weight.to(dtype), targets)
-            kept = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
+            kept = (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
             hidden = input.reshape(-1, input.shape[-1])[kept].to(dtype)
             if self.request.temperature != 1:
                 hidden = hidden / self.request.temperature  # the head has no bias, so this divides the logits
@@ -214,7 +214,7 @@ class LossHead(nn.Linear):
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What a LossHead computes of `targets` (B, T), the next tokens, IGNORED where there is none; see loss_targets."""
+    """What a LossHead computes of `targets` (B, T), the next tokens or IGNORE_INDEX; see loss_targets."""
 
     targets: Tensor
     kind: LossKind = "sum"

@@ -29,7 +29,7 @@ from ..core.errors import InputError
 from ..core.files import atomic_file, read_json, write_json
 from ..data.batches import Collator
 from ..data.blocks import PackedSamples
-from ..data.cache import SampleFile
+from ..data.cache import SampleCache
 from ..generation.batching import Generator
 from ..generation.engine import Completion
 from ..models.gathering import whole_model
@@ -339,7 +339,7 @@ class PPOTrainer(RolloutTrainer):
         lr_scheduler: Any
         optimizer: Any
 
-    def __init__(self, *args: Any, tuning_set: SampleFile | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, tuning_set: SampleCache | None = None, **kwargs: Any) -> None:
         """Args: tuning_set: samples that each update also learns as in tuning; the others are RolloutTrainer's."""
         super().__init__(*args, **kwargs)
         self.tuning_set = tuning_set

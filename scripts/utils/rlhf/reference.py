@@ -1,6 +1,6 @@
 """The reference of preference training: when it is the policy without its adapter, and its log-probabilities on disk.
 
-A table holds, for every pair of a PreferenceFile, the summed log-probabilities that the reference gives the two
+A table holds, for every pair of a PairCache, the summed log-probabilities that the reference gives the two
 answers. It is computed before the policy is loaded, so that two models are never in memory together.
 """
 
@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.files import atomic_file, hash_json
 from ..data.batches import Example, PairCollator, model_inputs, sum_by_answer
 from ..data.cache import hash_files
-from ..data.preferences import PreferenceFile
+from ..data.preferences import PairCache
 from ..models.gathering import whole_models_loaded
 from ..models.lm_loss import loss_targets
 from ..models.new_rows import check_extends, check_vocabulary, find_tokenizer
@@ -124,7 +124,7 @@ def load_reference_tables(
     training_args: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     collator: PairCollator,
-    files: Sequence[PreferenceFile],
+    files: Sequence[PairCache],
 ) -> list[np.ndarray]:
     """A table (n, 2) float32 for each file, from the cache beside it, or computed by all processes together.
 
@@ -172,7 +172,7 @@ def _read_table(path: Path, rows: int) -> np.ndarray | None:
 
 @torch.no_grad()
 def _compute_table(
-    model: nn.Module, file: PreferenceFile, training_args: RunArguments, collator: PairCollator
+    model: nn.Module, file: PairCache, training_args: RunArguments, collator: PairCollator
 ) -> np.ndarray:
     from tqdm import tqdm
 

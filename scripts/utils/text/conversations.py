@@ -1,4 +1,4 @@
-"""Preference records: every layout of pairs and prompts -> the conversation, the better and the worse answer."""
+"""Records of conversations, preference pairs and prompts, in every layout -> messages and answers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+TURN_FIELDS = (("from", "value"), ("role", "content"))  # where a turn has its role and its text
 
 
 def read_conversation(record: dict[str, Any], location: str) -> list[Message]:
     """Turn one record into messages of role (system, user, assistant, tool) and content.
 
     Understood: {"instruction", "input", "output", "system", "history"}, {"messages": [{"role", "content"}]} and
-    ShareGPT's {"conversations": [{"from", "value"}], "system", "tools"}.
+    ShareGPT's {"conversations": [{"from", "value"}], "system", "tools"}; a turn may have either spelling in both.
     Raises: InputError naming `location` and the fields found.
     """
     if record.get("messages") is not None:
-        messages = _read_turns(record["messages"], "role", "content", f"{location}: messages")
+        messages = _read_turns(record["messages"], f"{location}: messages")
     elif record.get("conversations") is not None:
-        messages = _read_turns(record["conversations"], "from", "value", f"{location}: conversations")
+        messages = _read_turns(record["conversations"], f"{location}: conversations")
     elif "instruction" in record:
         messages = _read_instruction(record, location)
     else:
@@ -66,19 +67,22 @@ def _read_instruction(record: dict[str, Any], location: str) -> list[Message]:
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
 
 
-def _read_turns(turns: Any, role_field: str, text_field: str, location: str) -> list[Message]:
+def _read_turns(turns: Any, location: str) -> list[Message]:
+    """Messages of a list of turns, each in one of TURN_FIELDS."""
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{location}: need a non-empty list of turns, got {turns!r:.80}")
     messages = []
     for number, turn in enumerate(turns, 1):
-        role = turn.get(role_field) if isinstance(turn, dict) else None
-        text = turn.get(text_field) if isinstance(turn, dict) else None
-        if role not in ROLES or not isinstance(text, str):
+        fields = turn if isinstance(turn, dict) else {}
+        spellings = [(fields.get(role), fields.get(text)) for role, text in TURN_FIELDS]
+        # parquet fills up the fields of the other spelling with None
+        found = [(role, text) for role, text in spellings if role in ROLES and isinstance(text, str)]
+        if not found:
             raise InputError(
-                f"{location}: turn {number} needs '{role_field}' (one of {', '.join(ROLES)}) and text in "
-                f"'{text_field}', "
-                f"got {turn!r:.80}"
+                f"{location}: turn {number} needs 'role' (one of {', '.join(ROLES)}) and text in 'content', or the "
+                f"same in 'from' and 'value'; got {turn!r:.80}"
             )
+        role, text = found[0]
         messages.append({"role": ROLES[role], "content": text})
     return messages
 
@@ -128,17 +132,12 @@ def read_preference(record: dict[str, Any], location: str) -> Preference:
     return Preference(messages, *answers, None if margin is None else float(margin), source)
 
 
-def read_prompt(record: dict[str, Any], location: str) -> list[Message]:
-    """Turn one record into messages that end in a user (or tool) turn; the assistant's turns at the end are left out.
+def split_prompt(record: dict[str, Any], location: str) -> tuple[list[Message], bool]:
+    """One record's messages up to a user (or tool) turn, and whether an answer after them was left out.
 
     The fields are read_preference's; "chosen", "rejected" and "output" may be absent.
     Raises: InputError naming `location` and the fields found.
     """
-    return split_prompt(record, location)[0]
-
-
-def split_prompt(record: dict[str, Any], location: str) -> tuple[list[Message], bool]:
-    """The messages, and whether an answer after them was left out."""
     record = {name: value for name, value in record.items() if value is not None}
     turns = _read_prompt_turns(record, location)
     if not turns and "chosen" in record:  # the prompt stands inside the answers
@@ -162,7 +161,7 @@ def _read_prompt_turns(record: dict[str, Any], location: str) -> list[Message]:
     value = record[name]
     if name == "prompt" and isinstance(value, str):
         return _read_dialogue(value) or [{"role": "user", "content": value}]
-    return _read_dialogue_turns(value, f"{location}: {name}")
+    return _read_turns(value, f"{location}: {name}")
 
 
 def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], location: str) -> list[Message]:
@@ -180,7 +179,7 @@ def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], locat
             return [*prompt, {"role": "assistant", "content": value.strip() if dialogue else value}]
         turns = _split_dialogue(value)
     else:
-        turns = _read_dialogue_turns([value] if isinstance(value, dict) else value, f"{location}: {name}")
+        turns = _read_turns([value] if isinstance(value, dict) else value, f"{location}: {name}")
         if turns[0]["role"] == "assistant":
             turns = [*prompt, *turns]
         elif prompt and prompt not in (turns[: len(prompt)], turns[:-1][-len(prompt) :]):
@@ -204,23 +203,6 @@ def _finish_prompt(record: dict[str, Any], turns: list[Message], location: str) 
     system: dict[str, Any] = {name: record[name] for name in ("system", "tools") if name in record}
     answered = [*turns, {"role": "assistant", "content": ""}]  # read_conversation wants something to learn
     return read_conversation({"messages": answered, **system}, location)[:-1]
-
-
-def _read_dialogue_turns(turns: Any, location: str) -> list[Message]:
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f"{location}: need a non-empty list of turns, got {turns!r:.80}")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        fields = turn if isinstance(turn, dict) else {}
-        names = ("from", "value") if fields.get("from") is not None else ("role", "content")
-        role, text = (fields.get(name) for name in names)
-        if role not in ROLES or not isinstance(text, str):
-            raise InputError(
-                f"{location}: turn {number} needs 'role' (one of {', '.join(ROLES)}) and text in 'content', or the "
-                f"same in 'from' and 'value'; got {turn!r:.80}"
-            )
-        messages.append({"role": ROLES[role], "content": text})
-    return messages
 
 
 # A speaker's mark: at the start of the text or of a line, or as the last word.

@@ -265,7 +265,7 @@ def token_surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     return surfaces
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """How many UTF-8 bytes each id stands for: (ids,) int32, specials 0, byte pieces 1."""
     return np.array([len(surface) for surface in token_surfaces(tokenizer)], dtype=np.int32)
 

@@ -1,5 +1,7 @@
 """Web: the chat in the browser.
 
+The command line's chat is led by chat and saved_chats too, so these two bring in no gradio.
+
   access       the flags that all of them have, passwords, and the launch itself
   base         a header, and texts that change with the language
   texts        words of the pages in Chinese and English
@@ -7,6 +9,5 @@
   saved_chats  conversations saved and read again
   page         what stands on it, and what happens when it is used; all else is in chat
 
-The command line's chat is led by chat and saved_chats too, so these two bring in no gradio.
 Others import: access, base, texts, chat, saved_chats, page.
 """

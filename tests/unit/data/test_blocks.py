@@ -11,7 +11,7 @@ import torch
 from utils.core.errors import InputError
 from utils.data.batches import Collator
 from utils.data.blocks import MixedBlocks, PackedBlocks, PackedSamples, PaddedSamples, describe_sample
-from utils.data.cache import CacheWriter, SampleFile, TokenFile
+from utils.data.cache import CacheWriter, CorpusCache, SampleCache
 from utils.data.samples import load_sft_samples
 from utils.text.prompts import IGNORE_INDEX
 
@@ -34,7 +34,7 @@ def make_file(folder, documents, trained=None):
                 arrays["trained"] = np.array(trained[number], dtype=bool)
             writer.add(arrays)
         writer.finish("key", [], skipped=0, counters={})
-    return (TokenFile if trained is None else SampleFile)(folder)
+    return (CorpusCache if trained is None else SampleCache)(folder)
 
 
 def random_documents(seed: int, count: int, longest: int) -> list[list[int]]:

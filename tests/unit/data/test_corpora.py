@@ -23,7 +23,7 @@ from utils.core.errors import InputError
 from utils.core.records import RECORD_SUFFIXES
 from utils.data import cache as data_cache
 from utils.data import corpora as data_corpora
-from utils.data.cache import TokenFile
+from utils.data.cache import CorpusCache
 from utils.data.corpora import parse_corpora, split_documents, tokenize_corpus
 from utils.text.tokenizer import encode_text, load_tokenizer
 
@@ -62,7 +62,7 @@ def expected_tokens(texts, tokenizer):
     return [bos + encode_text(tokenizer, text) + [tokenizer.eos_token_id] for text in texts]
 
 
-def check_tokens(file: TokenFile, texts, tokenizer):
+def check_tokens(file: CorpusCache, texts, tokenizer):
     expected = expected_tokens(texts, tokenizer)
     assert file.tokens.tolist() == list(itertools.chain(*expected))
     assert file.document_ends.tolist() == np.cumsum([len(ids) for ids in expected]).tolist()
@@ -372,7 +372,7 @@ def kill_and_rerun(folder: Path, tokenizer_folder: Path, delays) -> None:
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed; make the text longer"
         assert not list(cache.glob("tokens-*"))
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
-        again = TokenFile(next(cache.glob("tokens-*")))
+        again = CorpusCache(next(cache.glob("tokens-*")))
         assert not list(cache.glob(".*.partial"))
         reference = tokenize_corpus([text], load_tokenizer(tokenizer_folder), folder / "reference", num_workers=1)
         assert again.key == reference.key
@@ -452,7 +452,7 @@ def test_parse_corpora_reports_all_mistakes_together(tmp_path):
 # ---------------------------------------------------------------- the split
 
 
-def tokenize_texts(tmp_path, texts, tokenizer) -> TokenFile:
+def tokenize_texts(tmp_path, texts, tokenizer) -> CorpusCache:
     path = tmp_path / f"{abs(hash(tuple(texts)))}.txt"
     path.write_text("\n".join(texts), encoding="utf-8")
     return tokenize_corpus([path], tokenizer, tmp_path / "c")

@@ -14,7 +14,7 @@ from utils.data import preferences
 from utils.data.corpora import split_documents
 from utils.data.preferences import encode_answers, group_by_length, load_preferences, load_prompts
 from utils.text import prompts
-from utils.text.conversations import Preference, read_preference, read_prompt
+from utils.text.conversations import Preference, read_preference, split_prompt
 from utils.text.prompts import CHAT_TEMPLATES, encode_conversation, encode_prompt
 from utils.text.tokenizer import load_tokenizer
 
@@ -81,7 +81,7 @@ def test_every_format_gives_the_same_pair_and_prompt(name):
     expected = CHAT[:2] if name == "turns go on together" else CHAT
     if name == "last question as text":
         expected = CHAT[-1:]  # a prompt record has nothing but its prompt
-    assert read_prompt(record, "f:1") == expected
+    assert split_prompt(record, "f:1")[0] == expected
     assert json.dumps(record) == before
 
 
@@ -162,13 +162,13 @@ def test_bad_pairs_are_named(record, words):
     ],
 )
 def test_prompts_end_with_the_question(record, expected):
-    assert read_prompt(record, "f:1") == expected
+    assert split_prompt(record, "f:1")[0] == expected
 
 
 @pytest.mark.parametrize("record", [{"text": "Q"}, {"messages": GOOD}, {"prompt": [SYSTEM]}])
 def test_records_without_a_question_are_named(record):
     with pytest.raises(InputError, match=r"f\.json:3: need a question.*the record has"):
-        read_prompt(record, "f.json:3")
+        split_prompt(record, "f.json:3")[0]
 
 
 # ---------------------------------------------------------------- ids
@@ -466,7 +466,7 @@ def test_shared_preferences_are_all_read(tmp_path, shared_data):
             pair = read_preference(record, location)
             assert pair.messages[-1]["content"] == record["conversations"][-1]["value"]
             assert (pair.chosen, pair.rejected) == (record["chosen"]["value"], record["rejected"]["value"])
-            assert read_prompt(record, location) == pair.messages
+            assert split_prompt(record, location)[0] == pair.messages
             records += 1
     assert records == 300
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "chinese_llama2_55296")

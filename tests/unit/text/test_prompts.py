@@ -128,7 +128,8 @@ def test_every_record_format_gives_the_same_messages():
     alpaca = {"instruction": "I", "input": "X", "output": "O", "system": "S", "history": [["Q", "A"]]}
     turns = [("human", "Q"), ("gpt", "A"), ("human", "I\nX"), ("gpt", "O")]
     sharegpt = {"system": "S", "conversations": [{"from": role, "value": text} for role, text in turns]}
-    for record in (alpaca, sharegpt, {"messages": expected}):
+    other_spellings = {"messages": sharegpt["conversations"], "system": "S"}, {"conversations": expected}
+    for record in (alpaca, sharegpt, {"messages": expected}, *other_spellings):
         assert read_conversation(record, "f:1") == expected
 
 
@@ -148,7 +149,7 @@ def test_function_calls_are_answers_and_observations_are_not(tokenizer):
         ({"instruction": "a"}, r"f\.json: record 3: field 'output' is missing"),
         ({"instruction": 3, "output": "b"}, "field 'instruction' is int"),
         ({"prompt": "a"}, r"need 'instruction' and 'output', 'messages', or 'conversations'.*\['prompt'\]"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 needs 'from'"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 needs 'role' .* in 'from' and 'value'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": []}, "non-empty list"),
         ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history"),

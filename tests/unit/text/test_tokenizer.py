@@ -22,7 +22,7 @@ from utils.text.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     segment_with,
-    token_bytes,
+    token_byte_lengths,
     tokenizer_fingerprint,
 )
 from utils.text.vocabulary import append_pieces
@@ -222,7 +222,7 @@ def test_fingerprint_depends_on_segmentation_and_specials_alone(tmp_path, merged
 
 def test_token_bytes_count_the_text(merged_folder, texts):
     tokenizer = load_tokenizer(merged_folder)
-    lengths = token_bytes(tokenizer)
+    lengths = token_byte_lengths(tokenizer)
     assert lengths.dtype == np.int32
     assert len(lengths) == len(tokenizer)
     for text in texts[::20]:  # the dummy prefix adds a space to every text
@@ -289,7 +289,7 @@ def test_a_tokenizer_json_alone_is_loaded_as_it_is(tmp_path, merged_folder, text
     tokenizer.pad_token = "</s>"
     tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)  # leaves settings behind
     assert encode_texts(tokenizer, texts) == encode_texts(exact, texts)
-    assert (token_bytes(tokenizer) == token_bytes(exact)).all()
+    assert (token_byte_lengths(tokenizer) == token_byte_lengths(exact)).all()
 
 
 @pytest.mark.shared_data
