@@ -3,8 +3,6 @@
 llmcompressor's methods run for real where it is installed (requirements-quantize.txt).
 """
 
-import contextlib
-import importlib
 import json
 import math
 import os
@@ -18,7 +16,7 @@ import quantize
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.paths import EXAMPLES, ROOT
+from support.learned_model import GREEDY, HELDOUT, TEMPLATE, TRAIN, save_learned_llama
 from utils.core.errors import InputError
 from utils.evaluation.formats import model_nll, read_scored_text
 from utils.models import quantization
@@ -27,49 +25,12 @@ from utils.text.tokenizer import load_tokenizer
 from utils.weights.config import load_config
 
 SCRIPT = Path(quantize.__file__)
-TRAIN, HELDOUT = EXAMPLES / "pretrain" / "en_train.txt", EXAMPLES / "pretrain" / "en_heldout.txt"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-GREEDY = {"do_sample": False, "temperature": 0.5, "eos_token_id": 2}  # transformers would refuse to save it
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, base_tokenizer_folder) -> Path:
-    """A Llama that has learnt something: the worse a quantised copy, the higher its perplexity."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from utils.text.tokenizer import encode_texts, save_tokenizer
-
-    folder = tmp_path_factory.mktemp("quantize") / "base"
-    tokenizer = load_tokenizer(base_tokenizer_folder)
-    ids = [
-        token for row in encode_texts(tokenizer, TRAIN.read_text("utf-8").splitlines()[:1500]) for token in [1, *row]
-    ]
-    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        batch = rows[torch.randint(len(rows), (8,))]
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    save_tokenizer(tokenizer, folder)
-    (folder / "generation_config.json").write_text(json.dumps(GREEDY))
-    return folder
+    return save_learned_llama(tmp_path_factory.mktemp("quantize") / "base", base_tokenizer_folder)
 
 
 def run_quantize(base: Path, out: Path, method: str, **settings) -> dict:
@@ -381,73 +342,3 @@ def test_command_line(base, tmp_path):
     assert again.returncode == 2 and "Traceback" not in again.stderr and "is not empty" in again.stderr
     unknown = subprocess.run([*command, "--method", "int3"], capture_output=True, text=True, check=False)
     assert unknown.returncode == 2 and "bnb-4bit" in unknown.stderr
-
-
-# ---------------------------------------------------------------- the table of formats
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "quantization", raising=False)
-    return importlib.import_module("quantization")
-
-
-def table_arguments(benchmark, base: Path, folder: Path, **settings):
-    settings = {"max_tokens": 1500, "window": 64, "no_record": True} | settings
-    output, plot = str(folder / "table.json"), str(folder / "table.png")
-    return benchmark.TableArguments(str(base), [str(HELDOUT)], output=output, plot=plot, **settings)
-
-
-def test_the_table_of_formats(base, tmp_path, benchmark, monkeypatch, capsys):
-    """GGUF files are written by this process here; the slow test below runs the command as the demo does."""
-    pytest.importorskip("llama_cpp")
-    from utils.gguf import llamacpp
-    from utils.gguf.file import plan_gguf, write_gguf
-    from utils.lora.inputs import open_merge
-
-    with open_merge(str(base)) as inputs:
-        plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "base")
-        files = {name: tmp_path / f"{name}.gguf" for name in ("f16", "q8_0", "q4_0", "q4_k_m")}
-        for name in ("f16", "q8_0", "q4_0"):
-            write_gguf(plan, inputs.model, name.upper(), files[name])
-        llamacpp.quantize(files["f16"], files["q4_k_m"], "Q4_K_M", None, 1)
-    monkeypatch.setattr(benchmark, "make_gguf_files", lambda *_: contextlib.nullcontext(files))
-    formats = ["float32", "bfloat16", "bnb-8bit", "bnb-4bit", "fp8", "f16", "q8_0", "q4_0", "q4_k_m", "q6_k"]
-    result = benchmark.main(table_arguments(benchmark, base, tmp_path, formats=formats))
-    rows = {row["format"]: row for row in result["rows"]}
-    assert list(rows) == formats and json.loads((tmp_path / "table.json").read_text("utf-8")) == result
-    assert 0 <= result["f16_difference"] < 1e-4
-    full = rows["float32"]["perplexity"]
-    for name in ("bfloat16", "bnb-8bit", "bnb-4bit", "f16", "q8_0", "q4_0", "q4_k_m"):
-        assert 0 < abs(rows[name]["perplexity"] / full - 1) < 0.05, name
-        assert rows[name]["ms_per_token"] > 0 and rows[name]["size_gb"] < rows["float32"]["size_gb"]
-    ratio = rows["q4_0"]["bits_per_byte"] / rows["float32"]["bits_per_byte"]
-    assert ratio == pytest.approx(math.log(rows["q4_0"]["perplexity"]) / math.log(full), rel=1e-6)
-    # Rows of 128 and 192 weights: no K-quant fits, and the table says what the file has instead.
-    assert not any(kind.endswith("_K") for kind in rows["q4_k_m"]["types"])
-    assert "weights in another type" in rows["q4_k_m"]["note"] and rows["q4_0"]["note"] == ""
-    assert rows["q6_k"]["perplexity"] is None and "was made" in rows["q6_k"]["note"]
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert f"| float32 | {rows['float32']['size_gb']:.4g} | 32.00 | {full:.4f} | +0.00 % |" in printed
-    assert "differ by 0.00" in printed
-
-
-def test_bad_input_of_the_table(base, tmp_path, benchmark):
-    with pytest.raises(InputError, match="--formats q9: need some of float32"):
-        benchmark.main(table_arguments(benchmark, base, tmp_path, formats=["q9"]))
-    with pytest.raises(InputError, match="pass --model and --texts"):
-        benchmark.TableArguments(str(base))
-    assert not (tmp_path / "table.json").exists()
-
-
-@pytest.mark.slow
-def test_the_table_as_the_demo_makes_it(base, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "quantization.py"), "--model", str(base)]
-    command += ["--texts", str(HELDOUT), "--max_tokens", "1500", "--window", "64", "--no_record"]
-    command += ["--output", str(tmp_path / "table.json"), "--formats", "float32", "f16", "q8_0", "q4_0"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    rows = json.loads((tmp_path / "table.json").read_text("utf-8"))["rows"]
-    assert [row["format"] for row in rows] == ["float32", "f16", "q8_0", "q4_0"]
-    assert all(row["size_gb"] for row in rows) and {path.name for path in tmp_path.iterdir()} == {"table.json"}

@@ -16,7 +16,6 @@ from support.scripts import old_names, script_flags, script_types, tracked
 PYTHON_SCRIPTS = sorted(path for path in SCRIPTS.glob("*.py"))
 LAUNCHERS = sorted(path for path in SCRIPTS.glob("run_*.sh"))
 OTHER_NAMES = {"merge_llama2_with_chinese_lora_low_mem": "merge", "inference_hf": "inference"}
-DRIVES_SEVERAL = {"run_demo.sh"}
 TRAINING_SCRIPTS = {"pt.py", "sft.py", "rm.py", "ppo.py", "dpo.py"}
 # What each launcher needs in its environment to print its command.
 NEEDS = {
@@ -33,6 +32,7 @@ NEEDS = {
     "run_merge.sh": {"MODEL": "m", "LORA": "l"},
     "run_export_gguf.sh": {"MODEL": "m"},
     "run_quantize.sh": {"MODEL": "m"},
+    "run_compare_formats.sh": {"MODEL": "m", "TEXTS": "t"},
     "run_inference.sh": {"MODEL": "m"},
     "run_gradio_demo.sh": {"MODEL": "m"},
     "run_openai_api_server.sh": {"MODEL": "m"},
@@ -44,7 +44,7 @@ NEEDS = {
 
 def test_every_script_has_its_launcher_and_back():
     expected = {f"run_{OTHER_NAMES.get(path.stem, path.stem)}.sh" for path in PYTHON_SCRIPTS}
-    assert {path.name for path in LAUNCHERS} == expected | DRIVES_SEVERAL
+    assert {path.name for path in LAUNCHERS} == expected
 
 
 def test_the_wings_keep_their_rules():
@@ -68,9 +68,7 @@ def test_decided_once():
     assert house.find_decided_twice() == []
 
 
-@pytest.mark.parametrize(
-    "launcher", [path for path in LAUNCHERS if path.name not in DRIVES_SEVERAL], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
 def test_launcher_prints_a_command_its_script_parses(launcher, tmp_path):
     environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python", **NEEDS.get(launcher.name, {})}
     result = subprocess.run(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .errors import InputError
 
@@ -119,6 +120,53 @@ EXAM_SWITCHES = ("few_shot", "cot", "constrained_decoding", "do_test")
 FALSE_WORDS = ("false", "no", "0", "off")
 
 
+@dataclass
+class Flag:
+    """A flag and the words behind it; without a name: words that belong to no flag."""
+
+    typed: str  # as it was given: "--max_seq_length", "--max-seq-length"
+    values: list[str] = field(default_factory=list)
+    joined: bool = False  # by "=", so that the first value may begin with "--"
+
+    @property
+    def name(self) -> str:
+        return self.typed.removeprefix("--").replace("-", "_")
+
+    @property
+    def switch(self) -> str:
+        """Its value, if it is a switch: which may stand alone."""
+        return self.values[0] if self.values else "True"
+
+    @property
+    def rest(self) -> Flag:
+        """What stays when a flag is taken away with its value; the parser complains of it."""
+        return Flag("", self.values[1:])
+
+    def words(self) -> list[str]:
+        if self.joined:
+            return [f"{self.typed}={self.values[0]}", *self.values[1:]]
+        return [*filter(None, [self.typed]), *self.values]
+
+
+Translated = tuple[list[Flag], list[str]]  # with the changes made, for the warning
+
+
+def read_flags(argv: Sequence[str], short: Mapping[str, str] | None = None) -> list[Flag]:
+    """Split a command line into flags and their values. Only two dashes begin a flag: -1 and -x are values.
+
+    Args: short: one-letter flags that begin one all the same -> what they stand for.
+    """
+    flags = [Flag("")]
+    for word in argv:
+        typed, equals, value = word.partition("=")
+        typed = (short or {}).get(typed, typed)
+        if typed.startswith("--"):
+            flags.append(Flag(typed, [value] if equals else [], bool(equals)))
+        else:
+            flags[-1].values.append(word)
+    return flags
+
+
 def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequence[str] = ()) -> list[str]:
     """Give old flags their modern spelling, with one warning that lists all changes.
 
@@ -126,143 +174,120 @@ def translate_old_flags(argv: Sequence[str], known: set[str], documented: Sequen
         known: the names the script's own parser has; those are never touched (but see translate_chat_values).
         documented: old names this script documents as its own; they change without a warning.
     """
+    chat, exam = bool(known & CHAT_SCRIPTS_KNOW), "num_fewshot" in known
+    flags = read_flags(argv, EXAM_SHORT if exam else None)
+    changes: list[str] = []
+    # Those that need more than a new name come first: some of their flags are in the tables, for other scripts.
+    for applies, translate in (
+        (chat, translate_chat_values),
+        (exam, translate_exam),
+        ("rope_scaling" in known, translate_ntk),
+    ):
+        if applies:
+            flags, more = translate(flags)
+            changes += more
     result: list[str] = []
-    chat = bool(known & CHAT_SCRIPTS_KNOW)
-    tokens, changes = translate_chat_values(argv) if chat else (list(argv), [])
-    if "num_fewshot" in known:
-        tokens, more = translate_exam(tokens)
-        changes += more
-    if "rope_scaling" in known:
-        tokens, more = translate_ntk(tokens)
-        changes += more
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, inline = token.removeprefix("--").partition("=")
-        name = name.replace("-", "_")  # either spelling
-        if not token.startswith("--") or name in known:
-            result.append(token)
-            continue
-        takes = not equals and _is_value(tokens)
-        if name in REPLACED_SWITCHES and REPLACED_SWITCHES[name][0][2:] in known:
-            value = inline if equals else (tokens.pop(0) if takes else "True")
-            if value.lower() not in FALSE_WORDS:
-                result += REPLACED_SWITCHES[name]
+    for flag in flags:
+        name = flag.name
+        if name in known:
+            result += flag.words()
+        elif name in REPLACED_SWITCHES and REPLACED_SWITCHES[name][0][2:] in known:
+            result += REPLACED_SWITCHES[name] if flag.switch.lower() not in FALSE_WORDS else []
+            result += flag.rest.words()
             changes.append(f"--{name} is now {' '.join(REPLACED_SWITCHES[name])}")
         elif name in DROPPED and (chat or name not in DROPPED_OF_CHAT):
-            if takes:
-                tokens.pop(0)
+            result += flag.rest.words()
             changes.append(f"--{name} has no effect: {DROPPED[name]}")
         elif RENAMED.get(name) in known:
-            result.append(f"--{RENAMED[name]}{equals}{inline}")
+            result += Flag(f"--{RENAMED[name]}", flag.values, flag.joined).words()
             if name not in documented:
                 changes.append(f"--{name} is now --{RENAMED[name]}")
         else:
-            result.append(token)
+            result += flag.words()
     if changes:
         logger.warning("old flags accepted, see docs/migrating.md: %s", "; ".join(changes))
     return result
 
 
-def _is_value(tokens: Sequence[str]) -> bool:
-    """Whether a value comes next, not another flag (negative numbers are values)."""
-    return bool(tokens) and not tokens[0].startswith("--")
+def _take(flags: Sequence[Flag], names: Collection[str]) -> tuple[list[Flag], dict[str, str]]:
+    """The other flags, and the values of these; of a flag that is repeated, the last."""
+    others = [flag.rest if flag.name in names else flag for flag in flags]
+    return others, {flag.name: flag.switch for flag in flags if flag.name in names}
 
 
-def translate_ntk(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """--use_ntk and --alpha (a number, or auto) of the forerunners; returns the flags and the changes made.
+def translate_ntk(flags: Sequence[Flag]) -> Translated:
+    """--use_ntk and --alpha (a number, or auto) of the forerunners.
 
     alpha raises the rotary base by alpha ** (d / (d - 2)), which is what --rope_scaling ntk does for a window
     (alpha + 1) / 2 times longer. Alpha 1, their default, changes nothing. Raises: InputError for another value.
     """
-    result: list[str] = []
-    given: dict[str, str] = {}
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or name not in NTK_FLAGS:
-            result.append(token)
-        elif equals:
-            given[name] = value
-        else:
-            given[name] = tokens.pop(0) if _is_value(tokens) else "True"
+    others, given = _take(flags, NTK_FLAGS)
     if not given:
-        return result, []
+        return others, []
     alpha = given.get("alpha", "1.0")
     try:
         factor = None if alpha == "auto" else (float(alpha) + 1) / 2
     except ValueError:
         raise InputError(f"--alpha {alpha}: need a number, or auto") from None
-    off = given.get("use_ntk", "True").lower() in FALSE_WORDS
-    modern = ["--rope_scaling", "ntk", "--rope_factor", str(factor)]
+    modern = [Flag("--rope_scaling", ["ntk"]), Flag("--rope_factor", [str(factor)])]
     if factor is None:
-        modern = ["--rope_scaling", "auto-ntk"]
-    if off or factor == 1:
+        modern = [Flag("--rope_scaling", ["auto-ntk"])]
+    if factor == 1 or given.get("use_ntk", "True").lower() in FALSE_WORDS:
         modern = []
-    old = " ".join(f"--{name} {value}" for name, value in given.items())
-    return result + modern, [f"{old} is now {' '.join(modern) or 'nothing (alpha 1 scales nothing)'}"]
+    return others + modern, [_describe(given, modern, "nothing (alpha 1 scales nothing)")]
 
 
-def translate_exam(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Switches and short flags of the forerunners' evaluations; returns the flags and the changes made.
+def translate_exam(flags: Sequence[Flag]) -> Translated:
+    """Switches of the forerunners' evaluations.
 
     --few_shot False is no examples, whatever --ntrain says; --cot True reasons, whatever --constrained_decoding says.
     """
-    result: list[str] = []
-    given: dict[str, bool] = {}
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or name not in EXAM_SWITCHES:
-            result.append(EXAM_SHORT.get(token, token))
-            continue
-        if not equals:
-            value = tokens.pop(0) if _is_value(tokens) else "True"
-        given[name] = value.lower() not in FALSE_WORDS
-    modern: list[str] = []
+    others, values = _take(flags, EXAM_SWITCHES)
+    given = {name: value.lower() not in FALSE_WORDS for name, value in values.items()}
+    modern: list[Flag] = []
     if "constrained_decoding" in given or given.get("cot"):
         mode = "constrained" if given.get("constrained_decoding", True) else "generative"
-        modern += ["--mode", "cot" if given.get("cot") else mode]
+        modern.append(Flag("--mode", ["cot" if given.get("cot") else mode]))
     if given.get("few_shot") is False:
-        modern += ["--num_fewshot", "0"]
+        modern.append(Flag("--num_fewshot", ["0"]))
     if given.get("do_test"):
-        modern += ["--split", "test"]
+        modern.append(Flag("--split", ["test"]))
+    # Behind all others, so that they decide.
+    return others + modern, [_describe(given, modern, "the default")] if given else []
+
+
+def _describe(given: Mapping[str, object], modern: Sequence[Flag], otherwise: str) -> str:
     old = " ".join(f"--{name} {value}" for name, value in given.items())
-    return result + modern, [f"{old} is now {' '.join(modern) or 'the default'}"] if given else []
+    return f"{old} is now {' '.join(word for flag in modern for word in flag.words()) or otherwise}"
 
 
-def translate_chat_values(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags of DeepSpeed-Chat that need more than a new name; returns the flags and the changes made.
+def translate_chat_values(flags: Sequence[Flag]) -> Translated:
+    """Flags of DeepSpeed-Chat that need more than a new name.
 
     --deepspeed is a switch there; --dtype is the precision of training; an iteration has generation_batches batches of
     per_device_generation_batch_size answers on every process, here it is their product.
     """
-    result: list[str] = []
+    result: list[Flag] = []
     changes: list[str] = []
-    tokens, batch_size = list(argv), "16"
-    batches: str | None = None
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, inline = token.partition("=")
-        value = inline if equals else tokens[0] if _is_value(tokens) else ""
-        if token == "--deepspeed" and not value:
+    batches, batch_size = "", "16"
+    for flag in flags:
+        value = flag.values[0] if flag.values else ""
+        if flag.name == "deepspeed" and not flag.joined and not any(flag.values):
             changes.append(f"--deepspeed without a config has no effect: {_ZERO}")
-        elif name == "--dtype" and value in ("bf16", "fp16"):
-            result += ["--precision", value]
+        elif flag.name == "dtype" and value in ("bf16", "fp16"):
+            result.append(Flag("--precision", flag.values))
             changes.append(f"--dtype {value} is now --precision {value}")
-            tokens = tokens if equals else tokens[1:]
-        elif name == "--generation_batches" and value.isdecimal():
+        elif flag.name == "generation_batches" and value.isdecimal():
             batches = value
-            tokens = tokens if equals else tokens[1:]
+            result.append(flag.rest)
         else:
-            if name in ("--per_device_generation_batch_size", "--per_device_rollout_batch_size"):
+            if flag.name in ("per_device_generation_batch_size", "per_device_rollout_batch_size"):
                 batch_size = value
-            result.append(token)
-    if batches is not None and batch_size.isdecimal():
+            result.append(flag)
+    if batches and batch_size.isdecimal():
         processes = int(os.environ.get("WORLD_SIZE", 1))
         answers = int(batches) * int(batch_size) * processes
-        result += ["--rollout_batch_size", str(answers)]
+        result.append(Flag("--rollout_batch_size", [str(answers)]))
         changes.append(
             f"--generation_batches {batches} is now --rollout_batch_size {answers} ({batches} batches x {batch_size} "
             f"answers x {processes} processes)"

@@ -1,4 +1,5 @@
-"""Evaluation: intervals, resumable progress, which model answered, likelihoods, perplexity, alignment, contamination.
+"""Evaluation: intervals, resumable progress, which model answered, likelihoods, perplexity, alignment, contamination,
+  formats.
 
   intervals      how far a figure measured on a sample can be trusted
   plots          Perplexity on the screen and in pictures: a table, a curve by length, bits a byte with their
@@ -13,5 +14,5 @@
   rolling_hash   characters folded, text cut into units, and hashes of stretches of units
   formats        what a model becomes in each way of storing it: size, perplexity, bits per byte, time of a token
 
-Others import: intervals, plots, progress, models, endpoints, perplexity, alignment, contamination.
+Others import: intervals, plots, progress, models, endpoints, perplexity, alignment, contamination, formats.
 """

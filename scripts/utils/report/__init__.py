@@ -2,7 +2,7 @@
 
   charts        plain text that needs no scripts, no fonts and no files beside it
   pages         sections of text, tables and pictures, rendered as one self-contained HTML page and as Markdown
-  stage_runner  The stages of a recipe, run one after another or side by side, with their times and memory in a log
+  stage_runner  commands of a recipe, run in order, alone or two side by side; their times and memory in a log
   recipe        the stages that make it, what they left behind, and the figures that sum it up
   run           what every stage cost and bought
   rlhf          the reward model, PPO and DPO, and what they did for alignment
@@ -11,5 +11,5 @@
   sections      Tables and pictures of evaluations, models as rows: a section for each benchmark
   evaluation    one page from any set of result files, with what the models were asked, and how
 
-Others import: .
+Others import: stage_runner, run.
 """

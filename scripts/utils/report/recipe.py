@@ -15,9 +15,8 @@ from ..core.records import iter_records
 from ..training.plots import Curves, log_curves
 from .pages import Text
 from .results import Entry, need, read_results
-from .stage_runner import wall_seconds
+from .stage_runner import STAGE_LOG, wall_seconds
 
-STAGE_LOG = "stages.jsonl"
 TARGET_KIND = "unseen_wording"  # the kind of question that tuning promises to answer
 LANGUAGES = {"zh": Text("中文", "Chinese"), "en": Text("英文", "English")}
 
@@ -55,7 +54,7 @@ STAGES = {
     "sft": Stage(Text("指令精调", "Instruction tuning"), "sft/all_results.json", "run_sft.sh"),
     "assistant": Stage(Text("合并为助手", "Merged assistant"), "assistant/merge_report.json", "run_merge.sh"),
     "gguf": Stage(Text("导出 GGUF", "GGUF files"), "gguf/export_report.json", "run_export_gguf.sh"),
-    "quantization": Stage(Text("比较各种格式", "Storage formats"), "quantization.json", "run_demo.sh"),
+    "quantization": Stage(Text("比较各种格式", "Storage formats"), "quantization.json", "run_compare_formats.sh"),
     "rm": Stage(Text("奖励模型", "Reward model"), "rm/all_results.json", "run_rm.sh"),
     "ppo": Stage(Text("强化学习 PPO", "PPO"), "ppo/all_results.json", "run_ppo.sh"),
     "dpo": Stage(Text("偏好优化 DPO", "DPO"), "dpo/all_results.json", "run_dpo.sh"),

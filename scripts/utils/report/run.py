@@ -401,7 +401,7 @@ def samples_section(run: RecipeRun) -> Section:
     return Section("samples", Text("回答示例", "Sample answers"), blocks)
 
 
-QUANTIZATION = "quantization.json"  # what benchmarks/quantization.py writes
+QUANTIZATION = "quantization.json"  # what compare_formats.py writes
 
 
 def quantization_sections(folder: Path) -> list[Section]:

@@ -7,7 +7,7 @@ import pytest
 from support.scripts import script_flags, script_types
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
-from utils.core.old_flags import DROPPED_OF_CHAT, RENAMED, REPLACED_SWITCHES, translate_old_flags
+from utils.core.old_flags import DROPPED_OF_CHAT, RENAMED, REPLACED_SWITCHES, read_flags, translate_old_flags
 
 KNOWN = {"kl_coef", "deepspeed", "dtype", "precision", "rollout_batch_size", "per_device_rollout_batch_size"}
 
@@ -53,6 +53,64 @@ def test_generation_batches_without_a_batch_size_use_the_script_s_default(monkey
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     result = translate_old_flags(["--generation_batches=3"], KNOWN)
     assert result == ["--rollout_batch_size", str(3 * RolloutArguments().per_device_rollout_batch_size)]
+
+
+EXAM = {"num_fewshot", "mode", "split", "data_dir", "output_dir", "model_name_or_path", "train_data", "rope_scaling"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        # Values: numbers below zero, words with "=" in them, anything behind "=".
+        (["--train_file", "zh=a.txt", "en=b.txt", "-1"], ["--train_data", "zh=a.txt", "en=b.txt", "-1"]),
+        (["--train_file=zh=--a.txt", "en=b.txt"], ["--train_data=zh=--a.txt", "en=b.txt"]),
+        (["--model_path="], ["--model_name_or_path="]),
+        (["--logging_dir", "-x", "--model_path", "m"], ["--model_name_or_path", "m"]),
+        (["--unknown", "--cache_dir=a=b", "--", "x"], ["--unknown", "--", "x"]),
+        # Either spelling; those that scripts know stay as they are typed.
+        (["--model-path", "m", "--train-data", "a"], ["--model_name_or_path", "m", "--train-data", "a"]),
+        # A flag takes one value away with it; the parser complains of others.
+        (["stray", "--cache_dir", "a", "b", "--save_dir", "o"], ["stray", "b", "--output_dir", "o"]),
+        # Repeated: the last one decides, as everywhere.
+        (["--save_dir", "a", "--save_dir", "b"], ["--output_dir", "a", "--output_dir", "b"]),
+        (["--cot", "True", "--cot=no", "--few_shot", "--few_shot", "off"], ["--num_fewshot", "0"]),
+        (["--alpha", "3", "--alpha", "1"], []),
+        # Switches: alone, or with a value.
+        (["--cot", "--do_test"], ["--mode", "cot", "--split", "test"]),
+        (["--cot", "0", "--do_test", "False"], []),
+        (["--constrained_decoding", "-k", "5"], ["--num_fewshot", "5", "--mode", "constrained"]),
+        (["--use_ntk", "--alpha=2.0"], ["--rope_scaling", "ntk", "--rope_factor", "1.5"]),
+        (["--use_ntk", "no", "--alpha", "2.0"], []),
+        # Any spelling of those that need more than a new name, too.
+        (["--few-shot", "no", "--use-ntk", "--alpha", "auto"], ["--num_fewshot", "0", "--rope_scaling", "auto-ntk"]),
+        (["--cot", "-k", "5"], ["--num_fewshot", "5", "--mode", "cot"]),
+        (["-k=5", "-m", "m", "-d=-x"], ["--num_fewshot=5", "--model_name_or_path", "m", "--data_dir=-x"]),
+    ],
+)
+def test_odd_command_lines(argv, expected):
+    assert translate_old_flags(argv, EXAM) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--deepspeed="], ["--deepspeed="]),
+        (["--deepspeed", ""], []),
+        (["--dtype", "bf16", "--dtype", "float32"], ["--precision", "bf16", "--dtype", "float32"]),
+        (["-k", "5", "--kl-ctl", "-1"], ["-k", "5", "--kl_coef", "-1"]),  # short flags are other scripts'
+        (["--generation-batches=2", "--generation_batches", "3"], ["--rollout_batch_size", "48"]),
+        (["--generation_batches", "many"], ["--rollout_batch_size", "many"]),  # the parser says what is wrong
+    ],
+)
+def test_odd_command_lines_of_deepspeed_chat(argv, expected, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert translate_old_flags(argv, KNOWN) == expected
+
+
+def test_a_command_line_without_old_flags_comes_back_as_it_was():
+    for argv in (["a", "--b", "-1", "c d", "--e=", "--f==g", "--", "--h-i", ""], ["-k", "1"], [], ["--train_data"]):
+        assert translate_old_flags(argv, {"train_data"}) == argv
+        assert [word for flag in read_flags(argv) for word in flag.words()] == argv
 
 
 @pytest.mark.parametrize("script", ["sft.py", "pt.py", "dpo.py", "inference_hf.py", "quantize.py"])
