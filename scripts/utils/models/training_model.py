@@ -19,7 +19,7 @@ from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import check_readable, open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
-from .new_rows import check_extends, check_vocabulary, extend_vocabulary, find_tokenizer
+from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,8 @@ def check_training_request(
         trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
         check_readable(lora_args.adapter_name_or_path)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
-    check_vocabulary(config.vocab_size, tokenizer, may_grow)
+    if not may_grow:
+        refuse_untrained_rows(tokenizer, config.vocab_size)
 
 
 def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task_type: str = "CAUSAL_LM") -> Any:

@@ -25,7 +25,7 @@ from ..data.cache import hash_files
 from ..data.preferences import PreferenceFile
 from ..models.gathering import whole_models_loaded
 from ..models.lm_loss import loss_targets
-from ..models.new_rows import check_extends, check_vocabulary, find_tokenizer
+from ..models.new_rows import check_extends, find_tokenizer, refuse_untrained_rows
 from ..models.training_model import build_training_model
 from ..text.prompts import IGNORE_INDEX
 from ..weights.config import load_config
@@ -69,7 +69,7 @@ def check_reference_model(folder: str, tokenizer: PreTrainedTokenizerBase, flag:
     try:
         if own is not None:
             check_extends(tokenizer, own)
-        check_vocabulary(config.vocab_size, tokenizer, may_grow=False)
+        refuse_untrained_rows(tokenizer, config.vocab_size)
     except InputError as error:
         raise InputError(
             f"{flag} {folder} has another vocabulary than the policy, so it cannot judge the same tokens; "

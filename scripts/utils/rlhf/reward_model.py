@@ -23,7 +23,7 @@ from ..lora.config import load_adapter_config
 from ..models.gathering import whole_weights
 from ..models.loading import bf16_is_supported, load_model
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
-from ..text.tokenizer import load_tokenizer
+from ..text.tokenizer import check_embedding_rows, load_tokenizer
 from ..weights.config import load_config, local_folder
 from ..weights.names import ADAPTER_CONFIG, CLASSIFIER, SCORE
 from ..weights.reader import check_readable, open_checkpoint
@@ -166,11 +166,12 @@ def check_reward_request(
         raise InputError(
             f"{model_args.model_name_or_path} is a classifier with {config.num_labels} labels; a reward model has one"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; merge the "
-            "adapter that brings the new rows first, or pass the model's own tokenizer"
-        )
+    check_embedding_rows(
+        tokenizer,
+        config.vocab_size,
+        f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; merge the "
+        "adapter that brings the new rows first, or pass the model's own tokenizer",
+    )
     if lora_args.full_finetuning and model_args.load_in_kbits != 16:
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"

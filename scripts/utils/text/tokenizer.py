@@ -336,6 +336,30 @@ def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), int(tokenizer.init_kwargs.get("embedding_rows") or 0))
 
 
+def is_padded_size(tokenizer: PreTrainedTokenizerBase, rows: int) -> bool:
+    """Whether `rows` are the vocabulary, padded as recorded or, as others do, to a multiple of a power of two."""
+    size = len(tokenizer)
+    return rows == embedding_rows(tokenizer) or any(rows == -(-size // 2**n) * 2**n for n in range(10))
+
+
+def check_embedding_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: int, too_few: str, old_rows: int | None = None, outdated: str = ""
+) -> None:
+    """Check that a model whose embeddings have `rows` rows can be this tokenizer's.
+
+    Args:
+        too_few: what to say if some tokens have no row.
+        old_rows: the rows before adapters grew them. A tokenizer for which these were enough is the one from before,
+            unless the new rows are its padding.
+        outdated: what to say then.
+    Raises: InputError.
+    """
+    if len(tokenizer) > rows:
+        raise InputError(too_few)
+    if old_rows is not None and len(tokenizer) <= old_rows < rows and not is_padded_size(tokenizer, rows):
+        raise InputError(outdated)
+
+
 # ---------------------------------------------------------------- saving
 
 
