@@ -8,8 +8,9 @@
                 spellings
   command_line  flags and config files into dataclasses, what a run records of them, and how a script ends
   old_flags     the spellings of the forerunners and of older libraries, and what they mean today
+  hub           whether a name is a folder or a hub id, and what a hub id names, downloaded or from the cache
   machine       cores and memory this process may use, what it used, and whether Ctrl-C reaches it
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
 
-Others import: errors, files, records, arguments, command_line, machine, workers.
+Others import: errors, files, records, arguments, command_line, hub, machine, workers.
 """

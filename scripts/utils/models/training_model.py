@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..text.tokenizer import embedding_rows
-from ..weights.config import load_config
+from ..weights.config import check_model, folder_or_hub_id
 from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import check_readable, open_checkpoint
 from .gathering import full_shape
@@ -70,12 +69,10 @@ def check_training_request(
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
-    config = load_config(model_args.model_name_or_path)
+    config = check_model(model_args.model_name_or_path)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
-    if Path(model_args.model_name_or_path).is_dir():
-        check_readable(model_args.model_name_or_path)
     if lora_args.full_finetuning and model_args.load_in_kbits != 16:
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
@@ -107,7 +104,9 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
                 module.support_avx512bf16_for_cpu = False
     if args.adapter_name_or_path:
         check_adapter_fits(args.adapter_name_or_path, model)
-        wrapped: Any = PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
+        wrapped: Any = PeftModel.from_pretrained(
+            model, folder_or_hub_id(args.adapter_name_or_path), is_trainable=True
+        )
     else:
         targets = resolve_target_modules(args.target_modules, model.config)
         saved = [name for name in (args.modules_to_save or "").split(",") if name]

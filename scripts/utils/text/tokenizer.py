@@ -21,6 +21,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from ..core.errors import InputError
 from ..core.files import hash_json, read_json, write_json
+from ..core.hub import fetch, find_folder, is_hub_id
 from .pieces import (
     CONTROL,
     SAMPLE,
@@ -142,20 +143,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _local_folder(name: str | Path) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder := find_folder(name):
         return folder
-    if folder.exists():
-        raise InputError(f"tokenizer {name} is a file; pass the folder it lies in")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+    if not is_hub_id(name):
+        if Path(name).exists():
+            raise InputError(f"tokenizer {name} is a file; pass the folder it lies in")
         raise InputError(f"tokenizer folder not found: {name}")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[*TOKENIZER_FILES, "config.json"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"tokenizer {name}: no such folder, and the hub gave none for it: {reason}") from None
+    patterns = [*TOKENIZER_FILES, "config.json"]
+    return fetch(name, "a tokenizer of the hub", functools.partial(snapshot_download, allow_patterns=patterns))
 
 
 def _is_tiktoken(path: Path) -> bool:
