@@ -104,9 +104,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
                 module.support_avx512bf16_for_cpu = False
     if args.adapter_name_or_path:
         check_adapter_fits(args.adapter_name_or_path, model)
-        wrapped: Any = PeftModel.from_pretrained(
-            model, folder_or_hub_id(args.adapter_name_or_path), is_trainable=True
-        )
+        wrapped: Any = PeftModel.from_pretrained(model, folder_or_hub_id(args.adapter_name_or_path), is_trainable=True)
     else:
         targets = resolve_target_modules(args.target_modules, model.config)
         saved = [name for name in (args.modules_to_save or "").split(",") if name]

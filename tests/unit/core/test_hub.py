@@ -32,7 +32,7 @@ def test_what_cannot_be_fetched_is_named():
     def download(hub_id):
         raise FileNotFoundError(f"{hub_id} is not there\nmore")
 
-    with pytest.raises(InputError, match=r"^no folder a/b, and as a hub id it cannot be fetched: a/b is not there; x$"):
+    with pytest.raises(InputError, match=r"no folder a/b, and as a hub id it cannot be fetched: a/b is not there; x"):
         fetch("a/b", "a hub id", download, "; x")
 
 
