@@ -153,15 +153,17 @@ def check_request(
     """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
     from utils.models.training_model import check_training_request
     from utils.rlhf.reference import check_reference, check_reference_model
+    from utils.text.tokenizer import check_embedding_rows
     from utils.weights.config import load_config
 
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
     rows = load_config(str(model_args.model_name_or_path)).vocab_size
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows, and preference tuning adds "
-            "none; pass the tuned, merged model with its own tokenizer"
-        )
+    check_embedding_rows(
+        tokenizer,
+        rows,
+        f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows, and preference tuning adds "
+        "none; pass the tuned, merged model with its own tokenizer",
+    )
     if objective.needs_reference:
         check_reference(lora_args, preference_args.reference_model, f"--loss {preference_args.loss}")
     if preference_args.reference_model:

@@ -11,6 +11,7 @@
   machine       cores and memory this process may use, what it used, and whether Ctrl-C reaches it
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
   figures       pictures in png files, in fonts that have Chinese, without pyplot
+  hub           whether a name is a folder or a hub id, and what a hub id names, downloaded or from the cache
 
-Others import: errors, files, records, arguments, command_line, machine, workers, figures.
+Others import: errors, files, records, arguments, command_line, machine, workers, figures, hub.
 """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from .errors import InputError
+
+logger = logging.getLogger(__name__)
 
 RESUME_KEY = ".resume_key"
 
@@ -72,8 +74,11 @@ def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | N
     """
     refuse_existing_output(path, overwrite)
     path = Path(path).resolve()  # a link's target, not the link, is what is written
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked_folder(_partial_name(path)) as partial:
+    partial = _partial_name(path)
+    with locked(partial.with_name(f"{partial.name}.lock")) as held:
+        if not held:
+            raise InputError(f"another run is writing {partial}; wait for it, or pass another --output_dir")
+        partial.mkdir(exist_ok=True)
         if resume_key is None or unfinished_folder(path, resume_key) is None:
             for item in partial.iterdir():
                 remove(item)
@@ -101,26 +106,32 @@ def unfinished_folder(path: str | Path, resume_key: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _locked_folder(folder: Path) -> Iterator[Path]:
-    """`folder`, made if it is absent, for this process alone. Raises: InputError if another one has it."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another run is writing {folder}; wait for it, or pass another --output_dir"
-                ) from None
-            except OSError:
-                pass  # this file system has no locks
-            if not folder.is_dir() or os.stat(folder).st_ino != os.fstat(descriptor).st_ino:
-                continue  # the run that had it has just ended
-            yield folder
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock file `path` during the block; where another has it, wait, or yield False.
+
+    The system lets go of it when the process ends, however that ends. The file is gone afterwards.
+    """
+    from filelock import FileLock, Timeout  # here: 0.1 s that --help need not take
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            yield False
             return
-        finally:
-            os.close(descriptor)
+        logger.info("waiting for the process that holds %s", path)
+        lock.acquire()
+    except OSError as error:
+        if error.filename is not None:
+            raise  # it cannot be made; otherwise this file system has no locks
+    try:
+        yield True
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # while it is held: who gets a removed file tries again
+            lock.release()
 
 
 def _publish(partial: Path, path: Path) -> None:

@@ -7,18 +7,17 @@ Tokens take 2 bytes each (4 where the vocabulary is larger than 65,536), documen
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import atomic_folder, hash_file, named_write_errors, read_json, remove, write_json
+from ..core.files import atomic_folder, hash_file, locked, named_write_errors, read_json, remove, write_json
 from ..core.machine import available_cores
 from ..core.records import BadText
 
@@ -149,7 +148,7 @@ def open_or_build(kind: type[File], folder: Path, build: Callable[[Path], None])
     """Open a complete cache, or let one process of all that come here build it while the others wait."""
     if found := _open(kind, folder):
         return found
-    with _lock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
         if found := _open(kind, folder):
             return found
         _remove_abandoned(folder.parent)
@@ -176,26 +175,10 @@ def _describe(file: TokenCache) -> str:
     return f"{file.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"
 
 
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold an advisory lock, which the system frees when the process ends in any way; yields whether it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield False
-                return
-            logger.info("waiting for the process that holds %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
-
-
 def _remove_abandoned(cache_dir: Path) -> None:
     """Free the space of caches whose builder was killed."""
     for partial in cache_dir.glob(".*.partial"):
-        with _lock(partial.with_suffix(".lock"), wait=False) as held:
+        with locked(partial.with_suffix(".lock")) as held:
             if held:
                 remove(partial)
 
@@ -262,7 +245,7 @@ def hash_files(files: Sequence[Path], cache_dir: Path) -> list[list[str]]:
         hashes.append([path.suffix.lower(), recorded[-1]])
     if changed:
         # Only a shortcut: a cache folder that cannot be written may still hold what is needed.
-        with contextlib.suppress(OSError), _lock(cache_dir / f".{HASHES}.lock"):
+        with contextlib.suppress(OSError), locked(cache_dir / f".{HASHES}.lock", wait=True):
             write_json(index_path, index)
     return hashes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from ..lora.updates import Replace, plan_updates
 from ..models.loading import bf16_is_supported, load_model
 from ..models.rope import find_row_rotary, install_row_rotary, rope_overrides, scale_rope
 from ..text.prompts import OWN_TEMPLATE, resolve_template, template_name
-from ..text.tokenizer import embedding_rows, has_tokenizer, load_tokenizer
+from ..text.tokenizer import check_embedding_rows, has_tokenizer, load_tokenizer
 from ..weights.config import load_config, local_folder
 from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import open_checkpoint
@@ -93,28 +92,23 @@ def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedToken
         if len(set(rows.values())) > 1:
             raise InputError(f"adapter {adapter}: embed_tokens and lm_head get different rows {rows}; train both")
         config.vocab_size = rows.get(EMBEDDING, old_rows)
-    check_tokenizer_fits(tokenizer, config.vocab_size, old_rows, args.adapter_name_or_path)
+    _check_tokenizer(tokenizer, config.vocab_size, old_rows, args.adapter_name_or_path)
     return config
 
 
-def check_tokenizer_fits(
-    tokenizer: PreTrainedTokenizerBase, rows: int, old_rows: int, adapter: str | None = None
-) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, old_rows: int, adapter: str | None) -> None:
     """Raises: InputError unless `rows` embeddings, grown by an adapter from `old_rows`, are this tokenizer's."""
-    size = len(tokenizer)
     owner = f"adapter's embeddings have {rows} rows (the base has {old_rows})" if adapter else f"model has {rows} rows"
     remedy = f"pass --tokenizer_path {adapter}, or the" if adapter else "pass the model's own --tokenizer_path, or the"
-    if size > rows:
-        raise InputError(
-            f"the tokenizer has {size} tokens but the {owner}: they come from different runs; "
-            f"{remedy} {'adapter' if adapter else 'model'} that was trained with this tokenizer"
-        )
-    padded = rows in {embedding_rows(tokenizer), *(math.ceil(size / 2**n) * 2**n for n in range(10))}
-    if size <= old_rows < rows and not padded:
-        raise InputError(
-            f"the tokenizer has {size} tokens but the {owner}: it is the tokenizer from before the vocabulary grew; "
-            f"{remedy} folder of the trained tokenizer"
-        )
+    mismatch = f"the tokenizer has {len(tokenizer)} tokens but the {owner}"
+    check_embedding_rows(
+        tokenizer,
+        rows,
+        f"{mismatch}: they come from different runs; {remedy} {'adapter' if adapter else 'model'} that was "
+        "trained with this tokenizer",
+        old_rows,
+        f"{mismatch}: it is the tokenizer from before the vocabulary grew; {remedy} folder of the trained tokenizer",
+    )
 
 
 def load_for_inference(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import read_json
+from ..core.hub import find_folder
 from ..weights.names import ADAPTER_CONFIG
 
 # Settings of LoraConfig under which the trained model is not "base weight + change" as computed here.
@@ -127,7 +128,7 @@ def load_adapter_config(folder: str | Path) -> AdapterConfig:
 
     Raises: InputError if it is absent, broken, or describes a change that B @ A does not express.
     """
-    folder = Path(folder)
+    folder = find_folder(folder) or Path(folder)
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}; pass the folder PEFT saved")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from ..core.files import read_json
-from ..text.tokenizer import has_tokenizer, load_tokenizer
+from ..text.tokenizer import check_embedding_rows, has_tokenizer, is_padded_size, load_tokenizer
 from ..weights.config import load_config, local_folder
 from ..weights.meta_reader import is_meta_folder, meta_config, open_meta_checkpoint
 from ..weights.names import CLASSIFIER, EMBEDDING, HEAD, SCORE
@@ -152,18 +151,16 @@ def _check_vocabulary(model: MergedModel, base: Checkpoint, tokenizer: PreTraine
         logger.warning("no tokenizer found: the merged model has none; copy one there before using it")
         return
     size = len(tokenizer)
-    if size > rows:
-        raise InputError(
-            f"the tokenizer has {size} tokens, the merged model {rows} embedding rows: they come from different runs; "
-            "pass the adapter that was trained with this tokenizer, or another --tokenizer_path"
-        )
-    padded = rows in {math.ceil(size / multiple) * multiple for multiple in (2**power for power in range(10))}
-    if rows != old_rows and size <= old_rows and not padded:
-        raise InputError(
-            f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but the tokenizer has {size} tokens: "
-            "it is the one from before; pass the trained one as --tokenizer_path"
-        )
-    if not padded and rows != old_rows:
+    check_embedding_rows(
+        tokenizer,
+        rows,
+        f"the tokenizer has {size} tokens, the merged model {rows} embedding rows: they come from different runs; "
+        "pass the adapter that was trained with this tokenizer, or another --tokenizer_path",
+        old_rows,
+        f"the adapters grow the vocabulary from {old_rows} to {rows} rows, but the tokenizer has {size} tokens: "
+        "it is the one from before; pass the trained one as --tokenizer_path",
+    )
+    if rows != old_rows and not is_padded_size(tokenizer, rows):
         logger.warning("the tokenizer has %d tokens, the merged model %d rows: %d are unused", size, rows, rows - size)
 
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, ModelArguments
 from ..core.errors import InputError
-from ..weights.config import load_config
-from ..weights.reader import check_readable
+from ..weights.config import check_model, folder_or_hub_id, load_config
 from .gathering import full_shape
 
 if TYPE_CHECKING:
@@ -82,9 +81,7 @@ def load_model(
     import transformers
 
     assert args.model_name_or_path is not None
-    load_config(args.model_name_or_path)
-    if Path(args.model_name_or_path).is_dir():
-        check_readable(args.model_name_or_path)
+    check_model(args.model_name_or_path)
     quantization = quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, compute_dtype)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if quantization is not None and dtype == "auto":
@@ -92,7 +89,7 @@ def load_model(
     # None would replace what the config of a quantised folder says.
     settings = {} if quantization is None else {"quantization_config": quantization}
     model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
-        args.model_name_or_path,
+        folder_or_hub_id(args.model_name_or_path),
         dtype=dtype,
         attn_implementation=choose_attention(args.attn_implementation),
         device_map=device_map,
@@ -137,10 +134,7 @@ def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreT
     return model
 
 
-# ---------------------------------------------------------------- vocabulary
-
-
-# ---------------------------------------------------------------- adapters
+# ---------------------------------------------------------------- what is in a loaded model
 
 
 def causal_model(model: nn.Module) -> Any:

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..text.tokenizer import embedding_rows, load_tokenizer, segment_with
+from ..text.tokenizer import check_embedding_rows, embedding_rows, load_tokenizer, segment_with
 from .gathering import full_shape, gathered_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, may_grow: bool) -> None:
-    """Raises: InputError if the tokenizer has ids the model has no rows for and growing was not allowed."""
-    if len(tokenizer) > rows and not may_grow:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay "
-            "untrained; train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the "
-            "model's own tokenizer"
-        )
+def refuse_untrained_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raises: InputError if the tokenizer has ids the model has no rows for."""
+    check_embedding_rows(
+        tokenizer,
+        rows,
+        f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embedding rows: new rows would stay "
+        "untrained; train them with --modules_to_save embed_tokens,lm_head, or pass --resize_embeddings, or the "
+        "model's own tokenizer",
+    )
 
 
 def extend_vocabulary(

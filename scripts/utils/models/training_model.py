@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +13,12 @@ from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..text.tokenizer import embedding_rows
-from ..weights.config import load_config
+from ..weights.config import check_model, folder_or_hub_id
 from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import check_readable, open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
-from .new_rows import check_extends, check_vocabulary, extend_vocabulary, find_tokenizer
+from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,12 +69,10 @@ def check_training_request(
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
-    config = load_config(model_args.model_name_or_path)
+    config = check_model(model_args.model_name_or_path)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
-    if Path(model_args.model_name_or_path).is_dir():
-        check_readable(model_args.model_name_or_path)
     if lora_args.full_finetuning and model_args.load_in_kbits != 16:
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
@@ -85,7 +82,8 @@ def check_training_request(
         trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
         check_readable(lora_args.adapter_name_or_path)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
-    check_vocabulary(config.vocab_size, tokenizer, may_grow)
+    if not may_grow:
+        refuse_untrained_rows(tokenizer, config.vocab_size)
 
 
 def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task_type: str = "CAUSAL_LM") -> Any:
@@ -106,7 +104,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
                 module.support_avx512bf16_for_cpu = False
     if args.adapter_name_or_path:
         check_adapter_fits(args.adapter_name_or_path, model)
-        wrapped: Any = PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
+        wrapped: Any = PeftModel.from_pretrained(model, folder_or_hub_id(args.adapter_name_or_path), is_trainable=True)
     else:
         targets = resolve_target_modules(args.target_modules, model.config)
         saved = [name for name in (args.modules_to_save or "").split(",") if name]

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..core.files import atomic_file, hash_json
+from ..core.hub import find_folder
 from ..data.batches import Example, PairCollator, model_inputs, sum_by_answer
 from ..data.cache import hash_files
 from ..data.preferences import PairCache
 from ..models.gathering import whole_models_loaded
 from ..models.lm_loss import loss_targets
-from ..models.new_rows import check_extends, check_vocabulary, find_tokenizer
+from ..models.new_rows import check_extends, find_tokenizer, refuse_untrained_rows
 from ..models.training_model import build_training_model
 from ..text.prompts import IGNORE_INDEX
-from ..weights.config import load_config
-from ..weights.reader import check_readable
+from ..weights.config import check_model, load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,14 +62,12 @@ def check_reference(lora_args: LoraArguments, reference_model: str | None, need:
 
 def check_reference_model(folder: str, tokenizer: PreTrainedTokenizerBase, flag: str = "--reference_model") -> None:
     """Raises: InputError unless a model reads the tokens of a policy with this tokenizer; `flag` names it."""
-    config = load_config(folder)
-    if Path(folder).is_dir():
-        check_readable(folder)
+    config = check_model(folder)
     own = find_tokenizer(folder)
     try:
         if own is not None:
             check_extends(tokenizer, own)
-        check_vocabulary(config.vocab_size, tokenizer, may_grow=False)
+        refuse_untrained_rows(tokenizer, config.vocab_size)
     except InputError as error:
         raise InputError(
             f"{flag} {folder} has another vocabulary than the policy, so it cannot judge the same tokens; "
@@ -106,13 +104,13 @@ def reference_key(
 
     Args: model_args: of the reference, whose model_name_or_path it is.
     """
-    folder = Path(str(model_args.model_name_or_path))
-    if folder.is_dir():
+    name = str(model_args.model_name_or_path)
+    if folder := find_folder(name):
         files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")]
         with training_args.main_process_first(local=False, desc="hashing the reference"):
             weights: Any = hash_files([folder / "config.json", *files], cache_dir)
     else:
-        weights = [str(folder), getattr(load_config(str(folder)), "_commit_hash", None)]
+        weights = [name, getattr(load_config(name), "_commit_hash", None)]
     arithmetic = [training_args.precision, model_args.dtype, model_args.load_in_kbits, lora_args.full_finetuning]
     return hash_json([FORMAT, weights, arithmetic, [model_args.quant_type, model_args.double_quant]])
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from ..core.arguments import LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..core.files import read_json
+from ..core.hub import find_folder
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, load_model
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
-from ..text.tokenizer import load_tokenizer
-from ..weights.config import load_config, local_folder
+from ..text.tokenizer import check_embedding_rows, load_tokenizer
+from ..weights.config import check_model, load_config, local_folder
 from ..weights.names import ADAPTER_CONFIG, CLASSIFIER, SCORE
 from ..weights.reader import check_readable, open_checkpoint
 
@@ -149,7 +150,7 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 
 def adapter_task(folder: str | Path) -> str | None:
     """The task_type of an adapter's config; TASK_TYPE for reward models."""
-    task: str | None = read_json(Path(folder) / ADAPTER_CONFIG).get("task_type")
+    task: str | None = read_json((find_folder(folder) or Path(folder)) / ADAPTER_CONFIG).get("task_type")
     return task
 
 
@@ -159,18 +160,17 @@ def check_reward_request(
     """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path: the tuned model that the reward model starts from")
-    config = load_config(model_args.model_name_or_path)
-    if Path(model_args.model_name_or_path).is_dir():
-        check_readable(model_args.model_name_or_path)
+    config = check_model(model_args.model_name_or_path)
     if is_classifier(config) and config.num_labels != 1:
         raise InputError(
             f"{model_args.model_name_or_path} is a classifier with {config.num_labels} labels; a reward model has one"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; merge the "
-            "adapter that brings the new rows first, or pass the model's own tokenizer"
-        )
+    check_embedding_rows(
+        tokenizer,
+        config.vocab_size,
+        f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; merge the "
+        "adapter that brings the new rows first, or pass the model's own tokenizer",
+    )
     if lora_args.full_finetuning and model_args.load_in_kbits != 16:
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"

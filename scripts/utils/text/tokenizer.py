@@ -21,6 +21,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from ..core.errors import InputError
 from ..core.files import hash_json, read_json, write_json
+from ..core.hub import fetch, find_folder, is_hub_id
 from .pieces import (
     CONTROL,
     SAMPLE,
@@ -142,20 +143,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _local_folder(name: str | Path) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder := find_folder(name):
         return folder
-    if folder.exists():
-        raise InputError(f"tokenizer {name} is a file; pass the folder it lies in")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+    if not is_hub_id(name):
+        if Path(name).exists():
+            raise InputError(f"tokenizer {name} is a file; pass the folder it lies in")
         raise InputError(f"tokenizer folder not found: {name}")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[*TOKENIZER_FILES, "config.json"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"tokenizer {name}: no such folder, and the hub gave none for it: {reason}") from None
+    patterns = [*TOKENIZER_FILES, "config.json"]
+    return fetch(name, "a tokenizer of the hub", functools.partial(snapshot_download, allow_patterns=patterns))
 
 
 def _is_tiktoken(path: Path) -> bool:
@@ -334,6 +331,30 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows the model's embeddings should have: the vocabulary, padded as --pad_to_multiple_of asked when merging."""
     return max(len(tokenizer), int(tokenizer.init_kwargs.get("embedding_rows") or 0))
+
+
+def is_padded_size(tokenizer: PreTrainedTokenizerBase, rows: int) -> bool:
+    """Whether `rows` are the vocabulary, padded as recorded or, as others do, to a multiple of a power of two."""
+    size = len(tokenizer)
+    return rows == embedding_rows(tokenizer) or any(rows == -(-size // 2**n) * 2**n for n in range(10))
+
+
+def check_embedding_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: int, too_few: str, old_rows: int | None = None, outdated: str = ""
+) -> None:
+    """Check that a model whose embeddings have `rows` rows can be this tokenizer's.
+
+    Args:
+        too_few: what to say if some tokens have no row.
+        old_rows: the rows before adapters grew them. A tokenizer for which these were enough is the one from before,
+            unless the new rows are its padding.
+        outdated: what to say then.
+    Raises: InputError.
+    """
+    if len(tokenizer) > rows:
+        raise InputError(too_few)
+    if old_rows is not None and len(tokenizer) <= old_rows < rows and not is_padded_size(tokenizer, rows):
+        raise InputError(outdated)
 
 
 # ---------------------------------------------------------------- saving

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
+from ..core.hub import fetch, find_folder, is_hub_id
 from .names import ADAPTER_CONFIG
+from .reader import check_readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+def folder_or_hub_id(name_or_path: str) -> str:
+    """What transformers and PEFT are to open: a folder, or a hub id as it is, which they download and record."""
+    return str(find_folder(name_or_path) or name_or_path)
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """Read a model's config. Raises: InputError if the folder or its config.json is absent or broken."""
     from transformers import AutoConfig
 
-    path = Path(name_or_path)
-    if path.is_dir() and not (path / "config.json").is_file():
+    path = find_folder(name_or_path)
+    if path is not None and not (path / "config.json").is_file():
         adapter = " (it holds an adapter: pass the base model here)" if (path / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{path} has no config.json, so it is no model folder{adapter}")
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(folder_or_hub_id(name_or_path))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the model config of {name_or_path}: {error}") from None
+
+
+def check_model(name_or_path: str) -> PreTrainedConfig:
+    """A fast check before weights are loaded: the config, and, of a folder, that its weight files are whole.
+
+    Raises: InputError naming the file.
+    """
+    config = load_config(name_or_path)
+    if folder := find_folder(name_or_path):
+        check_readable(folder)
+    return config
 
 
 def local_folder(name_or_path: str) -> Path:
@@ -33,26 +49,20 @@ def local_folder(name_or_path: str) -> Path:
 
     Raises: InputError if there is no such folder and the hub has (or reaches) nothing of that name.
     """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+    if folder := find_folder(name_or_path):
+        return folder
+    if not is_hub_id(name_or_path):
         raise InputError(f"folder not found: {name_or_path}")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    return fetch(name_or_path, "a hub id", _download_model)
 
-    try:
-        names = [] if os.environ.get("HF_HUB_OFFLINE") == "1" else HfApi().list_repo_files(name_or_path)
-        kinds = ["safetensors", "bin", "pth"]  # the first that is there, others hold the same weights again
-        found = next((kind for kind in kinds if any(name.endswith(f".{kind}") for name in names)), None)
-        skip = [f"*.{kind}" for kind in kinds if found and kind != found]
-        return Path(
-            snapshot_download(
-                name_or_path,
-                allow_patterns=["*.json", "*.model", "*.jinja", "*.safetensors", "*.bin", "*.pth"],
-                ignore_patterns=skip,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"no folder {name_or_path}, and as a hub id it cannot be fetched: {reason}") from None
+
+def _download_model(hub_id: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    # The first kind of weights that is there: others hold the same ones again. Not by a list of the hub's files, which
+    # there is none of without a network, though the model may be in the cache.
+    for kind in ("safetensors", "bin", "pth"):
+        folder = snapshot_download(hub_id, allow_patterns=["*.json", "*.model", "*.jinja", f"*.{kind}"])
+        if any(Path(folder).rglob(f"*.{kind}")):
+            break
+    return folder

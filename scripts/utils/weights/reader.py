@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import read_json
+from ..core.hub import find_folder
 from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .streams import WINDOW, FileHasher
 
@@ -289,10 +290,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
     Raises: InputError naming the file that is missing, truncated or corrupted.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    found = find_folder(folder)
+    if found is None:
         raise InputError(f"folder not found: {folder}")
-    files, index = _weight_files(folder)
+    files, index = _weight_files(found)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for info in read_bin_header(file) if file.suffix == ".bin" else _read_safetensors_header(file):
@@ -305,7 +306,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise InputError(
             f"{index} names {len(missing)} tensors that no file holds, first {missing[0]}; download again"
         )
-    return Checkpoint(folder, tensors)
+    return Checkpoint(found, tensors)
 
 
 def check_readable(folder: str | Path) -> None:

@@ -1,14 +1,19 @@
 """utils.core.files and utils.core.records: reading against plain oracles, errors with file:line, atomic output."""
 
 import errno
+import fcntl
 import itertools
 import json
 import os
 import random
 import re
+import subprocess
+import sys
+import threading
 
 import pytest
 
+from support.paths import SCRIPTS
 from utils.core import files, records
 from utils.core import records as core_records
 from utils.core.errors import InputError
@@ -243,6 +248,66 @@ def test_atomic_folder_is_complete_or_absent(tmp_path):
         (partial / "newer").write_text("2")
     assert [path.name for path in target.iterdir()] == ["newer"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "first").write_text("1")
+        with pytest.raises(InputError, match="another run is writing"), atomic_folder(tmp_path / "out"):
+            pass
+        assert [path.name for path in partial.iterdir()] == ["first"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    code = (
+        "import pathlib, sys, time\n"
+        "from utils.core.files import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as partial:\n"
+        "    (partial / 'half').touch()\n"
+        "    print(flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        with pytest.raises(InputError, match="another run is writing"), atomic_folder(tmp_path / "out"):
+            pass
+        process.kill()
+    with atomic_folder(tmp_path / "out") as partial:
+        assert not list(partial.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    order = []
+
+    def second():
+        with files.locked(tmp_path / ".lock", wait=True) as held:
+            order.append(held)
+
+    thread = threading.Thread(target=second)
+    with files.locked(tmp_path / ".lock"):
+        thread.start()
+        with files.locked(tmp_path / ".lock") as held:
+            assert not held
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", True] and not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_still_works(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "a").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    (tmp_path / "file").touch()
+    with pytest.raises((NotADirectoryError, FileExistsError)), files.locked(tmp_path / "file" / "lock"):
+        pass
 
 
 def test_atomic_file_keeps_the_old_content_on_failure(tmp_path):

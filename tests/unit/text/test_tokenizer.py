@@ -16,6 +16,7 @@ from utils.core.errors import InputError
 from utils.text.pieces import BYTE, CONTROL, SAMPLE, inexact_rate, inexact_reason, read_sentencepiece_model
 from utils.text.tokenizer import (
     SentencePieceTokenizer,
+    check_embedding_rows,
     embedding_rows,
     encode_text,
     encode_texts,
@@ -278,6 +279,28 @@ def test_a_missing_folder_is_an_input_error(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=name):
         load_tokenizer(name)
+
+
+def test_a_tokenizer_fits_the_rows_of_its_model(base_tokenizer_folder):
+    tokenizer = load_tokenizer(base_tokenizer_folder)
+    size = len(tokenizer)
+
+    def check(rows, old_rows=None):
+        check_embedding_rows(tokenizer, rows, "too few", old_rows, "outdated")
+
+    check(size)
+    check(size + 100)  # rows that nobody grew are padding
+    with pytest.raises(InputError, match="too few"):
+        check(size - 1)
+    check(size + 50, size - 50)  # grown for this tokenizer
+    with pytest.raises(InputError, match="outdated"):
+        check(size + 50, size)
+    check(-(-(size + 1) // 64) * 64, size + 1)  # grown to a multiple of a power of two, as others pad
+    padded = -(-size // 100) * 100 + 100
+    with pytest.raises(InputError, match="outdated"):
+        check(padded, size)
+    tokenizer.init_kwargs["embedding_rows"] = padded  # as merge_tokenizers.py --pad_to_multiple_of records it
+    check(padded, size)
 
 
 def test_a_tokenizer_json_alone_is_loaded_as_it_is(tmp_path, merged_folder, texts):

@@ -289,6 +289,8 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 def test_names_that_are_no_folder(tmp_path, monkeypatch):
     assert config.local_folder(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.local_folder("~") == tmp_path
     with pytest.raises(InputError, match="folder not found: /no/such/folder"):
         config.local_folder("/no/such/folder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

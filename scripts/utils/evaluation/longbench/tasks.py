@@ -15,6 +15,7 @@ from typing import Any
 
 from ...core.errors import InputError
 from ...core.files import atomic_folder
+from ...core.hub import fetch, find_folder, is_hub_id
 from ...core.records import iter_records
 
 LANGUAGES = ("zh", "en", "code")
@@ -227,23 +228,17 @@ def find_data(name: str) -> Path:
 
     Raises: InputError if there is no such folder and the hub has (or reaches) nothing of that name.
     """
-    path = Path(name)
-    if path.is_dir():
+    if path := find_folder(name):
         return path / "data" if any(path.glob("data/*.jsonl")) and not any(path.glob("*.jsonl")) else path
     remedy = f"download {ARCHIVE} of {HUB_ID} where there is a network, unzip it, and pass that folder as --data_dir"
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_hub_id(name):
         raise InputError(f"--data_dir {name} is no folder; {remedy}")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    try:
-        archive = Path(hf_hub_download(name, ARCHIVE, repo_type="dataset"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"no folder {name}, and as a dataset of the hub it cannot be fetched: {reason}; {remedy}"
-        ) from None
-    return _unpack(archive)
+    def download(hub_id: str) -> str:
+        return hf_hub_download(hub_id, ARCHIVE, repo_type="dataset")
+
+    return _unpack(fetch(name, "a dataset of the hub", download, f"; {remedy}"))
 
 
 def _unpack(archive: Path) -> Path:

@@ -7,13 +7,13 @@ one's own jsonl too, and files beside each other, `<subject>_<split>` or, for wh
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.errors import InputError
 from ...core.files import hash_file, hash_json, read_json
+from ...core.hub import find_folder, is_hub_id
 from ...core.records import iter_records
 from .questions import ChoiceQuestion, iter_csv, read_questions
 from .subjects import SUBJECTS, Subject
@@ -285,15 +285,16 @@ def _open_source(name: str, data_dir: str | None) -> Source:
     if own:
         if data_dir is not None:
             raise InputError(f"--benchmark {name} is a folder itself; leave out --data_dir")
-        if not Path(name).is_dir():
+        folder = find_folder(name)
+        if folder is None:
             raise InputError(f"--benchmark {name}: need one of {', '.join(PUBLISHED)}, or a folder of questions")
-        return Source(name, Path(name))
+        return Source(name, folder)
     if data_dir is None:
         raise InputError(
             f"--benchmark {name}: pass --data_dir, the folder of its files, or the hub's --data_dir {HUB_IDS[name]}"
         )
-    if Path(data_dir).is_dir():
-        return Source(name, Path(data_dir))
-    if Path(data_dir).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_dir):
+    if folder := find_folder(data_dir):
+        return Source(name, folder)
+    if not is_hub_id(data_dir):
         raise InputError(f"--data_dir {data_dir} is no folder; {LAYOUT}")
     return HubSource(name, data_dir)
