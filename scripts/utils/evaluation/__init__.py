@@ -3,6 +3,7 @@
   intervals      how far a figure measured on a sample can be trusted
   plots          Perplexity on the screen and in pictures: a table, a curve by length, bits a byte with their
                  intervals
+  result_files   what the JSON of each evaluation holds, for the script that writes it and for whoever reads it
   progress       a file of questions and answers that is written as answers come, and goes on where a run was killed
   models         folders, adapters and GGUF files, in several precisions and scalings
   endpoints      models behind OpenAI-compatible servers, asked through the official client
@@ -13,5 +14,5 @@
   rolling_hash   characters folded, text cut into units, and hashes of stretches of units
   formats        what a model becomes in each way of storing it: size, perplexity, bits per byte, time of a token
 
-Others import: intervals, plots, progress, models, endpoints, perplexity, alignment, contamination.
+Others import: intervals, plots, result_files, progress, models, endpoints, perplexity, alignment, contamination.
 """

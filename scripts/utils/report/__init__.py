@@ -3,7 +3,8 @@
   charts        plain text that needs no scripts, no fonts and no files beside it
   pages         sections of text, tables and pictures, rendered as one self-contained HTML page and as Markdown
   stage_runner  The stages of a recipe, run one after another or side by side, with their times and memory in a log
-  recipe        the stages that make it, what they left behind, and the figures that sum it up
+  recipe        the stages of a run folder, and what they left behind, read and checked
+  summary       the figures that sum up a recipe's run: summary.json
   run           what every stage cost and bought
   rlhf          the reward model, PPO and DPO, and what they did for alignment
   results       Result files of evaluations, whatever made them: read, checked, and told apart where they cannot be
