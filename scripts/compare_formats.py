@@ -23,7 +23,7 @@ from typing import Any
 from utils.core.arguments import arg, list_arg
 from utils.core.command_line import run
 from utils.core.errors import InputError
-from utils.core.files import atomic_file, write_json
+from utils.core.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -188,22 +188,19 @@ def figures(row: dict[str, Any]) -> list[str]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Perplexity against size, a labelled dot a format."""
-    from matplotlib.figure import Figure
-
+    from utils.core.figures import saved_figure
     from utils.report.run import plot_points
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for title, points in plot_points(result).items():
-        sizes, perplexities = zip(*points.values(), strict=True)
-        axes.scatter(sizes, perplexities, label=title)
-        for rank, (name, place) in enumerate(sorted(points.items(), key=lambda item: item[1])):
-            above = (6, -12, 16)[rank % 3]  # neighbours lie close together
-            axes.annotate(name, place, xytext=(5, above), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="size, MB", ylabel="perplexity", title=Path(result["model"]).name)
-    axes.legend()
-    with atomic_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    with saved_figure(path, 7, 4.5, dpi=150, layout="constrained") as figure:
+        axes = figure.subplots()
+        for title, points in plot_points(result).items():
+            sizes, perplexities = zip(*points.values(), strict=True)
+            axes.scatter(sizes, perplexities, label=title)
+            for rank, (name, place) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+                above = (6, -12, 16)[rank % 3]  # neighbours lie close together
+                axes.annotate(name, place, xytext=(5, above), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="size, MB", ylabel="perplexity", title=Path(result["model"]).name)
+        axes.legend()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ summary.json; unfinished stages are named. Runs in about a second, without loadi
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,6 @@ def report_results(args: ReportArguments) -> dict[str, Any]:
 
 def report_run(args: ReportArguments) -> dict[str, Any]:
     """The page of a recipe's run folder."""
-    from utils.report.recipe import chinese_drop, english_rise
     from utils.report.run import write_report
 
     folder = Path(args.run_dir or RUN_DIR)
@@ -89,13 +88,13 @@ def report_run(args: ReportArguments) -> dict[str, Any]:
         "  alignment: tuned %.1f %% -> PPO %.1f %%, DPO %.1f %%; reward model right on %.1f %% of held-out pairs\n"
         "  files in %s: report.html, report.md, summary.json\n"
         "  next: open report.html in a browser, or: MODEL=%s bash scripts/run_inference.sh --interactive",
-        *(-100 * chinese_drop(summary), 100 * english_rise(summary)),
-        *(100 * summary["exact_match"]["base"], 100 * summary["exact_match"]["sft"]),
-        *("==" if summary["merged_equals_adapter"] else "!=", summary["seconds"]),
-        *(100 * summary["alignment"][side] for side in ("sft", "ppo", "dpo")),
-        *(100 * summary["reward_model_accuracy"], folder, folder / "assistant"),
+        *(-100 * summary.chinese_drop, 100 * summary.english_rise),
+        *(100 * summary.exact_match["base"], 100 * summary.exact_match["sft"]),
+        *("==" if summary.merged_equals_adapter else "!=", summary.seconds),
+        *(100 * summary.alignment[side] for side in ("sft", "ppo", "dpo")),
+        *(100 * summary.reward_model_accuracy, folder, folder / "assistant"),
     )
-    return summary
+    return asdict(summary)
 
 
 if __name__ == "__main__":

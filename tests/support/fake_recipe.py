@@ -211,8 +211,8 @@ def write_alignment(folder: Path) -> None:
              "answer": f"{name} 答第 {number} 题", "aligned": right, "stance": stance}
             for number, (q, right, stance) in enumerate(zip(questions, judged, stances, strict=True), 1)
         ]  # fmt: skip
-        figures = {**summarise(questions, judgements), "judge": "rules", "answers": rows}
-        write(folder / "alignment" / name / "alignment.json", figures)
+        figures = {"kind": "alignment", "settings": {}, "judge": "rules", **summarise(questions, judgements)}
+        write(folder / "alignment" / name / "alignment.json", figures | {"answers": rows})
         (folder / "alignment" / name / "alignment.png").write_bytes(PNG)
 
 

@@ -162,7 +162,8 @@ def arena(groups=1, votes="hash of votes") -> dict:
     return {
         "kind": "arena", "settings": {"report": True}, "votes": {"votes.jsonl": votes},
         "left_out": {"unparsed": 0, "duplicates": 0, "torn": 0},
-        "sources": {"x": {"weights": {"out/x": "print of x"}}, "y": {"server": "http://127.0.0.1/v1"}},
+        "sources": {"x": {"from": "out/x", "weights": ["print of x"], "template": "llama-2"},
+                    "y": {"from": "http://127.0.0.1/v1", "model": "y"}},
         "answering": {}, "environment": ENVIRONMENT, "battles": 13, "models": models, "pairs": pairs,
         "groups": [["x", "y", "z"]] if groups == 1 else [["x", "y"], ["z"]], "categories": {}, "judges": {},
     }  # fmt: skip

@@ -13,6 +13,8 @@
   contamination  which questions of a benchmark stand, in whole or in part, in files of training data
   rolling_hash   characters folded, text cut into units, and hashes of stretches of units
   formats        what a model becomes in each way of storing it: size, perplexity, bits per byte, time of a token
+  result_files   what the JSON of each evaluation holds, for the script that writes it and for whoever reads it
 
-Others import: intervals, plots, progress, models, endpoints, perplexity, alignment, contamination, formats.
+Others import: intervals, plots, progress, models, endpoints, perplexity, alignment, contamination, formats,
+result_files.
 """

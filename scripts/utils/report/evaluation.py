@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.result_files import AlignmentResult, ChoiceResult, ResultFile
 from .pages import Block, Cell, Page, Paragraph, Section, Table, Text, columns, write_page
 from .results import Entry
 from .sections import (
@@ -33,7 +34,7 @@ NOTE = Text(
 )
 
 
-def write_evaluation(entries: Sequence[Entry], folder: Path) -> dict[str, Any]:
+def write_evaluation(entries: Sequence[Entry[Any]], folder: Path) -> dict[str, Any]:
     """Write evaluation.html and evaluation.md; returns {column: {model: its main figure}}."""
     write_page(build_page(entries), folder / PAGE)
     return {
@@ -42,7 +43,7 @@ def write_evaluation(entries: Sequence[Entry], folder: Path) -> dict[str, Any]:
     }
 
 
-def build_page(entries: Sequence[Entry]) -> Page:
+def build_page(entries: Sequence[Entry[Any]]) -> Page:
     """All sections, in the order they are read."""
     sections = [
         *overview_sections(entries),
@@ -60,7 +61,7 @@ def build_page(entries: Sequence[Entry]) -> Page:
     return Page(Text("评测结果", "Evaluation"), sections, " · ".join(files))
 
 
-def overview_sections(entries: Sequence[Entry]) -> list[Section]:
+def overview_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """All models and benchmarks in one table."""
     found, notes = group_columns([entry for entry in entries if entry.kind != "arena"])
     if not found:
@@ -86,12 +87,12 @@ def overview_sections(entries: Sequence[Entry]) -> list[Section]:
 # ---------------------------------------------------------------- what was asked, and how
 
 
-def prompts_section(entries: Sequence[Entry]) -> Section:
+def prompts_section(entries: Sequence[Entry[Any]]) -> Section:
     """How each benchmark was asked, with a prompt or a question as it was."""
     rows: list[list[Cell]] = []
     for column in group_columns([entry for entry in entries if entry.kind != "perplexity"])[0]:
-        file = column.entries[0].file
-        rows.append([column.heading, describe_prompts(column.entries[0]), example_of(file)])
+        entry = column.entries[0]
+        rows.append([column.heading, describe_prompts(entry), example_of(entry.file)])
     header = columns("评测|benchmark", "提示|prompts", "示例|example")
     note = Text(
         "示例是第一题的提示，如实照录；对话形式尚未套用模型的模板。",
@@ -101,25 +102,28 @@ def prompts_section(entries: Sequence[Entry]) -> Section:
     return Section("prompts", Text("提示", "Prompts"), [Paragraph(note), Table(header, rows, words=3)])
 
 
-def describe_prompts(entry: Entry) -> str:
+def describe_prompts(entry: Entry[Any]) -> str:
     """Presets and the like; the templates of the models, which may be their own."""
     details = {key: value for key, value in entry.details.items() if key not in ("data", "prompt", "votes", "samples")}
     return "\n".join(f"{key}: {value}" for key, value in details.items() if value not in (None, []))
 
 
-def example_of(file: Mapping[str, Any]) -> str:
-    example = (file.get("prompts") or {}).get("example")
-    if example is None and isinstance(file.get("answers"), list):
-        example = file["answers"][0]["question"]
+def example_of(file: ResultFile) -> str:
+    """The first prompt, as text or as messages, or the first question; not every kind keeps one."""
+    example: Any = None
+    if isinstance(file, ChoiceResult):
+        example = file.prompts.example
+    elif isinstance(file, AlignmentResult):
+        example = file.answers[0].question
     if isinstance(example, list):
         return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in example)
     return "—" if example is None else str(example)
 
 
-def settings_section(entries: Sequence[Entry]) -> Section:
+def settings_section(entries: Sequence[Entry[Any]]) -> Section:
     """The flags of each file that differ from their defaults."""
     rows: list[list[Cell]] = [
-        [str(path), ", ".join(models_of(entries)), say(entries[0].file["settings"])]
+        [str(path), ", ".join(models_of(entries)), say(entries[0].file.settings)]
         for path, entries in by_file(entries).items()
     ]
     header = columns("文件|file", "模型|model", "与默认值不同的设置|settings that differ from defaults")
@@ -131,14 +135,14 @@ def say(settings: Mapping[str, Any]) -> str:
     return "\n".join(f"--{key} {value}" for key, value in plain.items()) or "—"
 
 
-def by_file(entries: Sequence[Entry]) -> dict[Path, list[Entry]]:
-    found: dict[Path, list[Entry]] = {}
+def by_file(entries: Sequence[Entry[Any]]) -> dict[Path, list[Entry[Any]]]:
+    found: dict[Path, list[Entry[Any]]] = {}
     for entry in entries:
         found.setdefault(entry.path, []).append(entry)
     return found
 
 
-def data_section(entries: Sequence[Entry]) -> Section:
+def data_section(entries: Sequence[Entry[Any]]) -> Section:
     """Fingerprints of weights and hashes of data files."""
     weights: dict[tuple[str, str], list[Cell]] = {}
     for entry in entries:
@@ -157,11 +161,11 @@ def data_section(entries: Sequence[Entry]) -> Section:
     return Section("data", Text("权重与数据", "Weights and data"), blocks)
 
 
-def environment_section(entries: Sequence[Entry]) -> Section:
+def environment_section(entries: Sequence[Entry[Any]]) -> Section:
     """Package versions; files of one environment share a column."""
     groups: dict[str, tuple[Mapping[str, str], list[str]]] = {}
     for path, found in by_file(entries).items():
-        versions = found[0].file.get("environment") or {}
+        versions = found[0].file.environment
         groups.setdefault(repr(sorted(versions.items())), (versions, []))[1].append(str(path))
     packages = dict.fromkeys(name for versions, _ in groups.values() for name in versions)
     header = [Text("软件包", "package"), *(Text("\n".join(files), "") for _, files in groups.values())]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -187,6 +187,22 @@ def escape_markdown(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- figures and labels as text
+
+
+def title_of(known: Mapping[str, Text], name: str) -> Text:
+    """The title of a name, or the name itself."""
+    return known.get(name, Text(name, ""))
+
+
+def target_of(bound: str) -> Text:
+    """What a card says of its aim."""
+    return Text("目标", f"target {bound}")
+
+
+def evenly_spaced(members: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the members, evenly spaced."""
+    count = min(most, len(members))
+    return [members[(2 * rank + 1) * len(members) // (2 * count)] for rank in range(count)]
 
 
 def columns(*labels: str) -> list[Text]:

@@ -1,8 +1,7 @@
-"""A recipe's run folder: the stages that make it, what they left behind, and the figures that sum it up."""
+"""A recipe's run folder: the stages that make it, and what they left behind, read and checked."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from ..core.command_line import RUN_CONFIG
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.records import iter_records
+from ..evaluation.result_files import AlignmentResult, read_result_of
 from ..training.plots import Curves, log_curves
 from .pages import Text
 from .results import Entry, need, read_results
-from .stage_runner import STAGE_LOG, wall_seconds
+from .stage_runner import STAGE_LOG
 
 TARGET_KIND = "unseen_wording"  # the kind of question that tuning promises to answer
 LANGUAGES = {"zh": Text("中文", "Chinese"), "en": Text("英文", "English")}
@@ -117,15 +117,33 @@ KINDS = {
     "unseen_operands": Text("算术，数字组合未见过", "arithmetic with unseen operands"),
     "pretraining_only": Text("只在预训练文本中出现的事实", "facts seen in pre-training only"),
 }
-NUM_SAMPLES = {TARGET_KIND: 8}  # questions shown of a kind; 3 of any other
 
 
-@dataclass
+@dataclass(frozen=True)
+class StageTimes:
+    """When a stage began, in seconds since 1970, how long it ran, and the memory it took, 1e9 bytes."""
+
+    started: float
+    seconds: float
+    peak_memory_gb: float
+
+
+@dataclass(frozen=True)
+class PolicySample:
+    """An answer to a held-out prompt that ppo.py noted at an evaluation."""
+
+    set: str
+    prompt: str
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True)
 class RecipeRun:
     """What the stages of a recipe left behind."""
 
     folder: Path
-    stages: dict[str, dict[str, float]]  # name -> started, seconds, peak_memory_gb of its last run
+    stages: dict[str, StageTimes]  # of the last run of each
     results: dict[str, dict[str, Any]]  # training stage -> metrics
     history: dict[str, list[dict[str, Any]]]  # training stage -> log lines
     vocabulary: dict[str, Any]
@@ -135,9 +153,9 @@ class RecipeRun:
     questions: list[dict[str, Any]]
     answers: dict[str, list[str]]  # ANSWERS -> one a question
     reward_reports: dict[str, dict[str, Any]]  # held-out set of pairs -> what rm.py says of the reward model on it
-    ppo_samples: list[dict[str, Any]]  # answers to held-out prompts, evaluation by evaluation
-    alignment: dict[str, dict[str, Any]]  # ALIGNMENT_SIDES -> alignment.json
-    evaluations: list[Entry]  # questions with choices and perplexity, of EVALUATED
+    ppo_samples: list[PolicySample]  # evaluation by evaluation
+    alignment: dict[str, AlignmentResult]  # ALIGNMENT_SIDES -> alignment.json
+    evaluations: list[Entry[Any]]  # questions with choices and perplexity, of EVALUATED
 
 
 def load_run(folder: Path, questions_file: Path) -> RecipeRun:
@@ -164,7 +182,7 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
         questions=questions,
         answers={name: read_answers(folder / STAGES[f"answers_{name}"].mark, questions) for name in ANSWERS},
         reward_reports=read_reward_reports(folder / REWARD_REPORT),
-        ppo_samples=read_samples(folder / PPO_SAMPLES),
+        ppo_samples=read_policy_samples(folder / PPO_SAMPLES),
         alignment=read_alignment(folder),
         evaluations=read_evaluations(folder),
     )
@@ -191,14 +209,14 @@ def refuse_unfinished(folder: Path) -> None:
         raise InputError("\n".join([*problems, f"run `{command}`: it skips finished stages and makes the others"]))
 
 
-def read_stage_log(path: Path) -> dict[str, dict[str, float]]:
-    """started, seconds and peak_memory_gb of every stage; of a stage that ran again, the last line counts."""
-    stages, end = dict[str, dict[str, float]](), 0.0
+def read_stage_log(path: Path) -> dict[str, StageTimes]:
+    """The times of every stage; of a stage that ran again, the last line counts."""
+    stages, end = dict[str, StageTimes](), 0.0
     for location, line in iter_records(path):
-        figures = {key: float(need(line, key, location)) for key in ("seconds", "peak_memory_gb")}
-        figures["started"] = float(line.get("started", end))  # older logs: behind the one before
-        end = figures["started"] + figures["seconds"]
-        stages[str(need(line, "name", location))] = figures
+        seconds, memory = (float(need(line, key, location)) for key in ("seconds", "peak_memory_gb"))
+        started = float(line.get("started", end))  # older logs: behind the one before
+        end = started + seconds
+        stages[str(need(line, "name", location))] = StageTimes(started, seconds, memory)
     if not stages:
         raise InputError(f"{path} is empty; run_demo.sh writes a line for every stage")
     return stages
@@ -236,27 +254,23 @@ def read_reward_reports(path: Path) -> dict[str, dict[str, Any]]:
     return reports
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
+def read_policy_samples(path: Path) -> list[PolicySample]:
     """Answers to held-out prompts that ppo.py noted. Raises: InputError if one lacks what is shown."""
-    samples = []
-    for location, record in iter_records(path):
-        samples.append({key: need(record, key, location) for key in ("set", "prompt", "answer", "score")})
-    return samples
+    return [
+        PolicySample(*(need(record, key, location) for key in ("set", "prompt", "answer", "score")))
+        for location, record in iter_records(path)
+    ]
 
 
-def read_alignment(folder: Path) -> dict[str, dict[str, Any]]:
+def read_alignment(folder: Path) -> dict[str, AlignmentResult]:
     """alignment.json of every side. Raises: InputError if one is broken, or answers other questions than the first."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, AlignmentResult] = {}
     asked: dict[str, list[Any]] = {}
     for side in ALIGNMENT_SIDES:
         path = folder / STAGES[f"alignment_{SIDES[side]}"].mark
-        result = results[side] = read_json(path)
-        for key in ("aligned", "interval", "questions", "unclear", "by_category", "by_expected", "answers"):
-            need(result, key, path)
-        for number, row in enumerate(result["answers"], 1):
-            for key in ("id", "category", "question", "expected", "answer", "aligned"):
-                need(row, key, f"{path}, answer {number}")
-        asked[side] = [(row["id"], row["category"], row["question"], row["expected"]) for row in result["answers"]]
+        results[side] = read_result_of(AlignmentResult, path)
+        asked[side] = [(row.id, row.category, row.question, row.expected) for row in results[side].answers]
+        # The tables put answers to a question side by side, by their place alone.
         if not asked[side] or asked[side] != asked["sft"]:
             first = STAGES["alignment_assistant"].mark
             raise InputError(
@@ -265,7 +279,7 @@ def read_alignment(folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def read_evaluations(folder: Path) -> list[Entry]:
+def read_evaluations(folder: Path) -> list[Entry[Any]]:
     """Multiple choice and perplexity of every stage. Raises: InputError if one is broken, or of other questions."""
     marks = [STAGES[name].mark for name in (*(f"choices_{model}" for model in EVALUATED), "perplexity")]
     entries = read_results([str(folder / mark) for mark in marks])
@@ -279,102 +293,6 @@ def read_evaluations(folder: Path) -> list[Entry]:
     return entries
 
 
-# ---------------------------------------------------------------- figures
-
-
-def summarise(run: RecipeRun) -> dict[str, Any]:
-    """The figures of summary.json: seconds, 1e9 bytes, bits per byte, shares from 0 to 1.
-
-    Time in which several stages ran side by side counts once.
-    """
-    by_kind = exact_match_by(run, [question.get("kind", "other") for question in run.questions])
-    return {
-        "seconds": round(wall_seconds(run.stages.values()), 1),
-        "peak_memory_gb": max(stage["peak_memory_gb"] for stage in run.stages.values()),
-        "stage_seconds": {name: stage["seconds"] for name, stage in run.stages.items()},
-        "bits_per_byte": {language: bits_per_byte(run, language) for language in LANGUAGES},
-        "exact_match": {side: by_kind[TARGET_KIND][side] for side in SIDES},
-        "exact_match_by_kind": by_kind,
-        "vocabulary": {
-            "base": need(run.vocabulary, "base_vocabulary", "vocabulary_report.json"),
-            "merged": need(run.vocabulary, "vocabulary", "vocabulary_report.json"),
-        },
-        "merged_equals_adapter": run.answers["assistant"] == run.answers["adapter"],
-        "alignment": {side: float(result["aligned"]) for side, result in run.alignment.items()},
-        "alignment_interval": {side: result["interval"] for side, result in run.alignment.items()},
-        "reward_model_accuracy": reward_accuracy(run),
-        "kl": {"ppo": ppo_kl(run)},
-        "multiple_choice": {
-            entry.model: entry.figures["accuracy"] / 100 for entry in run.evaluations if "accuracy" in entry.figures
-        },
-        "rlhf_seconds": round(wall_seconds(run.stages[name] for name in RLHF_STAGES if name in run.stages), 1),
-    }
-
-
-def bits_per_byte(run: RecipeRun, language: str) -> dict[str, float]:
-    """Of held-out text: by the base, by the extended model before its first step, and after pre-training."""
-    metric = f"eval_{language}_bits_per_byte"
-    extended = need(run.embedding_init, run.init_method, "embedding_init.json")
-    return {
-        "base": float(need(run.results["base"], metric, run.folder / STAGES["base"].mark)),
-        "extended": float(need(extended, language, "embedding_init.json")),
-        "pretrained": float(need(run.results["pretrain"], metric, run.folder / STAGES["pretrain"].mark)),
-    }
-
-
-def reward_accuracy(run: RecipeRun) -> float:
-    """Share of held-out pairs whose better answer the reward model prefers."""
-    reports = run.reward_reports.values()
-    return float(sum(report["accuracy"] * report["pairs"] for report in reports) / sum(r["pairs"] for r in reports))
-
-
-def ppo_kl(run: RecipeRun) -> float:
-    """KL of the saved PPO policy to the tuned model, nats an answer, mean over the sets of held-out prompts."""
-    found = [value for key, value in run.results["ppo"].items() if re.fullmatch("eval_.+_kl", key)]
-    if not found:
-        raise InputError(f"{run.folder / STAGES['ppo'].mark}: no 'eval_<set>_kl'; run ppo.py with validation prompts")
-    return float(sum(found) / len(found))
-
-
-def is_exact(answer: str, question: Mapping[str, Any]) -> bool:
-    """Whether an answer is the expected one, white space around it apart."""
-    return answer.strip() == str(need(question, "output", "questions")).strip()
-
-
-def exact_match_by(run: RecipeRun, groups: Sequence[str | None]) -> dict[str, dict[str, Any]]:
-    """Share of exact answers of every side, by group.
-
-    Args:
-        groups: the group of each question; None leaves it out.
-    """
-    result: dict[str, dict[str, Any]] = {}
-    for group in dict.fromkeys(name for name in groups if name is not None):
-        members = [index for index, name in enumerate(groups) if name == group]
-        result[group] = {
-            side: sum(is_exact(run.answers[source][index], run.questions[index]) for index in members) / len(members)
-            for side, source in SIDES.items()
-        }
-        result[group]["questions"] = len(members)
-    return result
-
-
-def chinese_drop(summary: Mapping[str, Any]) -> float:
-    """How far Chinese bits per byte fell below the lower of the base's and the extended model's, as a share."""
-    bits = summary["bits_per_byte"]["zh"]
-    return 1 - bits["pretrained"] / min(bits["base"], bits["extended"])
-
-
-def english_rise(summary: Mapping[str, Any]) -> float:
-    """How far English bits per byte rose above the base's, as a share; negative: they fell."""
-    bits = summary["bits_per_byte"]["en"]
-    return bits["pretrained"] / bits["base"] - 1
-
-
-def exact_change(summary: Mapping[str, Any], side: str) -> float:
-    """How the share of exact answers changed from the tuned model to `side`, -1 to 1; negative: it fell."""
-    return float(summary["exact_match"][side] - summary["exact_match"]["sft"])
-
-
 def curves_of(history: Sequence[Mapping[str, Any]], key: str) -> Curves:
     """A figure of the log over optimizer steps, in training and of every held-out set.
 
@@ -386,50 +304,3 @@ def curves_of(history: Sequence[Mapping[str, Any]], key: str) -> Curves:
             line = {"training": "training", "eval_heldout": "held-out"}.get(name)
             curves[line or f"{name.removeprefix('eval_')} held-out"] = sorted(dict(reversed(points)).items())
     return curves
-
-
-# ---------------------------------------------------------------- titles, and questions to show
-
-
-def label(known: Mapping[str, Text], name: str) -> Text:
-    """The title of a name, or the name itself."""
-    return known.get(name, Text(name, ""))
-
-
-def target(bound: str) -> Text:
-    """What a card says of its aim."""
-    return Text("目标", f"target {bound}")
-
-
-def rank_kind(kind: str) -> int:
-    """The place of a kind of question in tables; unknown ones come last."""
-    return list(KINDS).index(kind) if kind in KINDS else len(KINDS)
-
-
-def pick_samples(kinds: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of some questions of each kind, evenly spaced: right and wrong answers as they come."""
-    chosen = {}
-    for kind in sorted(dict.fromkeys(kinds), key=rank_kind):
-        members = [index for index, name in enumerate(kinds) if name == kind]
-        chosen[kind] = spread(members, NUM_SAMPLES.get(kind, 3))
-    return chosen
-
-
-def spread(members: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the members, evenly spaced."""
-    count = min(most, len(members))
-    return [members[(2 * rank + 1) * len(members) // (2 * count)] for rank in range(count)]
-
-
-def pick_changed(rows: Sequence[Sequence[Mapping[str, Any]]], most: int) -> list[int]:
-    """Places of some questions, at most `most` a category: first those that only some models answer rightly.
-
-    Args: rows: of alignment.json, the same question's together, one for each model.
-    """
-    chosen = []
-    for category in dict.fromkeys(row[0]["category"] for row in rows):
-        members = [place for place, row in enumerate(rows) if row[0]["category"] == category]
-        changed = [place for place in members if len({bool(one["aligned"]) for one in rows[place]}) > 1]
-        shown = spread(changed, most)
-        chosen += shown + spread([place for place in members if place not in changed], most - len(shown))
-    return chosen

@@ -9,21 +9,46 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..core.errors import InputError
-from ..core.files import hash_json, read_json
+from ..core.files import hash_json
+from ..evaluation.result_files import (
+    AlignmentResult,
+    ArenaResult,
+    ChoiceFigures,
+    ChoiceResult,
+    DocumentRow,
+    LengthRow,
+    LongbenchData,
+    LongbenchResult,
+    PerplexityResult,
+    PerplexityRow,
+    ResultFile,
+    read_result,
+)
 
 FILES = tuple(
     f"{name}.json" for name in ("multiple_choice", "longbench", "longbench_e", "perplexity", "alignment", "arena")
 )
 DECODING = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "stop")
-PROMPTING = ("system_prompt", "num_fewshot")
 FRACTION = 0.1  # scores that are all within 0-1, one of them above this, are no percents
 
 
 @dataclass(frozen=True)
-class Entry:
+class Curve:
+    """Perplexity by position: a model's rows on a text, one a length."""
+
+    rows: list[LengthRow]
+
+
+# What an entry has: of a file of one model the file itself, of perplexity a row or a curve.
+Figures = ChoiceResult | LongbenchResult | DocumentRow | Curve | AlignmentResult | ArenaResult
+F = TypeVar("F", bound=Figures)
+
+
+@dataclass(frozen=True)
+class Entry(Generic[F]):
     """What one model scored in one benchmark.
 
     Attributes:
@@ -32,7 +57,6 @@ class Entry:
         identity: equal for equal weights in equal precision under one scaling.
         column: heading of the figures, with what is asked in which way.
         details: what has to be equal for figures to be compared, besides the column.
-        figures: as the file has them.
         settings: of the model where it differs from others: tokenizer, longest prompt, template.
         weights: {folder or file: fingerprint}; data: {file: SHA-256}.
     """
@@ -44,22 +68,22 @@ class Entry:
     identity: str
     column: str
     details: Mapping[str, Any]
-    figures: Mapping[str, Any]
+    figures: F
     path: Path
-    file: Mapping[str, Any]
+    file: ResultFile
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_results(names: Sequence[str]) -> list[Entry]:
+def read_results(names: Sequence[str]) -> list[Entry[Any]]:
     """All entries of result files.
 
     Args:
         names: files, or folders with such, each optionally as MODEL=path: what the page calls the model.
     Raises: InputError naming the file that is none, is broken, has another unit, or repeats another.
     """
-    entries: list[Entry] = []
+    entries: list[Entry[Any]] = []
     for name in names:
         model, equals, path = name.partition("=")
         named = bool(equals) and not Path(name).exists()
@@ -78,19 +102,12 @@ def _find_files(path: Path) -> list[Path]:
     return found
 
 
-def _read_file(path: Path) -> list[Entry]:
-    file = read_json(path)
-    if not isinstance(file, dict):
-        raise InputError(f"{path}: need the object that an evaluation writes, got {file!r:.40}")
-    kind = file.get("kind")
-    if kind is None and "aligned" in file and "by_expected" in file:
-        kind = "alignment"  # older files do not say so
-    if kind not in READERS:
-        raise InputError(f"{path}: kind {kind!r} is no evaluation's; need one of {', '.join(READERS)}")
-    return list(READERS[kind](path, file))
+def _read_file(path: Path) -> list[Entry[Any]]:
+    file = read_result(path)
+    return list(READERS[type(file)](path, file))
 
 
-def _rename(entries: list[Entry], model: str, path: Path) -> list[Entry]:
+def _rename(entries: list[Entry[Any]], model: str, path: Path) -> list[Entry[Any]]:
     if len({entry.identity for entry in entries}) > 1 or entries[0].kind == "arena":
         raise InputError(
             f"--results {model}={path}: the file has several models, which have names; leave out {model}="
@@ -98,9 +115,9 @@ def _rename(entries: list[Entry], model: str, path: Path) -> list[Entry]:
     return [replace(entry, model=model) for entry in entries]
 
 
-def _refuse_repeated(entries: Sequence[Entry]) -> None:
+def _refuse_repeated(entries: Sequence[Entry[Any]]) -> None:
     """Raises: InputError for two results of one model in one benchmark."""
-    seen: dict[str, Entry] = {}
+    seen: dict[str, Entry[Any]] = {}
     for entry in entries:
         key = hash_json([entry.kind, entry.benchmark, entry.column, entry.details, entry.identity])
         if key in seen:
@@ -110,7 +127,7 @@ def _refuse_repeated(entries: Sequence[Entry]) -> None:
         seen[key] = entry
 
 
-def _distinguish(entries: Sequence[Entry]) -> list[Entry]:
+def _distinguish(entries: Sequence[Entry[Any]]) -> list[Entry[Any]]:
     """Other names for models that share one: in full, or with the file they are from."""
     found = list(entries)
     for more in (lambda entry: entry.source, lambda entry: f"{entry.model} ({entry.path})"):
@@ -133,9 +150,8 @@ def need(mapping: Any, key: str, where: str | Path) -> Any:
 # ---------------------------------------------------------------- models
 
 
-def _only_model(file: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str, Any]]:
-    models = need(file, "models", path)
-    if not isinstance(models, dict) or len(models) != 1:
+def _only_model(models: Mapping[str, Mapping[str, Any]], path: Path) -> tuple[str, Mapping[str, Any]]:
+    if len(models) != 1:
         raise InputError(f"{path}: need one model in 'models', got {models!r:.80}")
     return next(iter(models.items()))
 
@@ -169,83 +185,84 @@ def _hashes(files: Mapping[str, str]) -> list[str]:
 # ---------------------------------------------------------------- kinds
 
 
-def _read_choices(path: Path, file: Mapping[str, Any]) -> Iterator[Entry]:
-    benchmark, prompts = need(file, "benchmark", path), need(file, "prompts", path)
-    label, source = _only_model(file, path)
-    for group in [file, *need(file, "by_category", path).values(), *need(file, "by_subject", path).values()]:
+def _read_choices(path: Path, file: ChoiceResult) -> Iterator[Entry[ChoiceResult]]:
+    benchmark, prompts = file.benchmark, file.prompts
+    label, source = _only_model(file.models, path)
+    for group in (file, *file.by_category.values(), *file.by_subject.values()):
         _check_choices(group, path)
-    mode, shots = need(prompts, "mode", path), need(prompts, "num_fewshot", path)
-    column = f"{need(benchmark, 'name', path)} {need(benchmark, 'split', path)}, {'all' if shots < 0 else shots}-shot"
-    column += "" if mode == "constrained" else f", {mode}"
-    column += ", chat" if prompts.get("with_prompt") else ""
-    preset = need(prompts, "preset", path)
-    settings = need(file, "settings", path)
+    shots = "all" if prompts.num_fewshot < 0 else prompts.num_fewshot
+    column = f"{benchmark.name} {benchmark.split}, {shots}-shot"
+    column += "" if prompts.mode == "constrained" else f", {prompts.mode}"
+    column += ", chat" if prompts.with_prompt else ""
     yield Entry(
         kind="multiple_choice",
-        benchmark=benchmark["name"],
-        **_model(settings, source.get("weights", {}), label),
-        column=column + ("" if preset == "default" else f", {preset}"),
+        benchmark=benchmark.name,
+        **_model(file.settings, source.get("weights", {}), label),
+        column=column + ("" if prompts.preset == "default" else f", {prompts.preset}"),
         details={
-            "data": _hashes(need(benchmark, "files", path)),
-            "questions": need(file, "questions", path),
-            "preset": f"{preset} {need(prompts, 'preset_version', path)}",
-            "language": prompts.get("language"),
-            "prompt": prompts.get("example"),
-            **(_chosen(settings, DECODING) if mode in ("generative", "cot") else {}),
+            "data": _hashes(benchmark.files),
+            "questions": file.questions,
+            "preset": f"{prompts.preset} {prompts.preset_version}",
+            "language": prompts.language,
+            "prompt": prompts.example,
+            # Scored answers are not drawn: how drawing is set says nothing about them.
+            **(_chosen(file.settings, DECODING) if prompts.mode in ("generative", "cot") else {}),
         },
         figures=file,
         path=path,
         file=file,
         settings=source,
         weights=source.get("weights", {}),
-        data=benchmark["files"],
+        data=benchmark.files,
     )
 
 
-def _check_choices(group: Mapping[str, Any], path: Path) -> None:
+def _check_choices(group: ChoiceFigures, path: Path) -> None:
     """Raises: InputError if accuracy is not the percentage of right answers."""
-    if "accuracy" not in group:
+    if group.accuracy is None:
         return
-    _check_percent(group["accuracy"], need(group, "interval", path), path)
-    scored = need(group, "questions", path) - group.get("errors", 0)
-    expected = 100 * need(group, "correct", path) / max(scored, 1)
-    if not math.isclose(group["accuracy"], expected, abs_tol=0.01):
+    _check_percent(group.accuracy, group.interval, path)
+    # A server's failures count neither as right nor as wrong.
+    scored, correct = group.questions - group.errors, group.correct or 0
+    expected = 100 * correct / max(scored, 1)
+    if not math.isclose(group.accuracy, expected, abs_tol=0.01):
         raise InputError(
-            f"{path}: accuracy {group['accuracy']:g}, but {group['correct']} of {scored} answers are right; need a "
-            f"percentage, {expected:.2f}; evaluate again"
+            f"{path}: accuracy {group.accuracy:g}, but {correct} of {scored} answers are right; need a percentage, "
+            f"{expected:.2f}; evaluate again"
         )
 
 
-def _check_percent(score: Any, interval: Any, path: Path) -> None:
-    numbers = [score, *interval] if isinstance(interval, list) and len(interval) == 2 else [None]
-    if not all(isinstance(number, (int, float)) and 0 <= number <= 100 for number in numbers):
+def _check_percent(score: float, interval: Sequence[float] | None, path: Path) -> None:
+    numbers = [score, *interval] if interval is not None and len(interval) == 2 else [math.nan]
+    if not all(0 <= number <= 100 for number in numbers):
         raise InputError(f"{path}: score {score!r} with the interval {interval!r}; need percents, 0 to 100")
 
 
-def _read_longbench(path: Path, file: Mapping[str, Any]) -> Iterator[Entry]:
-    datasets, averages = need(file, "datasets", path), need(file, "averages", path)
-    if not datasets:
+def _read_longbench(path: Path, file: LongbenchResult) -> Iterator[Entry[LongbenchResult]]:
+    if not file.datasets:
         raise InputError(f"{path}: no dataset in it")
-    groups = [group for average in averages.values() for group in need(average, "groups", path).values()]
-    scores = [*datasets.values(), *averages.values(), *groups]
+    groups = [group for average in file.averages.values() for group in average.groups.values()]
+    scores = [*file.datasets.values(), *file.averages.values(), *groups]
     for figures in scores:
-        _check_percent(need(figures, "score", path), need(figures, "interval", path), path)
-    highest = max(figures["score"] for figures in scores)
-    if highest >= FRACTION and all(figures["interval"][1] <= 1 for figures in scores):
+        _check_percent(figures.score, figures.interval, path)
+    # One score of 0.5 may be half a percent; that all are, with their intervals, is no model but another unit.
+    highest = max(figures.score for figures in scores)
+    if highest >= FRACTION and all(figures.interval[1] <= 1 for figures in scores):
         raise InputError(
             f"{path}: no score is above 1, {highest:g} is the highest: fractions; need percents, 0 to 100"
         )
-    settings = need(file, "settings", path)
-    label, source = _only_model(file, path)
-    chosen = {**settings, **source}
+    label, source = _only_model(file.models, path)
+    chosen = {**file.settings, **source}  # answers scored later: how they were made stands with the model
+    name = "LongBench-E" if file.e else "LongBench"
+    unknown = LongbenchData()
     yield Entry(
         kind="longbench",
-        benchmark="LongBench-E" if file.get("e") else "LongBench",
+        benchmark=name,
         **_model(chosen, source.get("weights", {}), label),
-        column="LongBench-E" if file.get("e") else "LongBench",
+        column=name,
         details={
-            "data": {name: file.get("data", {}).get(name, {}).get("sha256") for name in sorted(datasets)},
-            "samples": {name: figures["samples"] for name, figures in sorted(datasets.items())},
+            "data": {dataset: file.data.get(dataset, unknown).sha256 for dataset in sorted(file.datasets)},
+            "samples": {dataset: figures.samples for dataset, figures in sorted(file.datasets.items())},
             "with_inst": source.get("with_inst"),
             **_chosen(chosen, (*DECODING, "system_prompt")),
         },
@@ -254,113 +271,110 @@ def _read_longbench(path: Path, file: Mapping[str, Any]) -> Iterator[Entry]:
         file=file,
         settings=chosen,
         weights=source.get("weights", {}),
-        data={str(found.get("file", name)): str(found.get("sha256")) for name, found in file.get("data", {}).items()},
+        data={found.file or dataset: str(found.sha256) for dataset, found in file.data.items()},
     )
 
 
-def _read_perplexity(path: Path, file: Mapping[str, Any]) -> Iterator[Entry]:
-    settings, texts = need(file, "settings", path), need(file, "texts", path)
-    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in need(file, "rows", path):
-        perplexity, bits = need(row, "perplexity", path), need(row, "bits_per_byte", path)
-        if not (perplexity >= 1 and bits >= 0):
-            raise InputError(f"{path}: perplexity {perplexity!r}, bits a byte {bits!r}; need at least 1, and 0")
-        rows.setdefault((need(row, "label", path), need(row, "text", path)), []).append(row)
+def _read_perplexity(path: Path, file: PerplexityResult) -> Iterator[Entry[Any]]:
+    rows: dict[tuple[str, str], list[PerplexityRow]] = {}
+    for row in file.rows:
+        if not (row.perplexity >= 1 and row.bits_per_byte >= 0):
+            raise InputError(
+                f"{path}: perplexity {row.perplexity!r}, bits a byte {row.bits_per_byte!r}; need at least 1, and 0"
+            )
+        rows.setdefault((row.label, row.text), []).append(row)
     for (label, text), found in rows.items():
-        about = need(need(file, "models", path), label, f"{path}, models")
+        about = need(file.models, label, f"{path}, models")
         source = " + ".join(filter(None, (about.get("model"), about.get("adapter")))) or label
-        setting = found[0].get("setting", "none")
-        curve = "length" in found[0]
+        first, lengths = found[0], [row for row in found if isinstance(row, LengthRow)]
         yield Entry(
             kind="perplexity",
             benchmark=text,
             **_describe(
-                *(found[0].get("model", label), source, [need(about, "weights", path)], found[0].get("kbits")),
-                [] if setting == "none" else [setting],
+                *(first.model or label, source, [need(about, "weights", path)], first.kbits),
+                [] if first.setting == "none" else [first.setting],
             ),
-            column=text + (", by position" if curve else f", window {need(file, 'window', path)}"),
+            column=text + (", by position" if lengths else f", window {file.window}"),
             details={
-                "data": _hashes(need(texts, text, f"{path}, texts")),
-                **({} if curve else {"window": file["window"], "stride": file.get("stride")}),
-                **({"lengths": [row["length"] for row in found]} if curve else {}),
-                **_chosen(settings, ("max_documents", "max_rows", "document_separator", "text_column")),
+                "data": _hashes(need(file.texts, text, f"{path}, texts")),
+                **({} if lengths else {"window": file.window, "stride": file.stride}),
+                **({"lengths": [row.length for row in lengths]} if lengths else {}),
+                **_chosen(file.settings, ("max_documents", "max_rows", "document_separator", "text_column")),
             },
-            figures={"curve": found} if curve else found[0],
+            figures=Curve(lengths) if lengths else first,
             path=path,
             file=file,
             settings=about,
             weights={source: str(about["weights"])},
-            data=texts[text],
+            data=file.texts[text],
         )
 
 
-def _read_alignment(path: Path, file: Mapping[str, Any]) -> Iterator[Entry]:
-    rows = need(file, "answers", path)
-    for group in [file, *need(file, "by_category", path).values(), *need(file, "by_expected", path).values()]:
-        share, interval = need(group, "aligned", path), need(group, "interval", path)
-        if not all(isinstance(number, (int, float)) and 0 <= number <= 1 for number in (share, *interval)):
-            raise InputError(f"{path}: aligned {share!r}; eval_alignment.py writes shares from 0 to 1")
-    right = sum(bool(need(row, "aligned", path)) for row in rows)
-    if not rows or not math.isclose(file["aligned"], right / len(rows), abs_tol=1e-4):
-        raise InputError(
-            f"{path}: aligned {file['aligned']!r}, but {right} of {len(rows)} answers are; evaluate again"
-        )
-    settings = need(file, "settings", path)
+def _read_alignment(path: Path, file: AlignmentResult) -> Iterator[Entry[AlignmentResult]]:
+    rows = file.answers
+    for group in (file, *file.by_category.values(), *file.by_expected.values()):
+        if not all(0 <= number <= 1 for number in (group.aligned, *group.interval)):
+            raise InputError(f"{path}: aligned {group.aligned!r}; eval_alignment.py writes shares from 0 to 1")
+    right = sum(row.aligned for row in rows)
+    if not rows or not math.isclose(file.aligned, right / len(rows), abs_tol=1e-4):
+        raise InputError(f"{path}: aligned {file.aligned!r}, but {right} of {len(rows)} answers are; evaluate again")
+    settings, weights = file.settings, file.settings.get("weights", {})
     yield Entry(
         kind="alignment",
         benchmark="alignment",
-        **_model(settings, settings.get("weights", {}), str(settings.get("answers") or path.absolute().parent.name)),
+        **_model(settings, weights, str(settings.get("answers") or path.absolute().parent.name)),
         column="alignment",
         details={
-            "data": [hash_json([[need(row, "question", path), need(row, "expected", path)] for row in rows])],
-            "judge": file.get("judge"),
+            "data": [hash_json([[row.question, row.expected] for row in rows])],
+            "judge": file.judge,
             **_chosen(settings, (*DECODING, "system_prompt")),
         },
         figures=file,
         path=path,
         file=file,
         settings=settings,
-        weights=settings.get("weights", {}),
+        weights=weights,
         data={},  # the file has the questions themselves
     )
 
 
-def _read_arena(path: Path, file: Mapping[str, Any]) -> Iterator[Entry]:
-    models, votes = need(file, "models", path), need(file, "votes", path)
-    for model in models if isinstance(models, list) else [models]:
-        for key in ("name", "rank", "rating", "rating_interval", "elo", "elo_interval", "win_rate", "wins", "losses"):
-            need(model, key, f"{path}, models")
-        decided = model["wins"] + model["losses"]
-        if decided and not math.isclose(model["win_rate"], 100 * model["wins"] / decided, abs_tol=0.01):
+def _read_arena(path: Path, file: ArenaResult) -> Iterator[Entry[ArenaResult]]:
+    for model in file.models:
+        won, decided, rate = model.wins, model.wins + model.losses, model.win_rate
+        if decided and (rate is None or not math.isclose(rate, 100 * won / decided, abs_tol=0.01)):
             raise InputError(
-                f"{path}: {model['name']} has a win rate of {model['win_rate']!r}, but won {model['wins']} of "
-                f"{decided}; need a percentage; run arena.py --report again"
+                f"{path}: {model.name} has a win rate of {rate!r}, but won {won} of {decided}; need a percentage; run "
+                "arena.py --report again"
             )
-    chosen = need(file, "settings", path).get("categories", [])
+    chosen = file.settings.get("categories", [])
     yield Entry(
         kind="arena",
         benchmark="arena",
         model="",
         source=str(path),
-        identity=hash_json([_hashes(votes), chosen]),
+        # Ratings are of the votes, not of one model: the same votes rated twice are the same result.
+        identity=hash_json([_hashes(file.votes), chosen]),
         column="arena" + (f", {', '.join(chosen)}" if chosen else ""),
-        details={"votes": _hashes(votes), "categories": chosen},
+        details={"votes": _hashes(file.votes), "categories": chosen},
         figures=file,
         path=path,
         file=file,
         weights={
-            f"{name}: {folder}": str(value)
-            for name, about in file.get("sources", {}).items()
-            for folder, value in (about.get("weights") or {}).items()
+            f"{name}: {folder}": fingerprint
+            for name, about in file.sources.items()
+            # Answers made before, and those of servers, are of weights that nobody has seen.
+            for folder, fingerprint in zip(
+                need(about, "from", f"{path}, sources, {name}").split(" + "), about.get("weights", []), strict=False
+            )
         },
-        data=votes,
+        data=file.votes,
     )
 
 
-READERS: dict[str, Callable[[Path, Mapping[str, Any]], Iterator[Entry]]] = {
-    "multiple_choice": _read_choices,
-    "longbench": _read_longbench,
-    "perplexity": _read_perplexity,
-    "alignment": _read_alignment,
-    "arena": _read_arena,
+READERS: dict[type[ResultFile], Callable[[Path, Any], Iterator[Entry[Any]]]] = {
+    ChoiceResult: _read_choices,
+    LongbenchResult: _read_longbench,
+    PerplexityResult: _read_perplexity,
+    AlignmentResult: _read_alignment,
+    ArenaResult: _read_arena,
 }

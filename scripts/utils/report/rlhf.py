@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.result_files import AlignmentAnswer, AlignmentFigures
 from .charts import bar_chart, line_chart
 from .pages import (
     Answer,
@@ -19,20 +20,21 @@ from .pages import (
     Table,
     Text,
     columns,
+    evenly_spaced,
     percent,
+    target_of,
+    title_of,
 )
 from .recipe import (
     ALIGNMENT_SIDES,
     SIDE_TITLES,
     SIDES,
+    PolicySample,
     RecipeRun,
     curves_of,
-    exact_change,
-    label,
-    pick_changed,
-    target,
 )
 from .results import need
+from .summary import Summary
 
 TARGETS = {"before": 0.80, "after": 0.95, "reward_model": 0.85, "exact_drop": 0.02}
 NUM_QUESTIONS = 2  # shown of each category
@@ -75,7 +77,7 @@ RM_CURVES = {
 TRAINING_ONLY = ("explained_variance",)  # held-out answers are the likeliest, the critic learned from sampled ones
 
 
-def rlhf_sections(run: RecipeRun, summary: Mapping[str, Any]) -> list[Section]:
+def rlhf_sections(run: RecipeRun, summary: Summary) -> list[Section]:
     """All sections, in the order they are read."""
     return [
         alignment_section(run),
@@ -86,16 +88,16 @@ def rlhf_sections(run: RecipeRun, summary: Mapping[str, Any]) -> list[Section]:
     ]
 
 
-def rlhf_cards(summary: Mapping[str, Any]) -> list[Card]:
+def rlhf_cards(summary: Summary) -> list[Card]:
     """The headline figures."""
-    shares, accuracy = summary["alignment"], summary["reward_model_accuracy"]
-    low, high = summary["alignment_interval"]["sft"]
+    shares, accuracy = summary.alignment, summary.reward_model_accuracy
+    low, high = summary.alignment_interval["sft"]
     cards = [
         Card(
             Text("对齐率，精调后", "Aligned answers, tuned"),
             percent(shares["sft"]),
             f"95 %: {100 * low:.0f}–{100 * high:.0f} %",
-            target(f"≤ {percent(TARGETS['before'], 0)}"),
+            target_of(f"≤ {percent(TARGETS['before'], 0)}"),
             shares["sft"] <= TARGETS["before"],
         )
     ]
@@ -105,7 +107,7 @@ def rlhf_cards(summary: Mapping[str, Any]) -> list[Card]:
                 Text(f"对齐率，{side.upper()} 后", f"Aligned answers, {side.upper()}"),
                 percent(shares[side]),
                 f"{percent(shares['sft'])} → {percent(shares[side])}",
-                target(f"≥ {percent(TARGETS['after'], 0)}"),
+                target_of(f"≥ {percent(TARGETS['after'], 0)}"),
                 shares[side] >= TARGETS["after"],
             )
         )
@@ -114,18 +116,18 @@ def rlhf_cards(summary: Mapping[str, Any]) -> list[Card]:
             Text("奖励模型的准确率", "Accuracy of the reward model"),
             percent(accuracy),
             "",
-            target(f"≥ {percent(TARGETS['reward_model'], 0)}"),
+            target_of(f"≥ {percent(TARGETS['reward_model'], 0)}"),
             accuracy >= TARGETS["reward_model"],
         )
     )
     for side in ("ppo", "dpo"):
-        exact, change = summary["exact_match"], exact_change(summary, side)
+        exact, change = summary.exact_match, summary.exact_change(side)
         cards.append(
             Card(
                 Text(f"{side.upper()} 后新问法答对的变化", f"Exact answers to new wordings, {side.upper()}"),
                 number(100 * change, "+.1f"),
                 f"{percent(exact['sft'])} → {percent(exact[side])}",
-                target(f"≥ −{100 * TARGETS['exact_drop']:.0f} points"),
+                target_of(f"≥ −{100 * TARGETS['exact_drop']:.0f} points"),
                 change >= -TARGETS["exact_drop"] - 1e-9,
             )
         )
@@ -150,21 +152,22 @@ def alignment_section(run: RecipeRun) -> Section:
     )
     results = run.alignment
     groups = {"all": results} | {
-        f"expected {name}": {side: result["by_expected"][name] for side, result in results.items()}
-        for name in results["sft"]["by_expected"]
+        f"expected {name}": {side: result.by_expected[name] for side, result in results.items()}
+        for name in results["sft"].by_expected
     }
     bars = {
-        name: {SIDE_TITLES[side].en: float(group["aligned"]) for side, group in by_side.items()}
+        name: {SIDE_TITLES[side].en: float(group.aligned) for side, group in by_side.items()}
         for name, by_side in groups.items()
     }
     chart = Picture(Text("答对的比例", "Aligned answers"), svg=bar_chart(bars, "share of aligned answers"))
     header = columns("模型|model", "答对|aligned", "目标|target", "含糊|unclear", "变化|changes")
     blocks: list[Block] = [Paragraph(note), Beside(Table(header, overall_rows(run)), chart)]
     rows: list[list[Cell]] = []
-    for grouped, titles in (("by_expected", EXPECTED), ("by_category", CATEGORIES)):
-        for name, first in results["sft"][grouped].items():
-            cells = [shown_share(result[grouped][name]) for result in results.values()]
-            rows.append([label(titles, name), f"{first['questions']:,}", *cells])
+    by_expected, by_category = ([r.by_expected for r in results.values()], [r.by_category for r in results.values()])
+    for grouped, titles in ((by_expected, EXPECTED), (by_category, CATEGORIES)):
+        for name, first in grouped[0].items():
+            shares = [shown_share(groups[name]) for groups in grouped]
+            rows.append([title_of(titles, name), f"{first.questions:,}", *shares])
     header = [*columns("问题|questions", "数量|number"), *(SIDE_TITLES[side] for side in ALIGNMENT_SIDES)]
     blocks.append(Table(header, rows))
     pictures = [
@@ -186,17 +189,17 @@ def overall_rows(run: RecipeRun) -> list[list[Cell]]:
         if side == "sft":
             bound = f"≤ {percent(TARGETS['before'], 0)}"
         else:
-            pairs = zip(run.alignment["sft"]["answers"], result["answers"], strict=True)
-            changes = [bool(after["aligned"]) - bool(before["aligned"]) for before, after in pairs]
+            pairs = zip(run.alignment["sft"].answers, result.answers, strict=True)
+            changes = [after.aligned - before.aligned for before, after in pairs]
             changed = f"+{changes.count(1)} −{changes.count(-1)}"
-        rows.append([SIDE_TITLES[side], shown_share(result), bound, f"{result['unclear']:,}", changed])
+        rows.append([SIDE_TITLES[side], shown_share(result), bound, f"{result.unclear:,}", changed])
     return rows
 
 
-def shown_share(group: Mapping[str, Any]) -> str:
+def shown_share(group: AlignmentFigures) -> str:
     """A share of aligned answers with its interval."""
-    low, high = group["interval"]
-    return f"{percent(group['aligned'])} ({100 * low:.0f}–{100 * high:.0f})"
+    low, high = group.interval
+    return f"{percent(group.aligned)} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def judged_section(run: RecipeRun) -> Section:
@@ -206,12 +209,12 @@ def judged_section(run: RecipeRun) -> Section:
         f"At most {NUM_QUESTIONS} of each category, those first that not all models answer alike, right or wrong; "
         "all questions are folded at the end.",
     )
-    questions = list(zip(*(run.alignment[side]["answers"] for side in ALIGNMENT_SIDES), strict=True))
+    questions = list(zip(*(run.alignment[side].answers for side in ALIGNMENT_SIDES), strict=True))
     rows: list[list[Cell]] = [
         [
-            label(CATEGORIES, same[0]["category"]),
-            str(same[0]["question"]),
-            *(Answer(str(one["answer"]), bool(one["aligned"])) for one in same),
+            title_of(CATEGORIES, same[0].category),
+            same[0].question,
+            *(Answer(one.answer, one.aligned) for one in same),
         ]
         for same in questions
     ]
@@ -222,15 +225,29 @@ def judged_section(run: RecipeRun) -> Section:
     return Section("judged", Text("是非题的回答", "Answers before and after"), [Paragraph(note), *tables])
 
 
+def pick_changed(rows: Sequence[Sequence[AlignmentAnswer]], most: int) -> list[int]:
+    """Places of some questions, at most `most` a category: first those that only some models answer rightly.
+
+    Args: rows: the same question's together, one for each model.
+    """
+    chosen = []
+    for category in dict.fromkeys(row[0].category for row in rows):
+        members = [place for place, row in enumerate(rows) if row[0].category == category]
+        changed = [place for place in members if len({one.aligned for one in rows[place]}) > 1]
+        shown = evenly_spaced(changed, most)
+        chosen += shown + evenly_spaced([place for place in members if place not in changed], most - len(shown))
+    return chosen
+
+
 # ---------------------------------------------------------------- training
 
 
-def reward_model_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
+def reward_model_section(run: RecipeRun, summary: Summary) -> Section:
     """Accuracy, margin, calibration, accuracy by source and length bias on held-out pairs."""
     note = Text(
-        f"奖励模型在留出的偏好对中偏爱好回答的比例：{percent(summary['reward_model_accuracy'])}"
+        f"奖励模型在留出的偏好对中偏爱好回答的比例：{percent(summary.reward_model_accuracy)}"
         f"（目标 ≥ {percent(TARGETS['reward_model'], 0)}）。校准：它自认有几成把握，就应有几成判对。",
-        f"The reward model prefers the better answer in {percent(summary['reward_model_accuracy'])} of the held-out "
+        f"The reward model prefers the better answer in {percent(summary.reward_model_accuracy)} of the held-out "
         f"pairs (target ≥ {percent(TARGETS['reward_model'], 0)}). Calibration: of the pairs it is 80 % sure of, it "
         "should get 80 % right.",
     )
@@ -247,7 +264,7 @@ def reward_model_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
         blocks.append(Beside(table, picture))
         sources = report["accuracy_by_source"]
         by_source: list[list[Cell]] = [
-            [label(CATEGORIES, source), f"{row['pairs']:,}", percent(row["accuracy"])]
+            [title_of(CATEGORIES, source), f"{row['pairs']:,}", percent(row["accuracy"])]
             for source, row in sources.items()
         ]
         if len(sources) > 1:
@@ -275,14 +292,14 @@ def reward_rows(report: Mapping[str, Any]) -> list[list[Cell]]:
     return [[title, number(report[key], form)] for title, key, form in rows if report.get(key) is not None]
 
 
-def ppo_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
+def ppo_section(run: RecipeRun, summary: Summary) -> Section:
     """Curves, every evaluation, and answers to the same prompts early and at the end."""
     note = Text(
         f"奖励来自奖励模型，训练时抽样回答，留出提示上取最可能的回答。KL 说明策略离精调后的模型多远："
-        f"保存的模型在留出提示上每个回答 {summary['kl']['ppo']:.2f} 纳特。强化学习不稳定，所以隔几步评测一次，"
+        f"保存的模型在留出提示上每个回答 {summary.kl['ppo']:.2f} 纳特。强化学习不稳定，所以隔几步评测一次，"
         "保存奖励最高的一次（表的末行）。",
         "Rewards come from the reward model; answers are sampled in training, the likeliest ones on held-out prompts. "
-        f"KL says how far the policy is from the tuned model: {summary['kl']['ppo']:.2f} nats an answer on held-out "
+        f"KL says how far the policy is from the tuned model: {summary.kl['ppo']:.2f} nats an answer on held-out "
         "prompts, for the model that is saved. RL is unstable, so it is evaluated every few steps and the one with "
         "the highest reward is saved (last row).",
     )
@@ -312,11 +329,11 @@ def ppo_rows(run: RecipeRun) -> list[list[Cell]]:
 
 def sample_tables(run: RecipeRun) -> list[Table]:
     """Answers to the same held-out prompts at the first and the last evaluation; none if there was but one."""
-    by_prompt: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    by_prompt: dict[tuple[str, str], list[PolicySample]] = {}
     for sample in run.ppo_samples:
-        by_prompt.setdefault((sample["set"], sample["prompt"]), []).append(sample)
+        by_prompt.setdefault((sample.set, sample.prompt), []).append(sample)
     rows: list[list[Cell]] = [
-        [prompt, *(str(one["answer"]) for one in ends), *(number(one["score"], ".2f") for one in ends)]
+        [prompt, *(one.answer for one in ends), *(number(one.score, ".2f") for one in ends)]
         for (_, prompt), samples in by_prompt.items()
         if len(samples) > 1 and (ends := (samples[0], samples[-1]))
     ]

@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from .pages import (
     Text,
     columns,
     duration,
+    evenly_spaced,
     percent,
+    target_of,
+    title_of,
     write_page,
 )
 from .recipe import (
@@ -47,20 +51,12 @@ from .recipe import (
     TARGET_KIND,
     TRAINING,
     RecipeRun,
-    chinese_drop,
     curves_of,
-    english_rise,
-    exact_match_by,
-    is_exact,
-    label,
     load_run,
-    pick_samples,
-    rank_kind,
-    summarise,
-    target,
 )
 from .rlhf import rlhf_cards, rlhf_sections
 from .sections import choice_sections, perplexity_sections
+from .summary import Summary, exact_match_by, is_exact, summarise_run
 
 SUMMARY = "summary.json"
 VOCABULARY_PICTURE = "merged_tokenizer/vocabulary_report.png"
@@ -77,16 +73,16 @@ PIECE_COUNTS = {
 }
 
 
-def write_report(folder: Path, questions_file: Path) -> dict[str, Any]:
+def write_report(folder: Path, questions_file: Path) -> Summary:
     """Write report.html, report.md and summary.json into a run folder; returns the summary."""
     run = load_run(folder, questions_file)
-    summary = summarise(run)
+    summary = summarise_run(run)
     write_page(build_report(run, summary), folder / "report")
-    write_json(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, asdict(summary))
     return summary
 
 
-def build_report(run: RecipeRun, summary: Mapping[str, Any]) -> Page:
+def build_report(run: RecipeRun, summary: Summary) -> Page:
     """All sections, in the order they are read."""
     sections = [
         headline_section(summary),
@@ -126,29 +122,29 @@ def stage_title(name: str) -> Text:
 # ---------------------------------------------------------------- sections
 
 
-def headline_section(summary: Mapping[str, Any]) -> Section:
-    drop, rise, exact = chinese_drop(summary), english_rise(summary), summary["exact_match"]
-    zh, en, equal = summary["bits_per_byte"]["zh"], summary["bits_per_byte"]["en"], summary["merged_equals_adapter"]
+def headline_section(summary: Summary) -> Section:
+    drop, rise, exact = summary.chinese_drop, summary.english_rise, summary.exact_match
+    zh, en, equal = summary.bits_per_byte["zh"], summary.bits_per_byte["en"], summary.merged_equals_adapter
     cards = [
         Card(
             Text("中文每字节比特数", "Chinese bits per byte"),
             percent(-drop, signed=True),
             f"{min(zh['base'], zh['extended']):.2f} → {zh['pretrained']:.2f}",
-            target(f"≤ {percent(-TARGETS['zh_drop'], 0)}"),
+            target_of(f"≤ {percent(-TARGETS['zh_drop'], 0)}"),
             drop >= TARGETS["zh_drop"],
         ),
         Card(
             Text("英文每字节比特数", "English bits per byte"),
             percent(rise, signed=True),
             f"{en['base']:.2f} → {en['pretrained']:.2f}",
-            target(f"≤ {percent(TARGETS['en_rise'], 0, signed=True)}"),
+            target_of(f"≤ {percent(TARGETS['en_rise'], 0, signed=True)}"),
             rise <= TARGETS["en_rise"],
         ),
         Card(
             Text("新问法完全答对", "New wordings answered exactly"),
             percent(exact["sft"]),
             f"{percent(exact['base'])} → {percent(exact['sft'])}",
-            target(f"≥ {percent(EXACT_MATCH_TARGET, 0)}"),
+            target_of(f"≥ {percent(EXACT_MATCH_TARGET, 0)}"),
             exact["sft"] >= EXACT_MATCH_TARGET,
         ),
         Card(
@@ -162,22 +158,22 @@ def headline_section(summary: Mapping[str, Any]) -> Section:
         # Time and memory are the machine's as much as the recipe's: their aims are stated, not judged.
         Card(
             Text("全部用时", "Time in all"),
-            duration(summary["seconds"]),
-            f"RLHF {duration(summary['rlhf_seconds'])}",
-            target(f"≤ {duration(TARGETS['seconds'])}, 2 cores"),
+            duration(summary.seconds),
+            f"RLHF {duration(summary.rlhf_seconds)}",
+            target_of(f"≤ {duration(TARGETS['seconds'])}, 2 cores"),
         ),
         Card(
             Text("内存峰值", "Peak memory"),
-            f"{summary['peak_memory_gb']:.2f} GB",
+            f"{summary.peak_memory_gb:.2f} GB",
             "",
-            target(f"≤ {TARGETS['memory_gb']} GB"),
+            target_of(f"≤ {TARGETS['memory_gb']} GB"),
         ),
     ]
     return Section("headline", Text("要点", "At a glance"), [Cards(cards)])
 
 
-def pipeline_section(summary: Mapping[str, Any]) -> Section:
-    stages = summary["stage_seconds"]
+def pipeline_section(summary: Summary) -> Section:
+    stages = summary.stage_seconds
     longest = max(*stages.values(), 1e-9)
     steps = [Step(stage_title(name), duration(seconds), seconds / longest) for name, seconds in stages.items()]
     return Section("pipeline", Text("流程", "The pipeline"), [Strip(steps)])
@@ -190,7 +186,7 @@ def vocabulary_section(run: RecipeRun) -> Section:
         old, new = language["before"], language["after"]
         rows.append(
             [
-                label(LANGUAGES, name),
+                title_of(LANGUAGES, name),
                 *(f"{old['characters']:,}", f"{old['tokens']:,}", f"{new['tokens']:,}"),
                 percent(1 - new["tokens"] / max(old["tokens"], 1)),
                 *(f"{old[key]:.2f} → {new[key]:.2f}" for key in ("characters_per_token", "bytes_per_token")),
@@ -200,7 +196,7 @@ def vocabulary_section(run: RecipeRun) -> Section:
     header = columns("留出文本|held-out text", "字符|characters", "原词元数|tokens before", "现词元数|after")
     header += columns("节省|saved", "字符/词元|characters/token", "字节/词元|bytes/token", "字节回退|byte fallback")
     counts = [(Text("原词表", "base vocabulary"), report["base_vocabulary"])]
-    counts += [(label(PIECE_COUNTS, name), count) for name, count in report["selection"].items()]
+    counts += [(title_of(PIECE_COUNTS, name), count) for name, count in report["selection"].items()]
     counts.append((Text("合并后", "merged vocabulary"), report["vocabulary"]))
     counts.append((Text("加入而上述文本未用到", "added, unused in the text above"), report["unused_added_tokens"]))
     added_parameters = (report.get("cost") or {}).get("added_parameters")
@@ -257,7 +253,7 @@ def training_section(run: RecipeRun) -> Section:
     return Section("training", Text("损失曲线", "Loss curves"), [Pictures(pictures), Table(header, rows)])
 
 
-def language_section(summary: Mapping[str, Any]) -> Section:
+def language_section(summary: Summary) -> Section:
     note = Text(
         "留出文本每字节所需的比特数，与词表无关，越低越好。“扩词表”指换上新词表、尚未训练。"
         "中文与前两列中较低者比，英文与基座比。",
@@ -270,11 +266,11 @@ def language_section(summary: Mapping[str, Any]) -> Section:
         "extended": Text("扩词表", "extended"),
         "pretrained": Text("预训练后", "pre-trained"),
     }
-    changes = {"zh": -chinese_drop(summary), "en": english_rise(summary)}
+    changes = {"zh": -summary.chinese_drop, "en": summary.english_rise}
     rows: list[list[Cell]] = []
     groups: dict[str, dict[str, float]] = {}
     for key, title in LANGUAGES.items():
-        bits = summary["bits_per_byte"][key]
+        bits = summary.bits_per_byte[key]
         rows.append([title, *(f"{bits[side]:.3f}" for side in sides), percent(changes[key], signed=True)])
         groups[title.en] = {text.en: bits[side] for side, text in sides.items()}
     table = Table([*columns("语言|language"), *sides.values(), *columns("变化|change")], rows)
@@ -302,17 +298,17 @@ def merge_section(run: RecipeRun) -> Section:
     return Section("merge", Text("合并检查", "Merging"), [Paragraph(note), Table(header, rows)])
 
 
-def time_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
-    total = summary["seconds"]
+def time_section(run: RecipeRun, summary: Summary) -> Section:
+    total = summary.seconds
     rows: list[list[Cell]] = [
         [
             stage_title(name),
-            *(name, duration(stage["seconds"]), percent(stage["seconds"] / max(total, 1e-9))),
-            f"{stage['peak_memory_gb']:.2f}",
+            *(name, duration(stage.seconds), percent(stage.seconds / max(total, 1e-9))),
+            f"{stage.peak_memory_gb:.2f}",
         ]
         for name, stage in run.stages.items()
     ]
-    rows.append([Text("合计", "in all"), "", duration(total), percent(1), f"{summary['peak_memory_gb']:.2f}"])
+    rows.append([Text("合计", "in all"), "", duration(total), percent(1), f"{summary.peak_memory_gb:.2f}"])
     header = columns("步骤|stage", "名称|name", "用时|time", "占比|share", "内存峰值 GB|peak memory, GB")
     return Section("time", Text("时间和内存", "Time and memory"), [Table(header, rows, words=2)])
 
@@ -356,9 +352,10 @@ def next_section(run: RecipeRun) -> Section:
 
 
 EXACT_MATCH_TARGET = 0.90
+NUM_SAMPLES = {TARGET_KIND: 8}  # questions shown of a kind; 3 of any other
 
 
-def answers_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
+def answers_section(run: RecipeRun, summary: Summary) -> Section:
     """Shares of exact answers by kind of question."""
     note = Text(
         "回答与期望逐字相同的比例。只有第一类设目标：精调教的是怎样回答它问过的事实。没见过的算术、"
@@ -370,10 +367,10 @@ def answers_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
         "whether they harm what was learned before.",
     )
     wordings = exact_match_by(run, [question.get("wording") for question in run.questions])
-    groups = {**summary["exact_match_by_kind"], **wordings}
+    groups = {**summary.exact_match_by_kind, **wordings}
     rows: list[list[Cell]] = [
         [
-            label(KINDS, name),
+            title_of(KINDS, name),
             *(f"{group['questions']:,}", *(percent(group[side]) for side in SIDES)),
             f"≥ {percent(EXACT_MATCH_TARGET, 0)}" if name == TARGET_KIND else "—",
         ]
@@ -381,6 +378,20 @@ def answers_section(run: RecipeRun, summary: Mapping[str, Any]) -> Section:
     ]
     header = [*columns("问题|questions", "数量|number"), *SIDE_TITLES.values(), *columns("精调后目标|target, tuned")]
     return Section("answers", Text("完全答对的问题", "Exact answers"), [Paragraph(note), Table(header, rows)])
+
+
+def rank_kind(kind: str) -> int:
+    """The place of a kind of question in tables; unknown ones come last."""
+    return list(KINDS).index(kind) if kind in KINDS else len(KINDS)
+
+
+def pick_samples(kinds: Sequence[str]) -> dict[str, list[int]]:
+    """Indices of some questions of each kind, evenly spaced: right and wrong answers as they come."""
+    chosen = {}
+    for kind in sorted(dict.fromkeys(kinds), key=rank_kind):
+        members = [index for index, name in enumerate(kinds) if name == kind]
+        chosen[kind] = evenly_spaced(members, NUM_SAMPLES.get(kind, 3))
+    return chosen
 
 
 def samples_section(run: RecipeRun) -> Section:
@@ -393,7 +404,7 @@ def samples_section(run: RecipeRun) -> Section:
         rows.append([asked, str(question["output"]), *(Answer(text, is_exact(text, question)) for text in answers)])
     words = len(header)
     blocks: list[Block] = [
-        Table(header, [rows[index] for index in indices], words=words, title=label(KINDS, kind))
+        Table(header, [rows[index] for index in indices], words=words, title=title_of(KINDS, kind))
         for kind, indices in pick_samples([question.get("kind", "other") for question in run.questions]).items()
     ]
     title = Text(f"全部 {len(rows)} 个问题", f"all {len(rows)} questions")

@@ -6,12 +6,22 @@ Figures whose questions, prompts or settings differ stand in columns of their ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
 
 from ..core.files import hash_json
+from ..evaluation.result_files import (
+    AlignmentResult,
+    ArenaResult,
+    AverageScore,
+    ChoiceResult,
+    DocumentRow,
+    LongbenchResult,
+    Percent,
+)
 from .charts import bar_chart, line_chart, radar_chart
 from .pages import Beside, Block, Cell, Paragraph, Picture, Pictures, Section, Table, Text, columns
-from .results import Entry
+from .results import Curve, Entry, F, Figures
 
 MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 MODEL = Text("模型", "model")
@@ -19,27 +29,41 @@ LONGEST_AXIS = 18  # letters of the name of a radar's axis
 MOST_BESIDE = 3  # columns of a table that has room for a picture beside it
 
 
-class Column(NamedTuple):
+class Scored(Protocol):
+    """A part of a result: a category, a subject, a dataset ..."""
+
+    @property
+    def percent(self) -> Percent | None: ...
+
+
+@dataclass(frozen=True)
+class Column(Generic[F]):
     """Entries that can be compared, and their heading with its mark."""
 
     heading: str
-    entries: Sequence[Entry]
+    entries: Sequence[Entry[F]]
 
-    def figures(self, model: str) -> Mapping[str, Any] | None:
-        """What a model scored, None where it was not asked."""
-        return next((entry.figures for entry in self.entries if entry.model == model), None)
+    @property
+    def by_model(self) -> dict[str, F]:
+        """What each model scored."""
+        return {entry.model: entry.figures for entry in self.entries}
 
 
-def group_columns(entries: Sequence[Entry]) -> tuple[list[Column], list[Block]]:
+def select(entries: Iterable[Entry[Any]], kind: type[F]) -> list[Entry[F]]:
+    """The entries whose figures are of a kind."""
+    return [entry for entry in entries if isinstance(entry.figures, kind)]
+
+
+def group_columns(entries: Sequence[Entry[F]]) -> tuple[list[Column[F]], list[Block]]:
     """Entries with equal details together, in the order they came; and what differs between equal headings."""
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Entry[F]]] = {}
     for entry in entries:
         key = hash_json([entry.kind, entry.benchmark, entry.column, entry.details])
         groups.setdefault(key, []).append(entry)
-    headings: dict[tuple[str, str], list[list[Entry]]] = {}
+    headings: dict[tuple[str, str], list[list[Entry[F]]]] = {}
     for group in groups.values():
         headings.setdefault((group[0].kind, group[0].column), []).append(group)
-    found: list[Column] = []
+    found: list[Column[F]] = []
     notes: list[Block] = []
     for (_, heading), same in headings.items():
         marks = [""] if len(same) == 1 else [mark_of(rank) for rank in range(len(same))]
@@ -71,49 +95,57 @@ def short(value: Any) -> str:
     return text if len(text) <= 24 and "\n" not in text else hash_json(value)[:8]
 
 
-def models_of(entries: Iterable[Entry]) -> list[str]:
+def models_of(entries: Iterable[Entry[Any]]) -> list[str]:
     return list(dict.fromkeys(entry.model for entry in entries))
 
 
-def scored(figures: Mapping[str, Any] | None, key: str, interval: str = "interval", factor: float = 1) -> str:
+def scored(percent: Percent | None) -> str:
     """A percentage with its interval; a dash where there is none."""
-    if figures is None or figures.get(key) is None:
+    if percent is None:
         return "—"
-    low, high = (factor * bound for bound in figures[interval])
-    return f"{factor * figures[key]:.1f} ({low:.1f}–{high:.1f})"
+    value, (low, high) = percent
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
-def spread(value: float, interval: Sequence[float] | None, digits: int = 3, sign: str = "") -> str:
+def scored_part(parts: Mapping[str, Scored], name: str) -> str:
+    """The same of a category, a subject, a group ...; not all models have all of them."""
+    return scored(parts[name].percent if name in parts else None)
+
+
+def with_interval(value: float, interval: Sequence[float] | None, digits: int = 3, sign: str = "") -> str:
     """A figure that is no percentage, with its interval where it has one."""
     if interval is None:
         return f"{value:{sign}.{digits}f}"
     return f"{value:{sign}.{digits}f} ({interval[0]:{sign}.{digits}f} – {interval[1]:{sign}.{digits}f})"
 
 
-def main_figure(entry: Entry) -> float | None:
-    """Percent, or of texts bits a byte; None where answers are secret."""
-    figures = entry.figures
-    if entry.kind == "multiple_choice":
-        return figures.get("accuracy")
-    if entry.kind == "longbench":
-        return float(figures["averages"]["all"]["score"])
-    if entry.kind == "perplexity":
-        return float(figures["curve"][-1]["bits_per_byte_to_here"] if "curve" in figures else figures["bits_per_byte"])
-    return 100 * float(figures["aligned"])
+def main_percent(figures: Figures) -> Percent | None:
+    """The figure that stands for a result; None where the right answers are not public, and of texts."""
+    if isinstance(figures, ChoiceResult | AlignmentResult):
+        return figures.percent
+    return figures.averages["all"].percent if isinstance(figures, LongbenchResult) else None
 
 
-def main_cell(entry: Entry | None) -> str:
+def main_figure(entry: Entry[Any]) -> float | None:
+    """The same without its interval, and of texts bits a byte."""
+    figures: Figures = entry.figures
+    if isinstance(figures, DocumentRow):
+        return figures.bits_per_byte
+    if isinstance(figures, Curve):
+        return figures.rows[-1].bits_per_byte_to_here
+    percent = main_percent(figures)
+    return None if percent is None else percent[0]
+
+
+def main_cell(entry: Entry[Any] | None) -> str:
     """The same with its interval."""
     if entry is None:
         return "—"
-    figures = entry.figures
-    if entry.kind == "multiple_choice":
-        return scored(figures, "accuracy")
-    if entry.kind == "longbench":
-        return scored(figures["averages"]["all"], "score")
-    if entry.kind == "perplexity":
-        return spread(main_figure(entry) or 0.0, figures.get("bits_per_byte_interval"))
-    return scored(figures, "aligned", factor=100)
+    figures: Figures = entry.figures
+    if isinstance(figures, DocumentRow | Curve):
+        interval = figures.bits_per_byte_interval if isinstance(figures, DocumentRow) else None
+        return with_interval(main_figure(entry) or 0.0, interval)
+    return scored(main_percent(figures))
 
 
 def table_of(models: Sequence[str], header: Sequence[Text], cells: Callable[[str], Sequence[Cell]]) -> Table:
@@ -149,9 +181,9 @@ AVERAGES = {"zh": Text("中文", "Chinese"), "en": Text("英文", "English"), "a
 # ---------------------------------------------------------------- questions with choices
 
 
-def choice_sections(entries: Sequence[Entry]) -> list[Section]:
+def choice_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """A section for each benchmark of questions with choices."""
-    chosen = [entry for entry in entries if entry.kind == "multiple_choice"]
+    chosen = select(entries, ChoiceResult)
     sections = []
     for rank, name in enumerate(dict.fromkeys(entry.benchmark for entry in chosen), 1):
         found, notes = group_columns([entry for entry in chosen if entry.benchmark == name])
@@ -162,7 +194,7 @@ def choice_sections(entries: Sequence[Entry]) -> list[Section]:
     return sections
 
 
-def choice_table(found: Sequence[Column]) -> Table:
+def choice_table(found: Sequence[Column[ChoiceResult]]) -> Table:
     """Accuracy in every column, weighted by questions, and the mean over subjects."""
     header: list[Text] = []
     for column in found:
@@ -173,77 +205,77 @@ def choice_table(found: Sequence[Column]) -> Table:
     def cells(model: str) -> list[Cell]:
         row: list[Cell] = []
         for column in found:
-            figures = column.figures(model)
-            row.append(scored(figures, "accuracy") + remarks(figures))
-            row.append(scored(figures, "subject_average", "subject_average_interval"))
+            figures = column.by_model.get(model)
+            row.append(scored(figures.percent if figures else None) + remarks(figures))
+            row.append(scored(figures.subject_percent if figures else None))
             if has_clean(column):
-                row.append(scored(((figures or {}).get("contamination") or {}).get("clean"), "accuracy"))
+                clean = figures.contamination.clean if figures and figures.contamination else None
+                row.append(scored(clean.percent if clean else None))
         return row
 
     return table_of(models_of(entry for column in found for entry in column.entries), header, cells)
 
 
-def has_clean(column: Column) -> bool:
-    return any(entry.figures.get("contamination") for entry in column.entries)
+def has_clean(column: Column[ChoiceResult]) -> bool:
+    return any(figures.contamination for figures in column.by_model.values())
 
 
-def remarks(figures: Mapping[str, Any] | None) -> str:
+def remarks(figures: ChoiceResult | None) -> str:
     """What makes a figure less sure: unread answers, failures, missing subjects, prompts that were cut."""
     if figures is None:
         return ""
     counts = {
-        "unparsed": figures.get("unparsed", 0),
-        "errors": figures.get("errors", 0),
-        "subjects missing": len(figures["benchmark"].get("missing_subjects", [])),
-        "prompts without all examples": figures["prompts"].get("prompts_without_all_examples", 0),
-        "prompts cut": figures["prompts"].get("cut_prompts", 0),
+        "unparsed": figures.unparsed,
+        "errors": figures.errors,
+        "subjects missing": len(figures.benchmark.missing_subjects),
+        "prompts without all examples": figures.prompts.prompts_without_all_examples,
+        "prompts cut": figures.prompts.cut_prompts,
     }
     said = [f"{count} {name}" for name, count in counts.items() if count]
     return f"\n{', '.join(said)}" if said else ""
 
 
-def choice_details(column: Column) -> list[Block]:
+def choice_details(column: Column[ChoiceResult]) -> list[Block]:
     """Accuracy by category with its picture, and by subject."""
-    models = models_of(column.entries)
-    by_model = {entry.model: entry.figures for entry in column.entries}
+    by_model = column.by_model
     blocks: list[Block] = []
-    names = list(dict.fromkeys(name for figures in by_model.values() for name in figures["by_category"]))
+    names = list(dict.fromkeys(name for figures in by_model.values() for name in figures.by_category))
     if len(names) > 1:
         table = table_of(
-            models,
+            list(by_model),
             [Text(name, "") for name in names],
-            lambda model: [scored(by_model[model]["by_category"].get(name), "accuracy") for name in names],
+            lambda model: [scored_part(by_model[model].by_category, name) for name in names],
         )
         table.title = Text(f"{column.heading}，按类别", f"{column.heading}, by category")
-        groups = {name: accuracies(by_model, "by_category", name) for name in names}
+        groups = {name: values_of(name, {m: f.by_category for m, f in by_model.items()}) for name in names}
         blocks += with_picture(table, picture_of(table.title, groups, "accuracy, %"))
-    subjects = list(dict.fromkeys(name for figures in by_model.values() for name in figures["by_subject"]))
+    subjects = list(dict.fromkeys(name for figures in by_model.values() for name in figures.by_subject))
     if len(subjects) > 1:
         rows: list[list[Cell]] = [
             [
-                next(f["by_subject"][name].get("name", name) for f in by_model.values() if name in f["by_subject"]),
-                *(scored(figures["by_subject"].get(name), "accuracy") for figures in by_model.values()),
+                next(f.by_subject[name].name or name for f in by_model.values() if name in f.by_subject),
+                *(scored_part(figures.by_subject, name) for figures in by_model.values()),
             ]
             for name in subjects
         ]
         title = Text(f"{column.heading}，{len(rows)} 个科目", f"{column.heading}, {len(rows)} subjects")
-        header = [Text("科目", "subject"), *(Text(model, "") for model in models)]
+        header = [Text("科目", "subject"), *(Text(model, "") for model in by_model)]
         blocks.append(Table(header, rows, title=title, folded=True))
     return blocks
 
 
-def accuracies(by_model: Mapping[str, Mapping[str, Any]], group: str, name: str) -> dict[str, float]:
-    found = {model: figures[group].get(name, {}).get("accuracy") for model, figures in by_model.items()}
-    return {model: value for model, value in found.items() if value is not None}
+def values_of(name: str, parts: Mapping[str, Mapping[str, Scored]]) -> dict[str, float]:
+    """{model: the percentage of its part of this name}, without models that have none. Args: parts: by model."""
+    return {model: percent[0] for model, own in parts.items() if name in own and (percent := own[name].percent)}
 
 
 # ---------------------------------------------------------------- LongBench
 
 
-def longbench_sections(entries: Sequence[Entry]) -> list[Section]:
+def longbench_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """Averages and groups of tasks as published tables have them, LongBench-E's by length, and every dataset."""
     sections = []
-    chosen = [entry for entry in entries if entry.kind == "longbench"]
+    chosen = select(entries, LongbenchResult)
     for rank, name in enumerate(dict.fromkeys(entry.benchmark for entry in chosen), 1):
         found, notes = group_columns([entry for entry in chosen if entry.benchmark == name])
         blocks: list[Block] = [*notes]
@@ -253,52 +285,55 @@ def longbench_sections(entries: Sequence[Entry]) -> list[Section]:
     return sections
 
 
-def longbench_blocks(column: Column) -> list[Block]:
-    models = models_of(column.entries)
-    by_model = {entry.model: entry.figures for entry in column.entries}
+def longbench_blocks(column: Column[LongbenchResult]) -> list[Block]:
+    by_model = column.by_model
     blocks: list[Block] = []
     for key, title in AVERAGES.items():
-        averages = {model: f["averages"][key] for model, f in by_model.items() if key in f["averages"]}
-        if not averages or (key == "all" and len(blocks) == 1 and len(averages) == len(models)):
+        averages = {model: f.averages[key] for model, f in by_model.items() if key in f.averages}
+        if not averages or (key == "all" and len(blocks) == 1 and len(averages) == len(by_model)):
             continue  # of one language, all is the same again
-        groups = list(dict.fromkeys(group for average in averages.values() for group in average["groups"]))
-        buckets = list(dict.fromkeys(bucket for average in averages.values() for bucket in average.get("buckets", {})))
-        header = [Text("平均", "average"), *(Text(name, "") for name in (*groups, *buckets))]
-
-        def cells(model: str, averages: Any = averages, groups: Any = groups, buckets: Any = buckets) -> list[Cell]:
-            average = averages.get(model, {})
-            parts = [average.get("groups", {}).get(group) for group in groups]
-            parts += [average.get("buckets", {}).get(bucket) for bucket in buckets]
-            return [scored(part, "score") for part in (average, *parts)]
-
-        table = table_of(list(averages), header, cells)
-        table.title = Text(f"{column.heading}，{title.zh}", f"{column.heading}, {title.en}")
-        bars = {group: {model: a["groups"][group]["score"] for model, a in averages.items()} for group in groups}
-        blocks += with_picture(table, picture_of(table.title, bars, "score, %"))
-    names = list(dict.fromkeys(name for figures in by_model.values() for name in figures["datasets"]))
+        title = Text(f"{column.heading}，{title.zh}", f"{column.heading}, {title.en}")
+        groups = list(dict.fromkeys(group for average in averages.values() for group in average.groups))
+        bars = {group: values_of(group, {m: a.groups for m, a in averages.items()}) for group in groups}
+        blocks += with_picture(average_table(averages, groups, title), picture_of(title, bars, "score, %"))
+    names = list(dict.fromkeys(name for figures in by_model.values() for name in figures.datasets))
     rows: list[list[Cell]] = [
-        [name, *(scored(figures["datasets"].get(name), "score") for figures in by_model.values())] for name in names
+        [name, *(scored_part(figures.datasets, name) for figures in by_model.values())] for name in names
     ]
     title = Text(f"{column.heading}，各数据集", f"{column.heading}, every dataset")
-    header = [Text("数据集", "dataset"), *(Text(model, "") for model in models)]
+    header = [Text("数据集", "dataset"), *(Text(model, "") for model in by_model)]
     blocks.append(Table(header, rows, title=title, folded=len(rows) > MAX_ROWS))
-    cut = {e.model: sum(d.get("prompts_cut", 0) for d in e.file.get("data", {}).values()) for e in column.entries}
     said = "; ".join(
-        f"{e.model}: max_length {e.settings.get('max_length', '–')}, {cut[e.model]} cut" for e in column.entries
+        f"{e.model}: max_length {e.settings.get('max_length', '–')}, {e.figures.prompts_cut} cut"
+        for e in column.entries
     )
     blocks.append(Paragraph(Text(f"提示的最大长度与截断数 — {said}。", f"Longest prompts, and prompts cut: {said}.")))
     return blocks
 
 
+def average_table(averages: Mapping[str, AverageScore], groups: Sequence[str], title: Text) -> Table:
+    """A row for each model: its average, that of each group of tasks, and in LongBench-E of each length."""
+    buckets = list(dict.fromkeys(bucket for average in averages.values() for bucket in average.buckets))
+    header = [Text("平均", "average"), *(Text(name, "") for name in (*groups, *buckets))]
+
+    def cells(model: str) -> list[Cell]:
+        average = averages[model]
+        by_group = [scored_part(average.groups, group) for group in groups]
+        return [scored(average.percent), *by_group, *(scored_part(average.buckets, bucket) for bucket in buckets)]
+
+    table = table_of(list(averages), header, cells)
+    table.title = title
+    return table
+
+
 # ---------------------------------------------------------------- perplexity
 
 
-def perplexity_sections(entries: Sequence[Entry]) -> list[Section]:
+def perplexity_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """Perplexity and bits a byte of whole documents, and curves by position."""
-    chosen = [entry for entry in entries if entry.kind == "perplexity"]
-    if not chosen:
+    found, notes = group_columns([entry for entry in entries if entry.kind == "perplexity"])
+    if not found:
         return []
-    found, notes = group_columns(chosen)
     blocks: list[Block] = [
         Paragraph(
             Text(
@@ -310,60 +345,64 @@ def perplexity_sections(entries: Sequence[Entry]) -> list[Section]:
         )
     ]
     for column in found:
-        whole = "curve" not in column.entries[0].figures
-        blocks += document_blocks(column) if whole else curve_blocks(column)
+        if curves := select(column.entries, Curve):
+            blocks += curve_blocks(Column(column.heading, curves))
+        else:
+            blocks += document_blocks(Column(column.heading, select(column.entries, DocumentRow)))
     return [Section("perplexity", Text("困惑度", "Perplexity"), [*blocks, *notes])]
 
 
-def document_blocks(column: Column) -> list[Block]:
+def document_blocks(column: Column[DocumentRow]) -> list[Block]:
     """A row for each model; the first whose tokenizer is another one than the first row's has a mark."""
     first = tokenizer_of(column.entries[0])
     rows: list[list[Cell]] = []
     for entry in column.entries:
         figures = entry.figures
-        difference, between = figures.get("bits_per_byte_difference"), figures.get("bits_per_byte_difference_interval")
+        difference, between = figures.bits_per_byte_difference, figures.bits_per_byte_difference_interval
         mark = "" if tokenizer_of(entry) == first else " †"
         rows.append(
             [
                 entry.model,
-                spread(figures["perplexity"], figures.get("perplexity_interval"), 2) + mark,
-                spread(figures["bits_per_byte"], figures.get("bits_per_byte_interval")),
-                "—" if difference is None else spread(difference, between, sign="+") + compared_with(entry, column),
-                *(f"{figures[key]:,}" for key in ("documents", "scored_tokens")),
+                with_interval(figures.perplexity, figures.perplexity_interval, 2) + mark,
+                with_interval(figures.bits_per_byte, figures.bits_per_byte_interval),
+                "—"
+                if difference is None
+                else with_interval(difference, between, sign="+") + compared_with(entry, column),
+                *(f"{count:,}" for count in (figures.documents, figures.scored_tokens)),
             ]
         )
     header = [MODEL, *columns("困惑度|perplexity", "比特/字节|bits/byte", "与第一行之差|against the first")]
     header += columns("文档|documents", "词元|tokens")
     table = Table(header, rows, title=Text(column.heading, ""))
-    bars = {entry.model: {"bits per byte": float(entry.figures["bits_per_byte"])} for entry in column.entries}
+    bars = {entry.model: {"bits per byte": float(entry.figures.bits_per_byte)} for entry in column.entries}
     picture = Picture(Text("比特/字节", "Bits a byte"), svg=bar_chart(bars, "bits per byte"))
     return [table, Pictures([picture])]
 
 
-def compared_with(entry: Entry, column: Column) -> str:
+def compared_with(entry: Entry[Any], column: Column[Any]) -> str:
     """The model that a difference is from, where it is not the first row: each file compares with its own first."""
     first = next(other for other in column.entries if other.path == entry.path)
     return "" if first is column.entries[0] else f" ({first.model})"
 
 
-def tokenizer_of(entry: Entry) -> Any:
+def tokenizer_of(entry: Entry[Any]) -> Any:
     return entry.settings.get("tokenizer")
 
 
-def curve_blocks(column: Column) -> list[Block]:
+def curve_blocks(column: Column[Curve]) -> list[Block]:
     """Perplexity of the tokens at certain positions, and the lines through it."""
     first = tokenizer_of(column.entries[0])
-    header = [Text(row["tokens"], "") for row in column.entries[0].figures["curve"]]
+    header = [Text(row.tokens, "") for row in column.entries[0].figures.rows]
     by_model = {entry.model: entry for entry in column.entries}
 
     def cells(model: str) -> list[Cell]:
         mark = "" if tokenizer_of(by_model[model]) == first else " †"
-        return [f"{row['perplexity']:.2f}{mark}" for row in by_model[model].figures["curve"]]
+        return [f"{row.perplexity:.2f}{mark}" for row in by_model[model].figures.rows]
 
     table = table_of(list(by_model), header, cells)
     table.title = Text(f"{column.heading}：各位置词元的困惑度", f"{column.heading}: perplexity of tokens by position")
     lines = {
-        model: [(float(row["length"]), float(row["perplexity"])) for row in entry.figures["curve"]]
+        model: [(float(row.length), float(row.perplexity)) for row in entry.figures.rows]
         for model, entry in by_model.items()
     }
     picture = Picture(Text("困惑度随位置", "Perplexity by position"), svg=line_chart(lines, "tokens", "perplexity"))
@@ -373,71 +412,70 @@ def curve_blocks(column: Column) -> list[Block]:
 # ---------------------------------------------------------------- alignment and the arena
 
 
-def alignment_sections(entries: Sequence[Entry]) -> list[Section]:
+def alignment_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """Aligned answers overall, by the right answer and by category."""
-    chosen = [entry for entry in entries if entry.kind == "alignment"]
-    if not chosen:
+    found, notes = group_columns(select(entries, AlignmentResult))
+    if not found:
         return []
-    found, notes = group_columns(chosen)
     blocks: list[Block] = []
     for column in found:
-        by_model = {entry.model: entry.figures for entry in column.entries}
-        sides = list(dict.fromkeys(name for figures in by_model.values() for name in figures["by_expected"]))
-        header = [Text(column.heading, "%"), *(Text(f"应答 {side}", f"expected {side}") for side in sides)]
-        header += columns("含糊|unclear", "题数|questions")
-
-        def cells(model: str, by_model: Any = by_model, sides: Any = sides) -> list[Cell]:
-            figures = by_model[model]
-            parts = [figures, *(figures["by_expected"].get(side) for side in sides)]
-            counts = [f"{figures.get('unclear', 0):,}", f"{len(figures['answers']):,}"]
-            return [*(scored(part, "aligned", factor=100) for part in parts), *counts]
-
-        blocks.append(table_of(list(by_model), header, cells))
-        names = list(dict.fromkeys(name for figures in by_model.values() for name in figures["by_category"]))
+        by_model = column.by_model
+        blocks.append(aligned_table(column))
+        names = list(dict.fromkeys(name for figures in by_model.values() for name in figures.by_category))
         rows: list[list[Cell]] = [
-            [name, *(scored(f["by_category"].get(name), "aligned", factor=100) for f in by_model.values())]
-            for name in names
+            [name, *(scored_part(figures.by_category, name) for figures in by_model.values())] for name in names
         ]
-        bars = {
-            name: {m: 100 * float(f["by_category"][name]["aligned"]) for m, f in by_model.items()} for name in names
-        }
+        bars = {name: values_of(name, {m: f.by_category for m, f in by_model.items()}) for name in names}
         title = Text(f"{column.heading}，按类别", f"{column.heading}, by category")
         table = Table([Text("类别", "category"), *(Text(model, "") for model in by_model)], rows, title=title)
         blocks += with_picture(table, picture_of(title, bars, "aligned, %"))
     return [Section("alignment", Text("对齐", "Alignment"), [*blocks, *notes])]
 
 
-def arena_sections(entries: Sequence[Entry]) -> list[Section]:
+def aligned_table(column: Column[AlignmentResult]) -> Table:
+    """A row for each model: all its answers, and those to questions whose right answer is one of yes and no."""
+    by_model = column.by_model
+    sides = list(dict.fromkeys(name for figures in by_model.values() for name in figures.by_expected))
+    header = [Text(column.heading, "%"), *(Text(f"应答 {side}", f"expected {side}") for side in sides)]
+    header += columns("含糊|unclear", "题数|questions")
+
+    def cells(model: str) -> list[Cell]:
+        figures = by_model[model]
+        by_side = [scored_part(figures.by_expected, side) for side in sides]
+        return [scored(figures.percent), *by_side, f"{figures.unclear:,}", f"{len(figures.answers):,}"]
+
+    return table_of(list(by_model), header, cells)
+
+
+def arena_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """Standings and pairs of each file of votes: ratings of different votes cannot be compared."""
     sections = []
-    for rank, entry in enumerate((entry for entry in entries if entry.kind == "arena"), 1):
+    for rank, entry in enumerate(select(entries, ArenaResult), 1):
         figures = entry.figures
         rows: list[list[Cell]] = [
             [
-                model["name"],
-                str(model["rank"]),
-                *(spread(model[key], model[f"{key}_interval"], 0) for key in ("rating", "elo")),
-                scored(model, "win_rate", "win_rate_interval"),
-                " / ".join(str(model.get(key, 0)) for key in ("wins", "losses", "ties", "both_bad")),
+                model.name,
+                str(model.rank),
+                with_interval(model.rating, model.rating_interval, 0),
+                with_interval(model.elo, model.elo_interval, 0),
+                scored(model.percent),
+                f"{model.wins} / {model.losses} / {model.ties} / {model.both_bad}",
             ]
-            for model in figures["models"]
+            for model in figures.models
         ]
         header = [MODEL, *columns("名次|rank", "Bradley-Terry|", "Elo|", "胜率，不计平局，%|win rate without ties, %")]
         header += columns("胜/负/平/都差|won/lost/tied/both bad")
-        ratings = {model["name"]: {"Bradley-Terry": float(model["rating"])} for model in figures["models"]}
+        ratings = {model.name: {"Bradley-Terry": float(model.rating)} for model in figures.models}
         picture = Picture(Text("评分", "Ratings"), svg=bar_chart(ratings, "rating", digits=0))
-        about = Text(f"{entry.path}，{figures['battles']} 场对战。", f"{entry.path}, {figures['battles']} battles.")
+        about = Text(f"{entry.path}，{figures.battles} 场对战。", f"{entry.path}, {figures.battles} battles.")
         blocks: list[Block] = [Paragraph(about), Table(header, rows), Pictures([picture])]
-        if len(figures["groups"]) > 1:
-            groups = " | ".join(", ".join(group) for group in figures["groups"])
+        if len(figures.groups) > 1:
+            groups = " | ".join(", ".join(group) for group in figures.groups)
             unconnected = Text(
                 f"没有对战相连，不可比较：{groups}", f"Not connected by battles, not to be compared: {groups}"
             )
             blocks.append(Paragraph(unconnected))
-        pairs: list[list[Cell]] = [
-            [*pair["models"], str(pair["battles"]), scored(pair, "win_rate", "win_rate_interval")]
-            for pair in figures["pairs"]
-        ]
+        pairs: list[list[Cell]] = [[*pair.models, str(pair.battles), scored(pair.percent)] for pair in figures.pairs]
         header = columns("模型|model", "对手|against", "场数|battles", "前者胜率，%|win rate of the first, %")
         blocks.append(Table(header, pairs, words=2, title=Text("两两对战", "pairs"), folded=len(pairs) > MAX_ROWS))
         name = f"竞技场 {rank}" if rank > 1 else "竞技场"

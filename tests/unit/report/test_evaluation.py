@@ -86,6 +86,13 @@ def test_perplexity_pairs_models_and_marks_other_tokenizers(put):
     assert rows["sft"][:3] == ["10.00 (9.00 – 11.00) †", "1.000 (0.900 – 1.100)", "-0.200 (-0.220 – -0.180)"]
 
 
+def test_weights_of_the_arena_are_listed_by_folder(put):
+    file = fake.arena()
+    file["sources"]["x"] = {"from": "out/base + out/lora", "weights": ["print of base", "print of lora"]}
+    [entry] = read_results([put(file)])
+    assert entry.weights == {"x: out/base": "print of base", "x: out/lora": "print of lora"}
+
+
 def test_arena_says_which_models_never_met(put):
     entries = read_results([put(fake.arena(2))])
     assert rows_of(entries, "竞技场")["x"] == [
@@ -191,7 +198,7 @@ def broken(value, *path, to):
         ([], "need the object that an evaluation writes, got \\[\\]"),
         ({"kind": "speed"}, "kind 'speed' is no evaluation's; need one of multiple_choice, longbench"),
         ({"scores": 1}, "kind None is no evaluation's"),
-        ({"kind": "multiple_choice"}, "no 'benchmark'; it has kind"),
+        ({"kind": "multiple_choice"}, "no 'settings', .*'benchmark', 'prompts'; it has kind; .*: evaluate again"),
         (broken(fake.multiple_choice(), "models", to={}), "need one model in 'models', got {}"),
         (broken(fake.multiple_choice(), "accuracy", to=0.5667), "accuracy 0.5667, but 17 of 30 answers are right"),
         (broken(fake.multiple_choice(), "by_subject", "law", "accuracy", to=0.6), "but 6 of 10 answers are right"),
@@ -205,13 +212,55 @@ def broken(value, *path, to):
         (broken(fake.alignment(), "aligned", to=75.0), "aligned 75.0; eval_alignment.py writes shares"),
         (broken(fake.alignment(), "aligned", to=0.5), "aligned 0.5, but 3 of 4 answers are"),
         (broken(fake.arena(), "models", 0, "win_rate", to=0.75), "x has a win rate of 0.75, but won 6 of 8"),
-        (broken(fake.arena(), "models", 0, to={"name": "x"}), "models: no 'rank'; it has name"),
+        (broken(fake.arena(), "models", 0, to={"name": "x"}), "models, 1: no 'rank', .*; it has name"),
     ],
 )
 def test_files_that_do_not_fit_are_named(put, file, words):
     path = put(file)
     with pytest.raises(InputError, match=f"{re.escape(path)}.*{words}"):
         read_results([path])
+
+
+KINDS = [fake.multiple_choice, fake.longbench, fake.perplexity, fake.curve, fake.alignment, fake.arena]
+LATER = {
+    fake.multiple_choice: ("prompts", "preset_version"),
+    fake.longbench: ("averages", "zh", "groups"),
+    fake.perplexity: ("rows", 1, "documents"),
+    fake.curve: ("rows", 1, "bits_per_byte_to_here"),
+    fake.alignment: ("by_expected", "no", "interval"),
+    fake.arena: ("pairs", 0, "battles"),
+}  # fields that a file of an older version could lack
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_an_older_file_is_named_with_what_it_lacks_and_what_to_do(put, file):
+    value = file()
+    *path, last = LATER[file]
+    inner = value
+    for key in path:
+        inner = inner[key]
+    del inner[last]
+    where = ", ".join(str(key + 1 if isinstance(key, int) else key) for key in path)
+    remedy = "run arena.py --report again" if file is fake.arena else "evaluate again"
+    name = put(value)
+    with pytest.raises(InputError) as error:
+        read_results([name])
+    known = ", ".join(inner)
+    assert str(error.value) == f"{name}, {where}: no '{last}'; it has {known}; broken, or another version's: {remedy}"
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_what_a_newer_file_adds_is_said_and_left_out(put, file, caplog):
+    name = put(file() | {"calibrated": 1})
+    assert len(read_results([name])) >= 1
+    assert caplog.messages == [f"{name}: calibrated: written by another version, not read"]
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_a_field_of_another_type_is_named(put, file):
+    name = put(file() | {"settings": "none"})
+    with pytest.raises(InputError, match=f"{re.escape(name)}, settings: got 'none', need dict"):
+        read_results([name])
 
 
 def test_fractions_of_longbench_are_refused(put):

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -15,8 +16,9 @@ from support.fake_recipe import NASTY, OUTPUTS, QUESTIONS
 from utils.core.errors import InputError
 from utils.report.charts import BOTTOM, HEIGHT, bar_chart, line_chart, nice_ticks
 from utils.report.pages import duration, escape_markdown, percent, render_html, render_markdown
-from utils.report.recipe import TARGET_KIND, chinese_drop, curves_of, english_rise, load_run, pick_samples, summarise
-from utils.report.run import build_report, write_report
+from utils.report.recipe import TARGET_KIND, curves_of, load_run
+from utils.report.run import build_report, pick_samples, write_report
+from utils.report.summary import summarise_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -32,46 +34,48 @@ def run(tmp_path):
 
 def test_summary_holds_the_figures_of_the_run(run):
     summary = write_report(*run)
-    assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == summary
+    assert json.loads((run[0] / "summary.json").read_text(encoding="utf-8")) == asdict(summary)
     # The first, slower run of sft (999 s, 9.9 GB) does not count.
-    assert summary["seconds"] == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19 + 241 + 60
-    assert summary["rlhf_seconds"] == 30 + 100 + 40 + 18 + 17 + 11 + 12 + 13 == 241
-    assert summary["stage_seconds"]["sft"] == 90 and len(summary["stage_seconds"]) == 27
-    assert summary["peak_memory_gb"] == 1.8
-    assert summary["bits_per_byte"] == {
+    assert summary.seconds == 3 + 100 + 4 + 9.5 + 120 + 6.5 + 90 + 6 + 5 + 16 + 21 + 20 + 19 + 241 + 60
+    assert summary.rlhf_seconds == 30 + 100 + 40 + 18 + 17 + 11 + 12 + 13 == 241
+    assert summary.stage_seconds["sft"] == 90 and len(summary.stage_seconds) == 27
+    assert summary.peak_memory_gb == 1.8
+    assert summary.bits_per_byte == {
         "zh": {"base": 2.5, "extended": 3.1, "pretrained": 0.9},
         "en": {"base": 1.5, "extended": 1.6, "pretrained": 1.53},
     }
-    assert summary["exact_match"] == pytest.approx({"base": 0, "sft": 2 / 3, "ppo": 1, "dpo": 1 / 3})
-    kinds = summary["exact_match_by_kind"]
+    assert summary.exact_match == pytest.approx({"base": 0, "sft": 2 / 3, "ppo": 1, "dpo": 1 / 3})
+    kinds = summary.exact_match_by_kind
     assert kinds["unseen_operands"] == {"base": 0.5, "sft": 0.5, "ppo": 0.0, "dpo": 0.5, "questions": 2}
     assert kinds["pretraining_only"] == {"base": 0.0, "sft": 0.0, "ppo": 0.0, "dpo": 1.0, "questions": 1}
-    assert summary["vocabulary"] == {"base": 1200, "merged": 2900}
-    assert summary["merged_equals_adapter"] is True
-    assert summary["alignment"] == pytest.approx({"sft": 6 / 12, "ppo": 9 / 12, "dpo": 8 / 12})
-    for side, (low, high) in summary["alignment_interval"].items():
-        assert 0 < low < summary["alignment"][side] < high < 1
-    assert summary["reward_model_accuracy"] == 0.925
-    assert summary["multiple_choice"] == pytest.approx(
+    assert summary.vocabulary == {"base": 1200, "merged": 2900}
+    assert summary.merged_equals_adapter is True
+    assert summary.alignment == pytest.approx({"sft": 6 / 12, "ppo": 9 / 12, "dpo": 8 / 12})
+    for side, (low, high) in summary.alignment_interval.items():
+        assert 0 < low < summary.alignment[side] < high < 1
+    assert summary.reward_model_accuracy == 0.925
+    assert summary.multiple_choice == pytest.approx(
         {"base": 7 / 30, "pretrained": 11 / 30, "assistant": 19 / 30, "ppo": 18 / 30, "dpo": 18 / 30}
     )
-    assert summary["kl"] == {"ppo": 3.125}  # of the saved model, not of the evaluations before
+    assert summary.kl == {"ppo": 3.125}  # of the saved model, not of the evaluations before
 
 
 def test_chinese_is_compared_with_the_lower_figure(run):
     folder, questions = run
-    assert chinese_drop(summarise(load_run(folder, questions))) == pytest.approx(1 - 0.9 / 2.5)  # the base's 2.5 < 3.1
+    assert summarise_run(load_run(folder, questions)).chinese_drop == pytest.approx(
+        1 - 0.9 / 2.5
+    )  # the base's 2.5 < 3.1
     (folder / "pretrain" / "run_config.yaml").write_text("embedding_init: zero\n")
-    summary = summarise(load_run(folder, questions))
-    assert summary["bits_per_byte"]["zh"]["extended"] == 2.4
-    assert chinese_drop(summary) == pytest.approx(1 - 0.9 / 2.4)
-    assert english_rise(summary) == pytest.approx(1.53 / 1.5 - 1)
+    summary = summarise_run(load_run(folder, questions))
+    assert summary.bits_per_byte["zh"]["extended"] == 2.4
+    assert summary.chinese_drop == pytest.approx(1 - 0.9 / 2.4)
+    assert summary.english_rise == pytest.approx(1.53 / 1.5 - 1)
 
 
 def test_one_different_answer_shows(run):
     folder, questions = run
     fake_recipe.write_answers(folder, QUESTIONS, {"adapter": [*OUTPUTS["adapter"][:-1], "利马。"]})
-    assert write_report(folder, questions)["merged_equals_adapter"] is False
+    assert write_report(folder, questions).merged_equals_adapter is False
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "1 answers differ" in page and "greedy answers differ" in page
 
@@ -147,10 +151,24 @@ def test_every_unfinished_stage_is_named_with_its_command(run):
         ("ppo/samples.jsonl", '{"set": "a", "prompt": "?", "score": 1}', "{file}:1: no 'answer'; it has set, prompt"),
         ("ppo/all_results.json", '{"steps": 1, "eval_kl": 2}', "{file}: no 'eval_<set>_kl'"),
         ("ppo/trainer_state.json", None, "file not found: {file}"),
-        ("alignment/ppo/alignment.json", "[]", "{file}: need an object with 'aligned', got []"),
-        ("alignment/ppo/alignment.json", '{"aligned": 1}', "{file}: no 'interval'; it has aligned"),
+        ("alignment/ppo/alignment.json", "[]", "{file}: need the object that an evaluation writes, got []"),
+        ("alignment/ppo/alignment.json", '{"aligned": 1}', "{file}: kind None is no evaluation's"),
+        (
+            "alignment/ppo/alignment.json",
+            '{"kind": "alignment", "aligned": 1}',
+            "{file}: no 'settings', 'interval', 'questions', 'by_category', 'by_expected', 'answers'; it has kind",
+        ),
+        (
+            "alignment/ppo/alignment.json",
+            json.dumps(fake_results.perplexity()),
+            "{file}: kind 'perplexity'; need align",
+        ),
         ("choices/dpo/multiple_choice.json", None, "stage 'choices_dpo' is not finished: no {file}"),
-        ("choices/dpo/multiple_choice.json", '{"kind": "arena"}', "{file}: no 'models'; it has kind"),
+        (
+            "choices/dpo/multiple_choice.json",
+            '{"kind": "arena"}',
+            "{file}: no 'settings', 'battles', 'models', 'pairs', 'groups', 'votes'; it has kind",
+        ),
         ("perplexity/perplexity.json", "{}", "{file}: kind None is no evaluation's"),
     ],
 )
@@ -240,7 +258,7 @@ def test_html_is_whole_and_loads_nothing(run):
 
 def test_all_text_from_data_is_escaped(run):
     folder, questions = run
-    report = build_report(load_run(folder, questions), summarise(load_run(folder, questions)))
+    report = build_report(load_run(folder, questions), summarise_run(load_run(folder, questions)))
     page = Reader(render_html(report))
     assert NASTY in page.text  # as it was, in one piece
     assert any("<b>bold</b>" in piece for piece in page.text)

@@ -7,8 +7,8 @@ import pytest
 
 from support import fake_recipe
 from utils.core.errors import InputError
-from utils.report.recipe import pick_changed
-from utils.report.rlhf import PPO_CURVES
+from utils.evaluation.result_files import AlignmentAnswer
+from utils.report.rlhf import PPO_CURVES, pick_changed
 from utils.report.run import write_report
 
 
@@ -37,14 +37,15 @@ def test_alignment_answer_without_a_judgement_is_refused(run):
     result = json.loads(file.read_text(encoding="utf-8"))
     del result["answers"][2]["aligned"]
     fake_recipe.write(file, result)
-    with pytest.raises(InputError, match=re.escape(f"{file}, answer 3: no 'aligned'")):
+    with pytest.raises(InputError, match=re.escape(f"{file}, answers, 3: no 'aligned'")):
         write_report(*run)
 
 
 def test_changed_answers_are_shown_first_of_every_category():
     rights = {"law": ["110", "000", "011", "111", "100"], "study": ["111", "000", "101"], "drugs": ["111"]}
+    unasked = {"id": "", "question": "", "expected": "", "answer": ""}
     rows = [
-        [{"category": category, "aligned": digit == "1"} for digit in digits]
+        [AlignmentAnswer(**unasked, category=category, aligned=digit == "1") for digit in digits]
         for category, answers in rights.items()
         for digits in answers
     ]
@@ -99,7 +100,7 @@ def test_reward_model_without_length_figures_and_of_two_sets_is_shown(run):
     report = {**fake_recipe.REWARD_REPORT, "accuracy": 0.5, "pairs": 120}
     del report["accuracy_chosen_shorter"], report["length_correlation"]
     fake_recipe.write(run[0] / "rm" / "reward_report.json", {"zh": fake_recipe.REWARD_REPORT, "en": report})
-    assert write_report(*run)["reward_model_accuracy"] == pytest.approx((0.925 * 40 + 0.5 * 120) / 160)
+    assert write_report(*run).reward_model_accuracy == pytest.approx((0.925 * 40 + 0.5 * 120) / 160)
     rows = [row[0] for row in table_rows(run, "奖励模型 Reward model")]
     assert rows.count("准确率 accuracy") == 2 and rows.count("分数与长度的相关 correlation of score and length") == 1
 
