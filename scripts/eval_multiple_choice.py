@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
+from utils.core.arguments import InferenceArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_file, hash_json, read_json, write_json
+from utils.evaluation.arguments import GreedyArguments
+from utils.evaluation.progress import Parts, refuse_finished
 
 if TYPE_CHECKING:
     from utils.evaluation.contamination import Overlap
@@ -41,12 +43,10 @@ PARTS = "answers.partial.jsonl"
 
 
 @dataclass
-class AnswerArguments(GenerationArguments):
+class AnswerArguments(GreedyArguments):
     """How answers are drawn where they are generated: always the likeliest token by default, and no penalties."""
 
     max_new_tokens: int = arg(512, help="Longest answer; generative and cot alone.")
-    do_sample: bool = arg(False, help="Draw each token at random; off: always the likeliest.")
-    repetition_penalty: float = arg(1.0, help="Above 1 makes tokens that the prompt or the answer has less likely.")
 
 
 @dataclass
@@ -107,11 +107,11 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     from utils.evaluation.multiple_choice.results import plot_choices, summarise, summarise_clean
     from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, Target, ask_all, check_engine
     from utils.evaluation.multiple_choice.wordings import PRESETS
-    from utils.evaluation.progress import Parts
 
     assert args.benchmark is not None
     folder = Path(args.output_dir)
-    refuse_finished(folder, args.overwrite)
+    if not has_errors_to_ask_again(folder):
+        refuse_finished(folder / RESULT, args.overwrite)
     check_flags(model_args, args)
     check_engine(model_args, args.mode)
     what = (args.split, args.subjects, args.num_fewshot, args.skip_missing, args.max_questions)
@@ -163,15 +163,13 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     return result
 
 
-def refuse_finished(folder: Path, overwrite: bool) -> None:
-    """Raises: InputError if there is a result already; one with errors goes on where there are its answers."""
+def has_errors_to_ask_again(folder: Path) -> bool:
+    """Whether there is a result with errors, and the answers that it has, so that it can go on."""
     path = folder / RESULT
-    if not path.is_file() or overwrite:
-        return
-    if read_json(path).get("errors") and (folder / PARTS).is_file():
-        logger.info("%s has %d errors; asking those questions again", path, read_json(path)["errors"])
-        return
-    raise InputError(f"{path} is finished; pass another --output_dir, or --overwrite to replace it")
+    errors = read_json(path).get("errors") if path.is_file() and (folder / PARTS).is_file() else 0
+    if errors:
+        logger.info("%s has %d errors; asking those questions again", path, errors)
+    return bool(errors)
 
 
 def check_flags(model_args: InferenceArguments, args: EvalArguments) -> None:

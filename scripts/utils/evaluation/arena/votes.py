@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from ...core.errors import InputError
 from ...core.files import fsync_path
+from ..progress import named_failure
 from .ratings import Battle, Verdict
 
 logger = logging.getLogger(__name__)
@@ -192,13 +193,14 @@ class VoteFile:
                 return False
             size = os.fstat(self._descriptor).st_size
             try:
-                rest = line
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
-                os.fsync(self._descriptor)
-            except OSError as error:  # a failed write does not say which file it was
+                with named_failure(self.path):
+                    rest = line
+                    while rest:
+                        rest = rest[os.write(self._descriptor, rest) :]
+                    os.fsync(self._descriptor)
+            except OSError:
                 os.ftruncate(self._descriptor, size)
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
+                raise
             self._ids.add(vote.id)
             self.log.votes.append(vote)
             return True

@@ -12,13 +12,10 @@ from tqdm import tqdm
 
 from ...core.arguments import GenerationArguments, InferenceArguments
 from ...core.errors import InputError
-from ...core.files import hash_file
 from ...generation.engine import Request
-from ...generation.llamacpp_engine import find_gguf_file
 from ...generation.loading import EnginePlan
-from ...lora.base_record import weights_fingerprint
-from ...weights.reader import open_checkpoint
 from ..endpoints import Endpoint, EndpointError
+from ..models import weights_of
 from ..progress import Parts
 from .answers import choose_by_likelihood, parse_answer
 from .prompts import ChoicePrompt
@@ -54,15 +51,8 @@ class Target:
         if self._endpoint is not None:
             return self._endpoint.model, {"server": self._endpoint.url, "model": self._endpoint.model}
         assert self.plan is not None
-        names = [n for n in (self.plan.args.model_name_or_path, self.plan.args.adapter_name_or_path) if n]
-        weights: dict[str, str] = {}
-        for name in names:
-            if self.plan.args.engine == "llama.cpp":
-                weights[name] = hash_file(find_gguf_file(name))
-            else:
-                with open_checkpoint(name) as checkpoint:
-                    weights[name] = weights_fingerprint(checkpoint)
-        return " + ".join(names), {"weights": weights, "template": self.plan.template_name}
+        weights = weights_of(self.plan.args)
+        return " + ".join(weights), {"weights": weights, "template": self.plan.template_name}
 
     def score(self, prompts: Sequence[ChoicePrompt], on_row: OnRow) -> None:
         """Ask for likelihoods: rows of logprobs, or of an error."""
