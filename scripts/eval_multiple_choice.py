@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from utils.evaluation.multiple_choice.benchmarks import Benchmark
     from utils.evaluation.multiple_choice.prompts import ChoicePrompt
     from utils.evaluation.multiple_choice.results import ChoiceAnswer
-    from utils.evaluation.multiple_choice.runs import Target
+    from utils.evaluation.multiple_choice.runs import ModelUnderTest
     from utils.evaluation.multiple_choice.wordings import Wording
 
 logger = logging.getLogger("eval_multiple_choice")
@@ -105,7 +105,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.multiple_choice.benchmarks import read_benchmark
     from utils.evaluation.multiple_choice.results import plot_choices, summarise, summarise_clean
-    from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, Target, ask_all, check_engine
+    from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, ask_all, check_engine, open_model
     from utils.evaluation.multiple_choice.wordings import PRESETS
 
     assert args.benchmark is not None
@@ -121,15 +121,15 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     wording = preset.wording(benchmark.kind, language, args.mode, args.with_prompt)
     if args.generates and not args.with_prompt and not settings.stop:
         settings = replace(settings, stop=PLAIN_STOPS[args.mode])
-    if args.server_url and args.mode == "constrained" and wording.letters == "both":
+    if args.server_url and args.mode == "constrained" and wording.letter_scoring == "both":
         raise InputError(
             f"--preset {args.preset} adds up two forms of each letter, and a server tells only its likeliest tokens; "
             "pass --preset default, or load the model here"
         )
-    target = Target(model_args, args.with_prompt and wording.system is None, args.server_url, args.batch_size)
-    prompts = write_prompts(benchmark, wording, target, model_args, settings, args)
+    model = open_model(model_args, args.with_prompt and wording.system is None, args.server_url, args.batch_size)
+    prompts = write_prompts(benchmark, wording, model, model_args, settings, args)
     overlaps = find_overlaps(benchmark, args.decontaminate)  # data that is not there is found before weights are read
-    label, source = target.describe()
+    label, source = model.describe()
     record = {
         **describe_arguments(model_args, *([settings] if args.generates else [])),
         **source,
@@ -138,7 +138,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     }
     record.pop("gpus", None)  # where it is computed does not decide the answers
     parts = Parts(folder / PARTS, record, args.overwrite)
-    answers = ask_all(prompts, parts, target, args.mode, settings)
+    answers = ask_all(prompts, parts, model, args.mode, settings)
 
     result = {
         "kind": "multiple_choice",
@@ -147,7 +147,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         "benchmark": describe_benchmark(benchmark),
         "prompts": describe_prompts(prompts, language, args) | {"preset_version": preset.version},
         "environment": describe_environment(),
-        "tokens": target.counts,
+        "tokens": model.counts,
         **summarise(answers, benchmark, args.mode),
     }
     if overlaps:
@@ -201,7 +201,7 @@ def guess_language(benchmark: Benchmark) -> str:
 def write_prompts(
     benchmark: Benchmark,
     wording: Wording,
-    target: Target,
+    model: ModelUnderTest,
     model_args: InferenceArguments,
     settings: AnswerArguments,
     args: EvalArguments,
@@ -212,7 +212,7 @@ def write_prompts(
     from utils.evaluation.multiple_choice.prompts import ChoiceEncoder, ChoiceWriter, count_cuts
 
     writer = ChoiceWriter(wording, args.mode, args.with_prompt, model_args.system_prompt)
-    encoder = ChoiceEncoder(writer, target.plan, settings.max_new_tokens if args.generates else 0)
+    encoder = ChoiceEncoder(writer, model.prompter, settings.max_new_tokens if args.generates else 0)
     prompts = [
         encoder.encode(question, benchmark.subjects[question.subject], benchmark.examples[question.subject])
         for question in tqdm(benchmark.questions, unit="prompt", desc="writing prompts")

@@ -21,7 +21,7 @@ from ...generation.engine import Answer, Delta, Engine, FinishReason, Request, c
 from ...generation.loading import EnginePlan
 from ...text.prompts import Message
 from ...weights.names import ADAPTER_CONFIG
-from ..endpoints import Endpoint, EndpointError
+from ..endpoints import Endpoint, EndpointError, answer_options
 from ..models import is_gguf, short_name, split_name, weights_of
 from ..progress import Predictions, answer_all
 from .matchmaking import Question
@@ -29,8 +29,6 @@ from .matchmaking import Question
 logger = logging.getLogger(__name__)
 
 OnDelta = Callable[[Delta], None]
-# Settings that the protocol has; a server's own defaults decide the others.
-SERVER_SETTINGS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 # Of InferenceArguments, those that change what a model answers.
 RECORDED = ("load_in_kbits", "quant_type", "rope_scaling", "rope_factor", "pi_factor", "system_prompt")
 
@@ -180,11 +178,7 @@ class ServerPlayer:
         return answer
 
     def _answer(self, answer: Answer, question: Question, settings: GenerationArguments, seed: int) -> None:
-        options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "seed": seed}
-        options |= {name: getattr(settings, name) for name in SERVER_SETTINGS}
-        options |= {"stop": settings.stop} if settings.stop else {}
-        if not settings.samples:
-            options["temperature"] = 0
+        options = answer_options(settings, seed)
         reason: FinishReason = "stop"
         try:
             if not answer.cancelled:

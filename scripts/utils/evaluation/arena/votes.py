@@ -17,7 +17,7 @@ from typing import Any, get_args
 from ...core.errors import InputError
 from ...core.files import fsync_path
 from ..progress import named_failure
-from .ratings import Battle, Verdict
+from .ratings import Outcome, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ class Vote:
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
-    def battle(self) -> Battle:
+    def outcome(self) -> Outcome:
         """What ratings are made of."""
         assert self.vote is not None
-        return Battle(*self.models, self.vote)
+        return Outcome(*self.models, self.vote)
 
 
 @dataclass
