@@ -174,7 +174,7 @@ def judge(
 ) -> dict[str, Any]:
     """Every pair of models on every question, in both orders; what was done before is not asked again."""
     select_gpus(model_args)  # before torch is imported
-    from utils.evaluation.arena.judging import Judge, judge_bouts, list_bouts, read_judge_prompt
+    from utils.evaluation.arena.judging import Judge, judge_battles, list_battles, read_judge_prompt
     from utils.evaluation.arena.matchmaking import read_bank
     from utils.evaluation.arena.players import LocalPlayer, answer_bank, find_players
     from utils.evaluation.arena.votes import VoteFile
@@ -208,7 +208,7 @@ def judge(
     try:
         described = {"judge": judging.name, "sha256_of_judge_prompt": hash_json(prompt)}
         record_sources(path, players, {**describe_arguments(model_args, settings, args), **described})
-        counts = judge_bouts(judging, list_bouts(bank, answers), votes, args.workers)
+        counts = judge_battles(judging, list_battles(bank, answers), votes, args.workers)
     finally:
         votes.close()
     if counts["errors"]:
@@ -286,7 +286,7 @@ def summarise_votes(votes: Sequence[Vote], rounds: int, k: float, seed: int) -> 
 
     people = [vote for vote in votes if vote.judge == HUMAN]
     judged = sorted((vote for vote in votes if vote.judge != HUMAN), key=lambda vote: vote.id)
-    return summarise([vote.battle for vote in [*people, *judged]], rounds=rounds, k=k, seed=seed)
+    return summarise([vote.outcome for vote in [*people, *judged]], rounds=rounds, k=k, seed=seed)
 
 
 def print_table(figures: dict[str, Any]) -> None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
+from utils.core.arguments import InferenceArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json, write_json
 from utils.core.records import list_data_files
+from utils.evaluation.arguments import GreedyArguments
 
 if TYPE_CHECKING:
     from utils.evaluation.alignment import Judgement, Question
@@ -30,12 +32,10 @@ RESULT, PICTURE, ANSWERS = "alignment.json", "alignment.png", "answers.jsonl"
 
 
 @dataclass
-class AnswerArguments(GenerationArguments):
+class AnswerArguments(GreedyArguments):
     """How answers are drawn; unlike elsewhere, always the likeliest token by default."""
 
     max_new_tokens: int = arg(128, help="Longest answer.")
-    do_sample: bool = arg(False, help="Draw each token at random; off: always the likeliest.")
-    repetition_penalty: float = arg(1.0, help="Above 1 makes tokens that the prompt or the answer has less likely.")
 
 
 @dataclass
@@ -86,12 +86,12 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         read_questions,
         summarise,
     )
+    from utils.evaluation.progress import refuse_finished
 
     if args.answers and (model_args.model_name_or_path or model_args.adapter_name_or_path):
         raise InputError("--answers judges answers made before; pass it or a model, not both")
     folder = Path(args.output_dir)
-    if (folder / RESULT).exists() and not args.overwrite:
-        raise InputError(f"{folder / RESULT} is finished; pass another --output_dir, or --overwrite to replace it")
+    refuse_finished(folder / RESULT, args.overwrite)
     files = args.questions or [str(QUESTIONS)]
     questions = read_questions(files)
     if args.reward_model:
@@ -136,14 +136,11 @@ def answer_questions(
     model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments, questions: Sequence[Question]
 ) -> tuple[list[str], dict[str, Any]]:
     """The model's answers, and what it was; answers are written as they come, so that a killed run goes on."""
-    from tqdm import tqdm
-
-    from utils.evaluation.progress import Predictions
+    from utils.evaluation.models import weights_of
+    from utils.evaluation.progress import Predictions, answer_all
     from utils.generation.engine import Request, check_room
     from utils.generation.loading import EnginePlan
-    from utils.lora.base_record import weights_fingerprint
     from utils.text.prompts import with_system_prompt
-    from utils.weights.reader import open_checkpoint
 
     plan = EnginePlan(model_args)
     model_args = plan.args
@@ -155,29 +152,15 @@ def answer_questions(
         except InputError as error:
             raise InputError(f"{question.location}: {error}") from None
 
-    folders = [folder for folder in (model_args.model_name_or_path, model_args.adapter_name_or_path) if folder]
-    source: dict[str, Any] = {"template": plan.template_name, "weights": {}}
-    for folder in folders:
-        with open_checkpoint(folder) as checkpoint:
-            source["weights"][folder] = weights_fingerprint(checkpoint)
+    source = {"template": plan.template_name, "weights": weights_of(model_args)}
     record = {**describe_arguments(model_args, settings), **source, "sha256_of_prompts": hash_json(prompts)}
-    try:
-        path = Path(args.output_dir) / ANSWERS
-        predictions = Predictions(path, [question.text for question in questions], record, args.overwrite)
-    except InputError as error:  # here the file's name comes from another flag
-        raise InputError(str(error).replace("--predictions_file", "--output_dir")) from None
-    if not predictions.is_complete:
-        engine = plan.load(args.batch_size)
-        done = len(predictions.rows)
-        requests = [Request(prompts[n], settings, settings.seed + n) for n in range(done, len(prompts))]
-        try:
-            with tqdm(total=len(prompts), initial=done, unit="answer", desc="answering") as bar:
-                for answer in [engine.submit(request) for request in requests]:
-                    predictions.append([answer.wait().text])
-                    bar.update()
-        finally:
-            engine.close()
-        predictions.finish({"answers": len(prompts), "resumed": done})
+    texts = [question.text for question in questions]
+    predictions = Predictions(Path(args.output_dir) / ANSWERS, texts, record, args.overwrite, flag="--output_dir")
+    answer_all(
+        lambda: closing(plan.load(args.batch_size)),
+        lambda engine, _, n: engine.submit(Request(prompts[n], settings, settings.seed + n)).wait,
+        predictions,
+    )
     return [row["Output"] for row in predictions.rows], source
 
 

@@ -10,28 +10,27 @@ The third command scores answers that stand there already. An interrupted run go
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.core.arguments import GenerationArguments, InferenceArguments, arg
+from utils.core.arguments import InferenceArguments, arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, read_json, remove, write_json
+from utils.evaluation.arguments import GreedyArguments
 from utils.evaluation.longbench.tasks import GROUPS, HUB_ID, find_data, find_files, read_samples, select_tasks
+from utils.evaluation.progress import answer_all, refuse_finished
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from utils.evaluation.longbench.prompts import PromptWriter
     from utils.evaluation.longbench.results import LongBenchPredictions
     from utils.evaluation.longbench.tasks import Sample, Task
-    from utils.generation.engine import Answer, Engine
+    from utils.evaluation.progress import Predictions
+    from utils.generation.engine import Completion, Engine
     from utils.generation.loading import EnginePlan
-
-    Waiting = tuple[LongBenchPredictions, dict[str, int], Answer]  # for an answer, what was cut of the prompts so far
 
 logger = logging.getLogger("eval_longbench")
 
@@ -40,12 +39,10 @@ AHEAD = 3  # prompts written for each that is being answered, so that whoever en
 
 
 @dataclass
-class AnswerArguments(GenerationArguments):
+class AnswerArguments(GreedyArguments):
     """How answers are drawn: as LongBench prescribes, always the likeliest token, and no penalties."""
 
     max_new_tokens: int = arg(512, help="Longest answer; each dataset has its own length, which may be shorter.")
-    do_sample: bool = arg(False, help="Draw each token at random; off: always the likeliest.")
-    repetition_penalty: float = arg(1.0, help="Above 1 makes tokens that the prompt or the answer has less likely.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,11 +101,11 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
 
     tasks = select_tasks(args.predict_on.split(","), args.e)
     if model_args.model_name_or_path or model_args.adapter_name_or_path:
-        refuse_finished(args, [task.name for task in tasks])
+        refuse_same_datasets(args, [task.name for task in tasks])
         rows, source = answer_samples(model_args, settings, args, tasks)
     else:
         rows, source = read_predictions(args.predictions, tasks)
-        refuse_finished(args, list(rows))
+        refuse_same_datasets(args, list(rows))
     figures = summarise(rows, args.e)
     result = {
         "kind": "longbench",
@@ -125,14 +122,14 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     return result
 
 
-def refuse_finished(args: EvalArguments, names: list[str]) -> None:
+def refuse_same_datasets(args: EvalArguments, names: list[str]) -> None:
     """Raises: InputError if there is a result that has these datasets already, or others; more may be added to it."""
     if not args.result.is_file() or args.overwrite:
         return
     there = list(read_json(args.result).get("datasets", {}))
     others = [name for name in there if name not in names]
     if set(names) <= set(there):
-        raise InputError(f"{args.result} is finished; pass another --output_dir, or --overwrite to replace it")
+        refuse_finished(args.result, overwrite=False)
     if others:
         raise InputError(
             f"{args.result} has {', '.join(others)} too; name them in --predict_on to add to it (what is answered "
@@ -191,20 +188,11 @@ def choose_length(plan: EnginePlan, args: EvalArguments) -> int | None:
 
 def describe_source(plan: EnginePlan, writer: PromptWriter) -> tuple[str, dict[str, Any]]:
     """A name for the model, and what decides its answers: weights, template, length."""
-    from utils.generation.llamacpp_engine import find_gguf_file
-    from utils.lora.base_record import weights_fingerprint
-    from utils.weights.reader import open_checkpoint
+    from utils.evaluation.models import short_name, weights_of
 
-    names = [name for name in (plan.args.model_name_or_path, plan.args.adapter_name_or_path) if name]
-    weights: dict[str, str] = {}
-    for name in names:
-        if plan.args.engine == "llama.cpp":
-            weights[name] = hash_file(find_gguf_file(name))
-        else:
-            with open_checkpoint(name) as checkpoint:
-                weights[name] = weights_fingerprint(checkpoint)
+    weights = weights_of(plan.args)
     template = {"template": plan.template_name, "with_inst": writer.with_inst, "max_length": writer.max_length}
-    return Path(names[-1]).absolute().name, {"weights": weights, **template}
+    return short_name(list(weights)[-1]), {"weights": weights, **template}
 
 
 def ask_all(
@@ -216,43 +204,31 @@ def ask_all(
     batch_size: int,
 ) -> dict[str, dict[str, Any]]:
     """Complete the predictions. Returns: {dataset: how many prompts, and tokens of them, were cut}."""
-    from tqdm import tqdm
+    cut = {task.name: {"prompts_cut": 0, "tokens_cut": 0} for task in tasks}
 
-    done = {name: len(found.rows) for name, found in predictions.items()}
-    unfinished = [task for task in tasks if not predictions[task.name].metrics]
-    engine: Engine | None = None
-    waiting: deque[Waiting] = deque()
-    try:
-        if any(not found.is_complete for found in predictions.values()):
-            engine = plan.load(batch_size, writer.max_length)
-        total = sum(len(found.questions) for found in predictions.values())
-        with tqdm(total=total, initial=sum(done.values()), unit="answer", desc="answering") as bar:
-            for task in unfinished:
-                found, cut = predictions[task.name], {"prompts_cut": 0, "tokens_cut": 0}
-                for number, sample in enumerate(samples[task.name]):
-                    request, tokens = writer.request(task, sample, writer.settings.seed + number)
-                    cut["prompts_cut"] += tokens > 0
-                    cut["tokens_cut"] += tokens
-                    if engine is not None and number >= done[task.name]:
-                        waiting.append((found, cut, engine.submit(request)))
-                        take(waiting, bar, AHEAD * batch_size)
-                if found.is_complete and not found.metrics:  # killed when only the record was missing
-                    found.finish(cut)
-            take(waiting, bar, 0)
-    finally:
-        if engine is not None:
-            engine.close()
-    return {name: found.metrics for name, found in predictions.items()}
+    def count_cut(task: Task, tokens: int) -> None:
+        cut[task.name]["prompts_cut"] += tokens > 0
+        cut[task.name]["tokens_cut"] += tokens
 
+    def submit(engine: Engine, file: Predictions, number: int) -> Callable[[], Completion]:
+        task = by_path[file.path]
+        request, tokens = writer.request(task, samples[task.name][number], writer.settings.seed + number)
+        count_cut(task, tokens)
+        return engine.submit(request).wait
 
-def take(waiting: deque[Waiting], bar: tqdm, most: int) -> None:
-    """Write the oldest answers down, waiting for them, until at most so many are left."""
-    while len(waiting) > most:
-        predictions, cut, answer = waiting.popleft()
-        predictions.append([answer.wait().text])
-        bar.update()
-        if predictions.is_complete:
-            predictions.finish(cut)
+    by_path = {predictions[task.name].path: task for task in tasks}
+    for task in tasks:
+        if predictions[task.name].metrics is None:  # what is answered counts again, for the record
+            for sample in samples[task.name][: len(predictions[task.name].rows)]:
+                count_cut(task, writer.encode(task, sample)[1])
+    answer_all(
+        lambda: closing(plan.load(batch_size, writer.max_length)),
+        submit,
+        *(predictions[task.name] for task in tasks),
+        ahead=AHEAD * batch_size,
+        measure=lambda file: cut[by_path[file.path].name],
+    )
+    return {name: dict(found.metrics or {}) for name, found in predictions.items()}
 
 
 # ---------------------------------------------------------------- reporting

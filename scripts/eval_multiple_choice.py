@@ -16,17 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
+from utils.core.arguments import InferenceArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_file, hash_json, read_json, write_json
+from utils.evaluation.arguments import GreedyArguments
+from utils.evaluation.progress import Parts, refuse_finished
 
 if TYPE_CHECKING:
     from utils.evaluation.contamination import Overlap
     from utils.evaluation.multiple_choice.benchmarks import Benchmark
     from utils.evaluation.multiple_choice.prompts import ChoicePrompt
     from utils.evaluation.multiple_choice.results import ChoiceAnswer
-    from utils.evaluation.multiple_choice.runs import Target
+    from utils.evaluation.multiple_choice.runs import ModelUnderTest
     from utils.evaluation.multiple_choice.wordings import Wording
 
 logger = logging.getLogger("eval_multiple_choice")
@@ -41,12 +43,10 @@ PARTS = "answers.partial.jsonl"
 
 
 @dataclass
-class AnswerArguments(GenerationArguments):
+class AnswerArguments(GreedyArguments):
     """How answers are drawn where they are generated: always the likeliest token by default, and no penalties."""
 
     max_new_tokens: int = arg(512, help="Longest answer; generative and cot alone.")
-    do_sample: bool = arg(False, help="Draw each token at random; off: always the likeliest.")
-    repetition_penalty: float = arg(1.0, help="Above 1 makes tokens that the prompt or the answer has less likely.")
 
 
 @dataclass
@@ -105,13 +105,13 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.multiple_choice.benchmarks import read_benchmark
     from utils.evaluation.multiple_choice.results import plot_choices, summarise, summarise_clean
-    from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, Target, ask_all, check_engine
+    from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, ask_all, check_engine, open_model
     from utils.evaluation.multiple_choice.wordings import PRESETS
-    from utils.evaluation.progress import Parts
 
     assert args.benchmark is not None
     folder = Path(args.output_dir)
-    refuse_finished(folder, args.overwrite)
+    if not has_errors_to_ask_again(folder):
+        refuse_finished(folder / RESULT, args.overwrite)
     check_flags(model_args, args)
     check_engine(model_args, args.mode)
     what = (args.split, args.subjects, args.num_fewshot, args.skip_missing, args.max_questions)
@@ -121,15 +121,15 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     wording = preset.wording(benchmark.kind, language, args.mode, args.with_prompt)
     if args.generates and not args.with_prompt and not settings.stop:
         settings = replace(settings, stop=PLAIN_STOPS[args.mode])
-    if args.server_url and args.mode == "constrained" and wording.letters == "both":
+    if args.server_url and args.mode == "constrained" and wording.letter_scoring == "both":
         raise InputError(
             f"--preset {args.preset} adds up two forms of each letter, and a server tells only its likeliest tokens; "
             "pass --preset default, or load the model here"
         )
-    target = Target(model_args, args.with_prompt and wording.system is None, args.server_url, args.batch_size)
-    prompts = write_prompts(benchmark, wording, target, model_args, settings, args)
+    model = open_model(model_args, args.with_prompt and wording.system is None, args.server_url, args.batch_size)
+    prompts = write_prompts(benchmark, wording, model, model_args, settings, args)
     overlaps = find_overlaps(benchmark, args.decontaminate)  # data that is not there is found before weights are read
-    label, source = target.describe()
+    label, source = model.describe()
     record = {
         **describe_arguments(model_args, *([settings] if args.generates else [])),
         **source,
@@ -138,7 +138,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     }
     record.pop("gpus", None)  # where it is computed does not decide the answers
     parts = Parts(folder / PARTS, record, args.overwrite)
-    answers = ask_all(prompts, parts, target, args.mode, settings)
+    answers = ask_all(prompts, parts, model, args.mode, settings)
 
     result = {
         "kind": "multiple_choice",
@@ -147,7 +147,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         "benchmark": describe_benchmark(benchmark),
         "prompts": describe_prompts(prompts, language, args) | {"preset_version": preset.version},
         "environment": describe_environment(),
-        "tokens": target.counts,
+        "tokens": model.counts,
         **summarise(answers, benchmark, args.mode),
     }
     if overlaps:
@@ -163,15 +163,13 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     return result
 
 
-def refuse_finished(folder: Path, overwrite: bool) -> None:
-    """Raises: InputError if there is a result already; one with errors goes on where there are its answers."""
+def has_errors_to_ask_again(folder: Path) -> bool:
+    """Whether there is a result with errors, and the answers that it has, so that it can go on."""
     path = folder / RESULT
-    if not path.is_file() or overwrite:
-        return
-    if read_json(path).get("errors") and (folder / PARTS).is_file():
-        logger.info("%s has %d errors; asking those questions again", path, read_json(path)["errors"])
-        return
-    raise InputError(f"{path} is finished; pass another --output_dir, or --overwrite to replace it")
+    errors = read_json(path).get("errors") if path.is_file() and (folder / PARTS).is_file() else 0
+    if errors:
+        logger.info("%s has %d errors; asking those questions again", path, errors)
+    return bool(errors)
 
 
 def check_flags(model_args: InferenceArguments, args: EvalArguments) -> None:
@@ -203,7 +201,7 @@ def guess_language(benchmark: Benchmark) -> str:
 def write_prompts(
     benchmark: Benchmark,
     wording: Wording,
-    target: Target,
+    model: ModelUnderTest,
     model_args: InferenceArguments,
     settings: AnswerArguments,
     args: EvalArguments,
@@ -214,7 +212,7 @@ def write_prompts(
     from utils.evaluation.multiple_choice.prompts import ChoiceEncoder, ChoiceWriter, count_cuts
 
     writer = ChoiceWriter(wording, args.mode, args.with_prompt, model_args.system_prompt)
-    encoder = ChoiceEncoder(writer, target.plan, settings.max_new_tokens if args.generates else 0)
+    encoder = ChoiceEncoder(writer, model.prompter, settings.max_new_tokens if args.generates else 0)
     prompts = [
         encoder.encode(question, benchmark.subjects[question.subject], benchmark.examples[question.subject])
         for question in tqdm(benchmark.questions, unit="prompt", desc="writing prompts")

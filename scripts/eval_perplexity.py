@@ -110,11 +110,10 @@ def main(model_args: InferenceArguments, args: EvalArguments) -> dict[str, Any]:
     select_gpus(model_args)  # before torch is imported
     from utils.data.corpora import parse_corpora
     from utils.evaluation.models import find_candidates, find_models
-    from utils.evaluation.progress import Parts
+    from utils.evaluation.progress import Parts, refuse_finished
 
     folder = Path(args.output_dir)
-    if (folder / RESULT).exists() and not args.overwrite:
-        raise InputError(f"{folder / RESULT} is finished; pass another --output_dir, or --overwrite to replace it")
+    refuse_finished(folder / RESULT, args.overwrite)
     if args.settings and model_args.rope_scaling != "none":
         raise InputError("--settings names the scalings to compare; leave --rope_scaling out")
     files = parse_corpora(args.texts)

@@ -11,7 +11,8 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,9 +22,11 @@ from utils.core.command_line import describe_arguments, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_json, read_json, write_json
 from utils.core.records import BadText, iter_document_batches, iter_records, list_data_files
-from utils.evaluation.progress import Predictions, Question
+from utils.evaluation.progress import Predictions, Question, answer_all
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from utils.generation.engine import Completion, Engine, Request
     from utils.generation.loading import EnginePlan
 
@@ -102,7 +105,7 @@ def main(
         elif predictions is None:
             result = answer_one(engine, settings, questions[0], prompts[0])
         else:
-            result = answer_all(engine, settings, task, questions, prompts, predictions)
+            result = answer_file(engine, settings, questions, prompts, predictions)
         if speculation.drafts:
             result |= report_speculation(engine)
         return result
@@ -230,46 +233,53 @@ def ask(engine: Engine, settings: GenerationArguments, messages: Question, promp
     return Request(prompt, settings, seed, strip=engine.template is not None, negative_prompt=negative)
 
 
-def answer_all(
+def answer_file(
     engine: Engine,
     settings: GenerationArguments,
-    task: TaskArguments,
     questions: list[Question],
     prompts: list[list[int]],
     predictions: Predictions,
 ) -> dict[str, Any]:
-    """Answer what is left: each answer is written as soon as those before it are, and the next question moves up."""
-    from tqdm import tqdm
-
+    """Answer what is left; returns how many answers there are, and how fast they came."""
     resumed, new_tokens, cut, started = len(predictions.rows), 0, 0, time.perf_counter()
-    left = range(resumed, len(prompts))
-    # The seeds are the same in a run that goes on.
-    requests = [ask(engine, settings, questions[n], prompts[n], settings.seed + n) for n in left]
-    with tqdm(total=len(prompts), initial=resumed, unit="answer", desc="answering") as bar:
-        for number, completion in zip(left, answers_in_order(engine, requests), strict=True):
-            output = full_output(questions[number], completion, engine)
-            if number == resumed:
-                bar.write(f"Input: {questions[number]}\nOutput: {output}", file=sys.stderr)
-            predictions.append([output])
-            new_tokens += len(completion.token_ids)
-            cut += completion.finish_reason == "length"
-            bar.update()
-            bar.set_postfix_str(f"{new_tokens / (time.perf_counter() - started):.0f} tokens/s")
-    seconds = time.perf_counter() - started
-    metrics = {
-        "answers": len(predictions.rows),
-        "resumed": resumed,
-        "cut_at_limit": cut,
-        "new_tokens": new_tokens,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(new_tokens / seconds, 1),
-        "predictions_file": str(predictions.path),
-    }
-    predictions.finish(metrics)
+
+    def submit(engine: Engine, _: Predictions, number: int) -> Callable[[], Completion]:
+        # The seeds are the same in a run that goes on.
+        request = ask(engine, settings, questions[number], prompts[number], settings.seed + number)
+        if settings.num_beams > 1:
+            return lambda: engine.generate([request])[0]
+        return engine.submit(request).wait
+
+    def write(bar: tqdm[Any], completion: Completion) -> str:
+        nonlocal new_tokens, cut
+        question = questions[len(predictions.rows)]
+        output = full_output(question, completion, engine)
+        if len(predictions.rows) == resumed:
+            bar.write(f"Input: {question}\nOutput: {output}", file=sys.stderr)
+        new_tokens += len(completion.token_ids)
+        cut += completion.finish_reason == "length"
+        bar.set_postfix_str(f"{new_tokens / (time.perf_counter() - started):.0f} tokens/s")
+        return output
+
+    def measure(_: Predictions) -> dict[str, Any]:
+        seconds = time.perf_counter() - started
+        return {
+            "answers": len(predictions.rows),
+            "resumed": resumed,
+            "cut_at_limit": cut,
+            "new_tokens": new_tokens,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(new_tokens / seconds, 1),
+            "predictions_file": str(predictions.path),
+        }
+
+    answer_all(lambda: nullcontext(engine), submit, predictions, write=write, measure=measure)
+    metrics = predictions.metrics
+    assert metrics is not None
     logger.info(
         "%d answers (%d from before, %d cut at the length limit), %d tokens in %.1f s: %.1f tokens/s\n"
         "  answers in %s, settings in %s",
-        *(metrics["answers"], resumed, cut, new_tokens, seconds, metrics["tokens_per_second"]),
+        *(metrics["answers"], resumed, cut, new_tokens, metrics["seconds"], metrics["tokens_per_second"]),
         *(predictions.path, predictions.settings_path),
     )
     return metrics
@@ -282,16 +292,6 @@ def report_speculation(engine: Engine) -> dict[str, float]:
     statistics = engine.statistics()
     logger.info("%s", describe_speculation(statistics))
     return {name: statistics[name] for name in ("drafted", "accepted", "passes", "speed_up") if name in statistics}
-
-
-def answers_in_order(engine: Engine, requests: list[Request]) -> Iterator[Completion]:
-    """The completions in order, each as soon as it is there."""
-    if requests and requests[0].settings.num_beams > 1:
-        for request in requests:
-            yield from engine.generate([request])
-    else:
-        for answer in [engine.submit(request) for request in requests]:
-            yield answer.wait()
 
 
 def answer_one(engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, exam, tmp_path, monkeypat
 
 
 def test_what_fails_is_an_error_and_is_asked_again(tiny_model_folder, exam, tmp_path, monkeypatch):
-    score, asked = runs.Target.score, []
+    score, asked = runs.ModelUnderTest.score, []
 
     def fails(self, prompts, on_row):
         asked.append(len(prompts))
@@ -161,7 +161,7 @@ def test_what_fails_is_an_error_and_is_asked_again(tiny_model_folder, exam, tmp_
 
         score(self, prompts, pass_on)
 
-    monkeypatch.setattr(runs.Target, "score", fails)
+    monkeypatch.setattr(runs.ModelUnderTest, "score", fails)
     first = evaluate(tiny_model_folder, tmp_path, exam)
     assert first["errors"] == 5 and sum(row.get("error") == "503" for row in read_rows(tmp_path)) == 5
     right = sum(row.get("letter") == row["answer"] for row in read_rows(tmp_path))

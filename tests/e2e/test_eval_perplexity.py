@@ -338,7 +338,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, documents, tmp_path, monk
     other = shutil.copytree(tiny_model_folder, tmp_path / "other")
     settings = {"window": 32, "other_models": [str(other)]}
     expected = score(tiny_model_folder, tmp_path / "whole", documents, **settings)
-    real, scored = likelihood.ModelScorer.window_losses, []
+    real, scored = likelihood.LikelihoodScorer.window_losses, []
 
     def stop_after_some(self, cut, progress=None):
         scored.append(len(cut))
@@ -346,7 +346,7 @@ def test_an_interrupted_run_goes_on(tiny_model_folder, documents, tmp_path, monk
             raise KeyboardInterrupt
         return real(self, cut, progress)
 
-    monkeypatch.setattr(likelihood.ModelScorer, "window_losses", stop_after_some)
+    monkeypatch.setattr(likelihood.LikelihoodScorer, "window_losses", stop_after_some)
     total = 0
     for stop in (3, 9, 10**6):
         scored.clear()

@@ -9,12 +9,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..text.prompts import Message
 
 logger = logging.getLogger(__name__)
 
 RENAMED = {"max_tokens": "max_completion_tokens"}  # what to call a parameter that a server refuses
+RETRIES = 5  # further tries, at growing intervals, when the server is busy, fails or cannot be reached
+TIMEOUT = 600  # seconds for an answer
+# Settings that the protocol has; a server's own defaults decide the others.
+SHARED_SETTINGS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+
+
+def answer_options(settings: GenerationArguments, seed: int) -> dict[str, Any]:
+    """How answers are drawn, in the words of OpenAI's protocol."""
+    options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "seed": seed}
+    options |= {name: getattr(settings, name) for name in SHARED_SETTINGS}
+    if not settings.samples:
+        options["temperature"] = 0
+    return options | ({"stop": settings.stop} if settings.stop else {})
 
 
 class EndpointError(Exception):
@@ -30,12 +44,9 @@ class Endpoint:
             is sent another one's key.
     """
 
-    def __init__(self, name: str, address: str, *, retries: int = 5, timeout: float = 600) -> None:
-        """
-        Args:
-            address: URL, or URL#MODEL; without a model the first one that the server lists.
-            retries: further tries, at growing intervals, when the server is busy, fails or cannot be reached.
-            timeout: seconds for an answer.
+    def __init__(self, name: str, address: str) -> None:
+        """`address`: URL, or URL#MODEL; without a model the first one that the server lists.
+
         Raises: InputError for what is no address.
         """
         try:
@@ -49,7 +60,7 @@ class Endpoint:
         self.key_variable = f"{re.sub(r'[^A-Z0-9]', '_', name.upper())}_API_KEY"
         key = os.environ.get(self.key_variable) or "none"
         self._refused: set[str] = set()
-        self._client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=retries, timeout=timeout)
+        self._client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     @cached_property
     def model(self) -> str:
@@ -83,11 +94,9 @@ class Endpoint:
         """How a text goes on. Raises: EndpointError; InputError where no request can succeed."""
         import openai
 
-        create: Any = self._client.completions.create
         try:
-            response = create(model=self.model, prompt=text, **options)
+            response = self._request(self._client.completions.create, options, prompt=text)
         except openai.APIError as error:
-            self._refuse(error)
             raise EndpointError(_describe(error)) from None
         if not response.choices:
             raise EndpointError("the server's answer has no choice in it")
@@ -113,15 +122,17 @@ class Endpoint:
             raise EndpointError("the connection broke off in the middle of the answer")
 
     def _create(self, messages: Sequence[Message], options: Mapping[str, Any], stream: bool) -> Any:
+        return self._request(self._client.chat.completions.create, options, messages=list(messages), stream=stream)
+
+    def _request(self, create: Any, options: Mapping[str, Any], **question: Any) -> Any:
         """Ask; a parameter that the server refuses goes by its other name, or is left out from then on."""
         import openai
 
-        create: Any = self._client.chat.completions.create
         while True:
             sent = {RENAMED.get(name, name) if name in self._refused else name: options[name] for name in options}
             sent = {name: value for name, value in sent.items() if name not in self._refused}
             try:
-                return create(model=self.model, messages=list(messages), stream=stream, **sent)
+                return create(model=self.model, **question, **sent)
             except openai.BadRequestError as error:
                 if error.param not in sent:
                     raise

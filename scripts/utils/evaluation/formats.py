@@ -35,7 +35,7 @@ from ..models.quantization import (
 )
 from ..text.tokenizer import encode_texts, token_byte_lengths
 from ..weights.reader import open_checkpoint
-from .likelihood import LlamaCppScorer, ModelScorer, Window, cut_windows
+from .likelihood import LikelihoodScorer, LlamaCppScorer, Window, cut_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ def _cut(file: Path, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterato
 
 def model_nll(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> float:
     """Negative log-likelihood, in nats, of all tokens of `rows` but the first ones; takes the model's lm_head over."""
-    return sum(ModelScorer(model, BATCH_TOKENS).window_losses([Window(row, 1) for row in rows]))
+    return sum(LikelihoodScorer(model, BATCH_TOKENS).window_losses([Window(row, 1) for row in rows]))
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ class Scorer(Protocol):
 # ---------------------------------------------------------------- transformers
 
 
-class ModelScorer:
+class LikelihoodScorer:
     """A Scorer on a model of transformers, whose lm_head it takes over."""
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | None = None) -> None:

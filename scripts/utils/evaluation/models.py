@@ -1,9 +1,13 @@
-"""The models that perplexity compares: folders, adapters and GGUF files, in several precisions and scalings."""
+"""Models that are evaluated: how they are named, which weights answered; and perplexity's candidates.
+
+A model is a folder, an adapter's folder, or a GGUF file (a folder that holds one).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +18,7 @@ import torch
 from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..core.files import hash_file, hash_json
-from ..generation.llamacpp_engine import GgufFile
+from ..generation.llamacpp_engine import GgufFile, find_gguf_file
 from ..generation.loading import check_inference_request, find_inference_files, load_for_inference
 from ..gguf.llamacpp import open_model
 from ..lora.base_record import weights_fingerprint
@@ -24,12 +28,52 @@ from ..text.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ..weights.config import load_config
 from ..weights.names import ADAPTER_CONFIG
 from ..weights.reader import open_checkpoint
-from .likelihood import LlamaCppScorer, ModelScorer, Scorer
+from .likelihood import LikelihoodScorer, LlamaCppScorer, Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 GGUF_BATCH = 512  # tokens that llama.cpp computes at once: so many rows of logits stand beside those it keeps
+
+
+# ---------------------------------------------------------------- names and fingerprints
+
+
+def is_gguf(place: str | None) -> bool:
+    """Whether this is a GGUF file, or a folder of such without a model of transformers in it."""
+    path = Path(place or "")
+    if path.suffix == ".gguf":
+        return True
+    return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
+
+
+def split_name(item: str) -> tuple[str, str]:
+    """NAME=PLACE, or a place alone, whose short name it is then. An existing file with = in its name is a place."""
+    name, equals, place = item.partition("=")
+    return (name, place) if equals and not Path(item).exists() else (short_name(item), item)
+
+
+def short_name(place: str) -> str:
+    """The last part of a path, without the suffix of a GGUF file or of a file of answers."""
+    return re.sub(r"\.(gguf|jsonl?|parquet)$", "", Path(place).absolute().name)
+
+
+def weights_of(args: InferenceArguments) -> dict[str, str]:
+    """{place: fingerprint} of the model and then its adapter, equal for equal weights.
+
+    Args: args: with the files of find_inference_files; with llama.cpp, a GGUF file or the folder that holds it.
+    """
+    found: dict[str, str] = {}
+    for place in filter(None, (args.model_name_or_path, args.adapter_name_or_path)):
+        if args.engine == "llama.cpp":
+            found[place] = hash_file(find_gguf_file(place))
+        else:
+            with open_checkpoint(place) as checkpoint:
+                found[place] = weights_fingerprint(checkpoint)
+    return found
+
+
+# ---------------------------------------------------------------- perplexity's candidates
 
 
 @dataclass
@@ -64,12 +108,13 @@ class Candidate:
 
     def describe(self) -> dict[str, Any]:
         """What a result file says of it."""
+        weights = list(weights_of(self.args).values())
         return {
             "model": self.args.model_name_or_path,
             "adapter": self.args.adapter_name_or_path,
             "engine": self.args.engine,
             "kbits": self.kbits,
-            "weights": fingerprint_weights(self.args),
+            "weights": weights[0] if len(weights) == 1 else hash_json(weights),
             "tokenizer": self.tokenizer_key,
             "trained_window": self.trained_window,
             **rope_overrides(self.config),
@@ -94,7 +139,7 @@ class Candidate:
         gc.collect()  # the memory of the model before
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        yield ModelScorer(load_for_inference(self.args, self.config), batch_tokens)
+        yield LikelihoodScorer(load_for_inference(self.args, self.config), batch_tokens)
 
 
 def find_models(first: InferenceArguments, others: Sequence[str]) -> dict[str, InferenceArguments]:
@@ -109,28 +154,16 @@ def find_models(first: InferenceArguments, others: Sequence[str]) -> dict[str, I
         first = replace(first, engine="llama.cpp")
     found = {}
     if first.engine == "llama.cpp":
-        found[Path(str(first.model_name_or_path)).absolute().stem] = first
+        found[short_name(str(first.model_name_or_path))] = first
     else:
         files = find_inference_files(first)
-        found[Path(files.adapter_name_or_path or str(files.model_name_or_path)).absolute().name] = files
+        found[short_name(files.adapter_name_or_path or str(files.model_name_or_path))] = files
     for item in others:
-        name, equals, path = item.partition("=")
-        named = bool(equals) and not Path(item).exists()
-        if not named:
-            path = item
-            name = Path(item).absolute().stem if is_gguf(item) else Path(item).absolute().name
+        name, path = split_name(item)
         if name in found:
             raise InputError(f"--other_models {item}: another model is called {name}; pass NAME={path}")
         found[name] = _find_other(path, first)
     return found
-
-
-def is_gguf(name: str | None) -> bool:
-    """Whether this is a GGUF file, or a folder of such without a model of transformers in it."""
-    path = Path(name or "")
-    if path.suffix == ".gguf":
-        return True
-    return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
 
 
 def _find_other(path: str, first: InferenceArguments) -> InferenceArguments:
@@ -225,14 +258,3 @@ def choose_factor(args: InferenceArguments, setting: str, window: int, longest: 
         pi_factor = None
     changes = {"rope_scaling": setting, "rope_factor": factor, "pi_factor": pi_factor}
     return replace(args, **changes)  # type: ignore[arg-type]
-
-
-def fingerprint_weights(args: InferenceArguments) -> str:
-    """Equal for equal weights, those of the adapter included."""
-    if args.engine == "llama.cpp":
-        return hash_file(str(args.model_name_or_path))
-    prints = []
-    for folder in filter(None, (args.model_name_or_path, args.adapter_name_or_path)):
-        with open_checkpoint(folder) as checkpoint:
-            prints.append(weights_fingerprint(checkpoint))
-    return prints[0] if len(prints) == 1 else hash_json(prints)

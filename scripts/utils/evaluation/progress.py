@@ -1,19 +1,79 @@
-"""Predictions: a file of questions and answers that is written as answers come, and goes on where a run was killed."""
+"""Progress: files that are written as answers or parts of a result come, and go on where a run was killed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import InputError
 from ..core.files import read_json, remove, write_json
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ..generation.engine import Completion
+
 logger = logging.getLogger(__name__)
 
 Question = str | list[dict[str, str]]  # one text, or messages of role and content
+
+
+def refuse_finished(path: Path, overwrite: bool) -> None:
+    """Raises: InputError if there is a result already."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is finished; pass another --output_dir, or --overwrite to replace it")
+
+
+# ---------------------------------------------------------------- lines of JSON
+
+
+@contextlib.contextmanager
+def named_failure(path: Path) -> Iterator[None]:
+    """An OSError within names the file: a failed write (a full disk) does not say by itself which one it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _append_rows(path: Path, rows: Sequence[Any]) -> None:
+    with named_failure(path), open(path, "ab") as file:
+        # One write for all: a kill tears the last line at most, which _read_rows leaves out.
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _read_rows(path: Path) -> tuple[list[Any], int]:
+    """The rows of a jsonl file, and its bytes without a last line that was being written when the run was killed.
+
+    Raises: ValueError for what is none.
+    """
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    # Not splitlines: texts may hold U+2028 and the like, which end no line of a file.
+    return [json.loads(line) for line in content[:whole].split(b"\n") if line], whole
+
+
+def _cut(path: Path, size: int) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(size)
+
+
+def _as_read_back(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a file gives them back, tuples as lists and keys as text: only so they can be compared."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def _changed(recorded: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    return [name for name in {**recorded, **settings} if recorded.get(name) != settings.get(name)]
+
+
+# ---------------------------------------------------------------- questions and answers
 
 
 class Predictions:
@@ -21,22 +81,34 @@ class Predictions:
 
     Until then a .json list is a .partial.jsonl. Beside it stands <name>.settings.json, all that decided the answers.
     A subclass may write rows of another form.
+
+    Attributes:
+        rows: as far as they are there, in the questions' order.
+        metrics: what `finish` recorded; None before.
     """
 
-    flag = "--predictions_file"  # that the path comes from, for errors
-
-    def __init__(self, path: Path, questions: Sequence[Any], settings: dict[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        questions: Sequence[Any],
+        settings: dict[str, Any],
+        overwrite: bool,
+        flag: str = "--predictions_file",
+    ) -> None:
         """Open it; `overwrite` lets a finished file go, or one with other answers, while an unfinished one goes on.
 
+        Args: flag: that the path comes from, for errors.
         Raises: InputError if the file holds answers to other questions, or of another model or settings.
         """
-        self.path, self.questions = path, list(questions)
+        self.path, self.questions, self.flag = path, list(questions), flag
         self.rows_path = path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.partial.jsonl")
         self.settings_path = path.with_name(f"{path.name}.settings.json")
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = _as_read_back(settings)
         self.rows: list[dict[str, Any]] = []
+        self.metrics: dict[str, Any] | None = None
         if path.is_dir():
-            raise InputError(f"{self.flag} {path} is a folder; pass the name of a file")
+            raise InputError(f"{flag} {path} is a folder; pass the name of a file")
+        # Rows first: beside a .json list there are some only where an --overwrite was killed, and they are newer.
         if existing := next((file for file in (self.rows_path, path) if file.exists()), None):
             try:
                 self._resume(existing)
@@ -46,13 +118,16 @@ class Predictions:
             if overwrite and self.is_complete:
                 self.rows = []
         if self.is_complete:
+            if self.settings_path.is_file():
+                self.metrics = read_json(self.settings_path).get("metrics")
             return
         try:
+            # Settings last: rows of another run must be gone before these settings claim what stands there.
             if not self.rows:
                 remove(self.rows_path)
             write_json(self.settings_path, {"settings": self.settings})
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise InputError(f"{self.flag} {path}: cannot write there: {error.strerror}") from None
+            raise InputError(f"{flag} {path}: cannot write there: {error.strerror}") from None
 
     def make_row(self, question: Any, output: str) -> dict[str, Any]:
         """What the file has of an answer."""
@@ -68,15 +143,12 @@ class Predictions:
 
     def _resume(self, existing: Path) -> None:
         remedy = f"pass another {self.flag}, or --overwrite to replace it"
-        content = existing.read_bytes()
-        whole = len(content) if existing.suffix == ".json" else content.rfind(b"\n") + 1
+        whole = None
         try:
-            text = content[:whole].decode()
-            rows = (
-                json.loads(text)
-                if existing.suffix == ".json"
-                else [json.loads(line) for line in text.split("\n") if line]
-            )
+            if existing.suffix == ".json":
+                rows = json.loads(existing.read_bytes().decode())
+            else:
+                rows, whole = _read_rows(existing)
             inputs = [self.question_of(row) for row in rows]
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{existing} holds no predictions; {remedy}") from None
@@ -86,34 +158,28 @@ class Predictions:
         if len(inputs) > len(self.questions):
             raise InputError(f"{existing} has {len(inputs)} answers, this run asks {len(self.questions)}; {remedy}")
         recorded = read_json(self.settings_path)["settings"] if self.settings_path.is_file() else {}
-        changed = [name for name in {**recorded, **self.settings} if recorded.get(name) != self.settings.get(name)]
-        if changed:
+        if changed := _changed(recorded, self.settings):
             changes = "; ".join(f"{name} {recorded.get(name)} -> {self.settings.get(name)}" for name in changed)
             raise InputError(f"{existing} was written with other settings ({changes:.400}); {remedy}")
-        if whole < len(content):
-            with open(existing, "r+b") as file:
-                file.truncate(whole)  # the row that was being written when the run was killed
+        if whole is not None:
+            _cut(existing, whole)  # only now: a file that is not this run's stays as it is
         self.rows = rows
         if rows and not self.is_complete:
             logger.info("going on after %d of %d answers in %s", len(rows), len(self.questions), existing)
 
-    def append(self, outputs: list[str]) -> None:
-        """Write the next answers through to the file."""
-        questions = self.questions[len(self.rows) :]
-        new = [self.make_row(question, output) for question, output in zip(questions, outputs, strict=False)]
-        try:
-            with open(self.rows_path, "ab") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new).encode())
-        except OSError as error:  # a failed write does not say which file it was
-            raise OSError(error.errno, error.strerror, str(self.rows_path)) from None
-        self.rows += new
+    def append(self, output: str) -> None:
+        """Write the next answer through to the file."""
+        row = self.make_row(self.questions[len(self.rows)], output)
+        _append_rows(self.rows_path, [row])
+        self.rows.append(row)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Make the .json list, if that was asked for, and record the figures."""
         if self.path != self.rows_path:
-            write_json(self.path, self.rows)
+            write_json(self.path, self.rows)  # whole before its rows go, so that a kill between loses nothing
             remove(self.rows_path)
         write_json(self.settings_path, {"settings": self.settings, "metrics": metrics})
+        self.metrics = metrics
 
     def report_complete(self) -> dict[str, Any]:
         """All answers were there before."""
@@ -122,6 +188,70 @@ class Predictions:
             self.finish(metrics)
         logger.info("all %d answers are in %s already; pass --overwrite to make them anew", len(self.rows), self.path)
         return metrics
+
+
+Answering = TypeVar("Answering")  # an engine, a player of the arena
+
+
+def answer_all(
+    load: Callable[[], contextlib.AbstractContextManager[Answering]],
+    submit: Callable[[Answering, Predictions, int], Callable[[], Completion]],
+    *files: Predictions,
+    ahead: int | None = None,
+    desc: str = "answering",
+    write: Callable[[tqdm[Any], Completion], str] | None = None,
+    measure: Callable[[Predictions], dict[str, Any]] | None = None,
+) -> None:
+    """Complete files of predictions: each answer is written as soon as those before it are.
+
+    Args:
+        load: reads the weights, which are there within its block; not called where no answer is missing.
+        submit: begins to answer question `number` of a file, in order, and returns what waits for the answer.
+        ahead: so many answers are under way at once; None: all.
+        desc: of the progress bar.
+        write: what is written of an answer, told the bar and the answer; default: its text.
+        measure: what is recorded of a file that is complete; default: how many answers, and how many came before.
+    """
+    from tqdm import tqdm
+
+    resumed = {id(file): len(file.rows) for file in files}
+
+    def finish(file: Predictions) -> None:
+        counts = {"answers": len(file.rows), "resumed": resumed[id(file)]}
+        file.finish(measure(file) if measure else counts)
+
+    for file in files:
+        if file.is_complete and file.metrics is None:  # killed when only the record was missing
+            finish(file)
+    if all(file.is_complete for file in files):
+        return
+    waiting: deque[tuple[Predictions, Callable[[], Completion]]] = deque()
+    total = sum(len(file.questions) for file in files)
+    with (
+        load() as answering,
+        tqdm(total=total, initial=sum(resumed.values()), unit="answer", desc=desc) as bar,
+    ):
+
+        def take(most: int) -> None:
+            """Write the oldest answers, waiting for them, until at most so many are under way."""
+            while len(waiting) > most:
+                file, wait = waiting.popleft()
+                completion = wait()
+                file.append(write(bar, completion) if write else completion.text)
+                bar.update()
+                if file.is_complete:
+                    finish(file)
+
+        # The end of one file and the beginning of the next are under way together: the engine never runs empty.
+        for file in files:
+            for number in range(len(file.rows), len(file.questions)):
+                waiting.append((file, submit(answering, file, number)))
+                if ahead is not None:
+                    take(ahead)
+        take(0)
+
+
+# ---------------------------------------------------------------- parts of a result
 
 
 class Parts:
@@ -134,42 +264,30 @@ class Parts:
         """
         self._path = path
         self._values: dict[str, Any] = {}
-        settings = json.loads(json.dumps(settings))
+        settings = _as_read_back(settings)
         if path.is_file():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1  # a line behind it was being written when the run was killed
-            recorded, rows = self._read(content[:whole].decode("utf-8", "replace"))
+            recorded, values, whole = self._read()
             if recorded == settings:
-                with open(path, "r+b") as file:
-                    file.truncate(whole)
-                self._values = rows
-                logger.info("going on after %d parts in %s", len(rows), path)
+                _cut(path, whole)
+                self._values = values
+                logger.info("going on after %d parts in %s", len(values), path)
                 return
             if not overwrite:
-                changed = sorted(name for name in {**recorded, **settings} if recorded.get(name) != settings.get(name))
                 raise InputError(
-                    f"{path} is of an unfinished run with other {', '.join(changed)}; run that again to go on, pass "
-                    "another --output_dir, or --overwrite to replace it"
+                    f"{path} is of an unfinished run with other {', '.join(sorted(_changed(recorded, settings)))}; "
+                    "run that again to go on, pass another --output_dir, or --overwrite to replace it"
                 )
             remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._write(settings)
+        _append_rows(path, [settings])
 
-    @staticmethod
-    def _read(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Settings and {name: value}; a file of something else has no settings that agree with any."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Settings, {name: value}, whole bytes; a file of something else has no settings that agree with any."""
         try:
-            first, *rows = [json.loads(line) for line in text.splitlines()]
-            return first, {json.dumps(name): value for name, value in rows}
+            (first, *rows), whole = _read_rows(self._path)
+            return {**first}, {json.dumps(name): value for name, value in rows}, whole
         except (ValueError, TypeError):
-            return {"file": "is none of these"}, {}
-
-    def _write(self, row: Any) -> None:
-        try:
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        except OSError as error:  # a failed write does not say which file it was
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+            return {"file": "is none of these"}, {}, 0
 
     def get(self, *name: str | int) -> Any:
         """The value of a part, None if it is not there."""
@@ -177,7 +295,7 @@ class Parts:
 
     def add(self, value: Any, *name: str | int) -> None:
         """Write a part."""
-        self._write([name, value])
+        _append_rows(self._path, [[name, value]])
         self._values[json.dumps(name)] = value
 
     def finish(self) -> None:

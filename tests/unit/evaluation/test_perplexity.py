@@ -18,7 +18,7 @@ from utils.core.arguments import RopeArguments
 from utils.core.errors import InputError
 from utils.evaluation import likelihood, perplexity
 from utils.evaluation.intervals import student_quantile
-from utils.evaluation.likelihood import ModelScorer, Window, cut_windows, token_losses
+from utils.evaluation.likelihood import LikelihoodScorer, Window, cut_windows, token_losses
 from utils.evaluation.perplexity import (
     Documents,
     compare_documents,
@@ -29,7 +29,6 @@ from utils.evaluation.perplexity import (
     read_rows,
 )
 from utils.evaluation.plots import format_document_row, plot_by_length, plot_documents
-from utils.evaluation.progress import Parts
 from utils.models import lm_loss
 from utils.models.lm_loss import install_loss_head
 from utils.models.rope import install_row_rotary, scale_rope
@@ -81,7 +80,7 @@ def test_losses_are_those_of_a_plain_loop(chunk, monkeypatch):
     found = token_losses(model, ids)
     assert found.shape == (5, 39) and found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    scorer = ModelScorer(model_of(config_of()), 90)
+    scorer = LikelihoodScorer(model_of(config_of()), 90)
     rows = perplexity_by_length(scorer.row_losses(ids, [40]), torch.ones_like(ids))
     assert rows[0]["perplexity"] == pytest.approx(math.exp(float(expected.mean())), rel=1e-5)
 
@@ -122,7 +121,7 @@ def test_losses_where_an_adapter_has_the_head(name):
     before = torch.tensor([plain_losses(model_of(config), row) for row in ids]).double()
     expected = torch.tensor([plain_losses(model, row) for row in ids]).double()
     assert (before - expected).abs().max() > 0.1
-    found = ModelScorer(model.get_base_model()).row_losses(ids, [20])[20]
+    found = LikelihoodScorer(model.get_base_model()).row_losses(ids, [20])[20]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -138,7 +137,7 @@ def test_losses_that_are_no_numbers_are_refused():
 def test_shorter_texts_are_the_beginnings_of_longer_ones():
     model = model_of(config_of())
     ids = rows_of(3, 60)
-    found = ModelScorer(model).row_losses(ids, [8, 60, 32])
+    found = LikelihoodScorer(model).row_losses(ids, [8, 60, 32])
     assert {length: part.shape for length, part in found.items()} == {n: (3, n - 1) for n in (8, 60, 32)}
     torch.testing.assert_close(found[8], token_losses(model, ids[:, :8]), rtol=1e-5, atol=1e-6)
 
@@ -149,7 +148,7 @@ def test_auto_ntk_scores_each_length_with_its_own_rotation():
     scale_rope(config, RopeArguments("auto-ntk"))
     model = model_of(config)
     install_row_rotary(model)
-    scorer, ids = ModelScorer(model), rows_of(2, 64)
+    scorer, ids = LikelihoodScorer(model), rows_of(2, 64)
     found = scorer.row_losses(ids, [16, 32, 48, 64])
     alone = scorer.window_losses([Window(ids[0][:length].tolist(), 1) for length in (16, 32, 48, 64)])
     for loss, length, alpha in zip(alone, (16, 32, 48, 64), (1.0, 1.0, 2.0, 3.0), strict=True):
@@ -223,7 +222,7 @@ def test_documents_of_all_lengths_against_a_plain_loop(start, stride):
     expected = plain_window_losses(model_of(config_of()), documents, start, 32, stride)
     cut = [cut_windows(ids, start, 32, stride) for ids in documents]
     told = []
-    scorer = ModelScorer(model_of(config_of()), batch_tokens=100)
+    scorer = LikelihoodScorer(model_of(config_of()), batch_tokens=100)
     found = iter(scorer.window_losses([window for likelihood in cut for window in likelihood], told.append))
     sums = [sum(next(found) for _ in likelihood) for likelihood in cut]
     assert sums == pytest.approx(expected, rel=1e-5, abs=1e-12)
@@ -232,7 +231,7 @@ def test_documents_of_all_lengths_against_a_plain_loop(start, stride):
 
 def test_losses_do_not_depend_on_the_batch():
     likelihood = [Window(row.tolist()[: 5 + number], 1 + number % 4) for number, row in enumerate(rows_of(20, 30))]
-    few, many = (ModelScorer(model_of(config_of()), size).window_losses(likelihood) for size in (1, 10**6))
+    few, many = (LikelihoodScorer(model_of(config_of()), size).window_losses(likelihood) for size in (1, 10**6))
     assert few == pytest.approx(many, rel=1e-6)
 
 
@@ -443,27 +442,3 @@ def test_the_picture_and_the_table_of_documents(tmp_path):
     lines = [format_document_row(row) for row in (None, *rows)]
     assert len(set(map(len, lines))) == 1
     assert "1.0000 +-0.1000" in lines[1] and "+0.0123 +-0.1500" in lines[2] and "+-" not in lines[4]
-
-
-# ---------------------------------------------------------------- parts
-
-
-def test_parts_go_on_after_a_kill(tmp_path, caplog):
-    path, settings_ = tmp_path / "out" / "parts.jsonl", {"window": 8, "texts": {"a": "1"}}
-    parts = Parts(path, settings_, False)
-    parts.add([0.1, 1 / 3], "model", "text", 0)
-    parts.add({"figures": None}, "model", "text", 7)
-    with open(path, "ab") as file:
-        file.write(b'[["model", "text", 9], [1.0,')  # killed while it wrote
-    again = Parts(path, settings_, False)
-    assert again.get("model", "text", 0) == [0.1, 1 / 3] and again.get("model", "text", 9) is None
-    again.add([5.0], "model", "text", 9)
-    assert Parts(path, settings_, False).get("model", "text", 9) == [5.0]
-    with pytest.raises(InputError, match=r"unfinished run with other window; .*--overwrite"):
-        Parts(path, {**settings_, "window": 9}, False)
-    assert Parts(path, {**settings_, "window": 9}, True).get("model", "text", 0) is None
-    path.write_bytes(b"something else")
-    with pytest.raises(InputError, match="unfinished run"):
-        Parts(path, settings_, False)
-    Parts(path, settings_, True).finish()
-    assert not path.exists()

@@ -55,7 +55,7 @@ SHOWN_ERRORS = 3
 
 
 @dataclass(frozen=True)
-class Bout:
+class Battle:
     """Two models' answers to a question, as a judge compares them."""
 
     models: tuple[str, str]
@@ -63,10 +63,10 @@ class Bout:
     answers: tuple[str, str]
 
 
-def list_bouts(questions: Sequence[Question], answers: Mapping[str, Sequence[str]]) -> list[Bout]:
+def list_battles(questions: Sequence[Question], answers: Mapping[str, Sequence[str]]) -> list[Battle]:
     """Every pair of models on every question. Args: answers: of each model, in the order of the questions."""
     return [
-        Bout((first, second), question, (answers[first][place], answers[second][place]))
+        Battle((first, second), question, (answers[first][place], answers[second][place]))
         for place, question in enumerate(questions)
         for first, second in itertools.combinations(answers, 2)
     ]
@@ -125,26 +125,26 @@ class Judge:
         self.endpoint, self.prompt, self.name = endpoint, prompt, endpoint.model
         self._options = {"max_tokens": max_tokens, "temperature": 0, "seed": 0}
 
-    def id_of(self, bout: Bout) -> str:
+    def id_of(self, battle: Battle) -> str:
         """The same for the same judge, prompt, question and answers, so that none is judged twice."""
-        question = (bout.question.text, bout.question.reference)
-        return hash_json([self.name, self.prompt, self._options, question, bout.models, bout.answers])[:32]
+        question = (battle.question.text, battle.question.reference)
+        return hash_json([self.name, self.prompt, self._options, question, battle.models, battle.answers])[:32]
 
-    def decide(self, bout: Bout) -> Vote:
+    def decide(self, battle: Battle) -> Vote:
         """Ask twice; equal answers are a tie without asking. Raises: EndpointError, InputError."""
         vote: Verdict | None = "tie"
         verdicts: tuple[JudgeVerdict | None, JudgeVerdict | None] | None = None
-        if bout.answers[0].strip() != bout.answers[1].strip():
-            verdicts = self._ask(bout.question, bout.answers), self._ask(bout.question, bout.answers[::-1])
+        if battle.answers[0].strip() != battle.answers[1].strip():
+            verdicts = self._ask(battle.question, battle.answers), self._ask(battle.question, battle.answers[::-1])
             vote = combine(verdicts)
         return Vote(
-            self.id_of(bout),
-            bout.models,
+            self.id_of(battle),
+            battle.models,
             vote,
-            bout.question.category,
-            bout.question.text,
-            bout.answers,
-            bout.question.id,
+            battle.question.category,
+            battle.question.text,
+            battle.answers,
+            battle.question.id,
             judge=self.name,
             verdicts=verdicts,
         )
@@ -154,26 +154,26 @@ class Judge:
         return read_verdict(self.endpoint.ask([message], self._options))
 
 
-def judge_bouts(judge: Judge, bouts: Sequence[Bout], votes: VoteFile, workers: int) -> dict[str, int]:
-    """Have all bouts decided that `votes` does not have, and add them to it, each as soon as it is decided.
+def judge_battles(judge: Judge, battles: Sequence[Battle], votes: VoteFile, workers: int) -> dict[str, int]:
+    """Have all battles decided that `votes` does not have, and add them to it, each as soon as it is decided.
 
     Returns: how many were "asked", were there before ("resumed"), and failed ("errors": asked again in another run).
     Raises: InputError where no request can succeed, or if `votes` holds verdicts on something else.
     """
     from tqdm import tqdm
 
-    known, wanted = {vote.id for vote in votes.log.votes}, {judge.id_of(bout) for bout in bouts}
+    known, wanted = {vote.id for vote in votes.log.votes}, {judge.id_of(battle) for battle in battles}
     if strange := len(known - wanted):
         raise InputError(
             f"{votes.path} holds {strange} verdicts on other answers, or by another judge or prompt; pass another "
             "--output_dir, or --overwrite to begin anew"
         )
-    left = [bout for bout in bouts if judge.id_of(bout) not in known]
+    left = [battle for battle in battles if judge.id_of(battle) not in known]
     errors: list[str] = []
     pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
     try:
-        futures = {pool.submit(judge.decide, bout): bout for bout in left}
-        with tqdm(total=len(bouts), initial=len(bouts) - len(left), unit="battle", desc="judging") as bar:
+        futures = {pool.submit(judge.decide, battle): battle for battle in left}
+        with tqdm(total=len(battles), initial=len(battles) - len(left), unit="battle", desc="judging") as bar:
             for future in as_completed(futures):
                 try:
                     votes.append(future.result())
@@ -184,7 +184,7 @@ def judge_bouts(judge: Judge, bouts: Sequence[Bout], votes: VoteFile, workers: i
         pool.shutdown(cancel_futures=True)
     for text, count in Counter(errors).most_common(SHOWN_ERRORS):
         logger.warning("%d battles without a verdict: %s", count, text)
-    return {"asked": len(left) - len(errors), "resumed": len(bouts) - len(left), "errors": len(errors)}
+    return {"asked": len(left) - len(errors), "resumed": len(battles) - len(left), "errors": len(errors)}
 
 
 # ---------------------------------------------------------------- how far a judge is to be trusted

@@ -71,7 +71,7 @@ def new_id() -> str:
 
 
 @dataclass
-class OpenBattle:
+class PendingBattle:
     """A battle that waits for its answers and its vote."""
 
     models: tuple[str, str]  # left, right
@@ -98,7 +98,7 @@ class Arena:
         """
         self.names, self.votes, self.bank = list(names), votes, list(bank)
         self._can_answer, self._rng, self._mutex = can_answer, rng or random.SystemRandom(), threading.Lock()
-        self._open: dict[str, OpenBattle] = {}  # by visitor
+        self._open: dict[str, PendingBattle] = {}  # by visitor
         if len(self.names) < 2:
             raise InputError(f"a battle takes two models; got {len(self.names)}: {', '.join(self.names) or 'none'}")
         for pair in itertools.combinations(self.names, 2):
@@ -110,7 +110,7 @@ class Arena:
         """Those of the bank, in its order."""
         return list(dict.fromkeys(question.category for question in self.bank))
 
-    def begin(self, visitor: str, category: str | None = None, text: str | None = None) -> OpenBattle:
+    def begin(self, visitor: str, category: str | None = None, text: str | None = None) -> PendingBattle:
         """A new battle for a visitor, who leaves an earlier one without a vote.
 
         Args:
@@ -132,7 +132,7 @@ class Arena:
             pair = self._rarest(choices, lambda pair: pairs[frozenset(pair)])
             question = typed or self._draw_question(pair, category)
             models = pair if self._rng.random() < 0.5 else (pair[1], pair[0])
-            battle = self._open[visitor] = OpenBattle(models, question)
+            battle = self._open[visitor] = PendingBattle(models, question)
             return battle
 
     def leave(self, visitor: str) -> None:

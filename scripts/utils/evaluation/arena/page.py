@@ -21,7 +21,7 @@ from ...web.base import LATEX_DELIMITERS, TranslatedPage, escape_answer, escape_
 from ...web.chat import Reply, add_delta, next_news, put_news
 from ...web.texts import TEXTS, translate
 from ..endpoints import EndpointError
-from .matchmaking import Arena, OpenBattle
+from .matchmaking import Arena, PendingBattle
 from .players import Player
 from .ratings import Verdict, pair_rates
 from .votes import Vote
@@ -47,7 +47,7 @@ ARENA_CSS = """
 class Visit:
     """What one visitor sees: a battle, both replies, and the vote."""
 
-    battle: OpenBattle | None = None
+    battle: PendingBattle | None = None
     replies: list[Reply] = field(default_factory=list)
     running: list[Answer] = field(default_factory=list)
     vote: Verdict | None = None
@@ -58,7 +58,7 @@ class Visit:
         """Whether both answers are there, whole."""
         return len(self.replies) == 2 and all(reply.finish_reason for reply in self.replies) and not self.failed
 
-    def begin(self, battle: OpenBattle) -> None:
+    def begin(self, battle: PendingBattle) -> None:
         """Show a new battle; answers of the last one that are still being written are stopped."""
         self.stop()
         self.battle, self.replies, self.running, self.vote, self.failed = battle, [], [], None, False

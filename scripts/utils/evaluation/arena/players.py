@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,19 +19,16 @@ from ...core.files import hash_file, hash_json
 from ...core.records import iter_records
 from ...generation.engine import Answer, Delta, Engine, FinishReason, Request, check_room
 from ...generation.loading import EnginePlan
-from ...lora.base_record import weights_fingerprint
 from ...text.prompts import Message, with_system_prompt
 from ...weights.names import ADAPTER_CONFIG
-from ...weights.reader import open_checkpoint
-from ..endpoints import Endpoint, EndpointError
-from ..progress import Predictions
+from ..endpoints import Endpoint, EndpointError, answer_options
+from ..models import is_gguf, short_name, split_name, weights_of
+from ..progress import Predictions, answer_all
 from .matchmaking import Question
 
 logger = logging.getLogger(__name__)
 
 OnDelta = Callable[[Delta], None]
-# Settings that the protocol has; a server's own defaults decide the others.
-SERVER_SETTINGS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 # Of InferenceArguments, those that change what a model answers.
 RECORDED = ("load_in_kbits", "quant_type", "rope_scaling", "rope_factor", "pi_factor", "system_prompt")
 
@@ -78,7 +76,7 @@ class LocalPlayer:
         recorded = {name: value for name, value in describe_arguments(found).items() if name in RECORDED}
         self.source = {
             "from": " + ".join(files),
-            "weights": [_fingerprint(path) for path in files],
+            "weights": list(weights_of(found).values()),
             "template": self._plan.template_name,
             **recorded,
         }
@@ -110,13 +108,6 @@ class LocalPlayer:
         if self._engine is not None:
             self._engine.close()
         self._engine = None
-
-
-def _fingerprint(path: str) -> str:
-    if Path(path).is_file():  # GGUF
-        return hash_file(path)
-    with open_checkpoint(path) as checkpoint:
-        return weights_fingerprint(checkpoint)
 
 
 class AnswersPlayer:
@@ -186,11 +177,7 @@ class ServerPlayer:
         return answer
 
     def _answer(self, answer: Answer, question: Question, settings: GenerationArguments, seed: int) -> None:
-        options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "seed": seed}
-        options |= {name: getattr(settings, name) for name in SERVER_SETTINGS}
-        options |= {"stop": settings.stop} if settings.stop else {}
-        if not settings.samples:
-            options["temperature"] = 0
+        options = answer_options(settings, seed)
         reason: FinishReason = "stop"
         try:
             if not answer.cancelled:
@@ -223,13 +210,13 @@ def find_players(
     """
     players: list[Player] = []
     if model_args.model_name_or_path or model_args.adapter_name_or_path:
-        name = _last_part(model_args.adapter_name_or_path or str(model_args.model_name_or_path))
+        name = short_name(model_args.adapter_name_or_path or str(model_args.model_name_or_path))
         players.append(LocalPlayer(name, model_args))
     for item in models:
-        name, path = split_name(item)
+        name, path = _split_name(item)
         players.append(LocalPlayer(name, _arguments_of(model_args, path)))
     for item in answers:
-        name, path = split_name(item)
+        name, path = _split_name(item)
         if not Path(path).is_file():
             raise InputError(f"--answers {item}: no such file")
         players.append(AnswersPlayer(name, path))
@@ -248,18 +235,12 @@ def find_players(
     return players
 
 
-def split_name(item: str) -> tuple[str, str]:
-    """NAME=PLACE, or a place alone, whose last part is the name then. Raises: InputError for an unusable name."""
-    name, equals, path = item.partition("=")
-    if not equals or Path(item).exists():
-        name, path = _last_part(item), item
+def _split_name(item: str) -> tuple[str, str]:
+    """See models.split_name. Raises: InputError for a name that no file can be called by."""
+    name, path = split_name(item)
     if not re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name):
         raise InputError(f"'{name}' cannot be a name, files are called by it; pass another one as NAME=PLACE")
     return name, path
-
-
-def _last_part(path: str) -> str:
-    return re.sub(r"\.(gguf|jsonl?|parquet)$", "", Path(path.rstrip("/")).absolute().name)
 
 
 def _arguments_of(model_args: InferenceArguments, path: str) -> InferenceArguments:
@@ -270,7 +251,7 @@ def _arguments_of(model_args: InferenceArguments, path: str) -> InferenceArgumen
         model_name_or_path=None if is_adapter else path,
         adapter_name_or_path=path if is_adapter else None,
         tokenizer_name_or_path=None,
-        engine="llama.cpp" if path.endswith(".gguf") else model_args.engine,
+        engine="llama.cpp" if is_gguf(path) else model_args.engine,
     )
 
 
@@ -290,8 +271,6 @@ def answer_bank(
 
     Raises: InputError if a file of answers has none to a question, or `path` holds answers of something else.
     """
-    from tqdm import tqdm
-
     if isinstance(player, AnswersPlayer):
         missing = [question for question in questions if not player.can_answer(question)]
         if missing:
@@ -301,27 +280,26 @@ def answer_bank(
             )
         return [player.submit(question, settings, 0).wait().text for question in questions]
     record = {**describe_arguments(settings), **player.source}
-    try:
-        predictions = Predictions(path, [question.text for question in questions], record, overwrite)
-    except InputError as error:  # here the file's name comes from another flag
-        raise InputError(str(error).replace("--predictions_file", "--output_dir")) from None
-    done = len(predictions.rows)
-    if not predictions.is_complete:
-        player.load(batch_size)
+    texts = [question.text for question in questions]
+    predictions = Predictions(path, texts, record, overwrite, flag="--output_dir")
+
+    @contextlib.contextmanager
+    def loaded() -> Iterator[Player]:
         try:
-            answers = [
-                player.submit(question, settings, settings.seed + number)
-                for number, question in enumerate(questions[done:], done)
-            ]
-            with tqdm(total=len(questions), initial=done, unit="answer", desc=player.name) as bar:
-                for answer in answers:
-                    predictions.append([answer.wait().text])
-                    bar.update()
-        except EndpointError as error:
-            raise InputError(f"{player.name}: {error}; run the same command again to go on") from None
+            player.load(batch_size)
+            yield player
         finally:
             player.close()
-        predictions.finish({"answers": len(questions), "resumed": done})
+
+    try:
+        answer_all(
+            loaded,
+            lambda player, _, number: player.submit(questions[number], settings, settings.seed + number).wait,
+            predictions,
+            desc=player.name,
+        )
+    except EndpointError as error:
+        raise InputError(f"{player.name}: {error}; run the same command again to go on") from None
     return [row["Output"] for row in predictions.rows]
 
 

@@ -29,7 +29,7 @@ PRIOR = 1.0  # tied battles of every model against one of mean strength: keeps m
 BLOCK = 4_000_000  # battles that are drawn at a time: 32 MB an array
 
 
-class Battle(NamedTuple):
+class Outcome(NamedTuple):
     """Two models, and what was said of their answers."""
 
     left: str
@@ -117,7 +117,7 @@ def bootstrap(
 # ---------------------------------------------------------------- figures
 
 
-def summarise(battles: Sequence[Battle], *, rounds: int = 1000, k: float = 16.0, seed: int = 0) -> dict[str, Any]:
+def summarise(battles: Sequence[Outcome], *, rounds: int = 1000, k: float = 16.0, seed: int = 0) -> dict[str, Any]:
     """What arena.json says of some battles: "battles", "models", the strongest first, "pairs" and "groups".
 
     A model's "rank" is 1 + how many models are stronger in at least 97.5 % of the bootstrap rounds, so models that the
@@ -157,7 +157,7 @@ def _interval(samples: ndarray) -> list[float]:
     return [round(float(bound), 1) for bound in np.quantile(samples, [0.025, 0.975])]
 
 
-def count_results(battles: Sequence[Battle], name: str) -> dict[str, Any]:
+def count_results(battles: Sequence[Outcome], name: str) -> dict[str, Any]:
     """A model's battles, wins, losses, ties; "win_rate" is the percentage of wins among wins and losses.
 
     Its interval is Wilson's, 95 %. Both are None where every battle was a tie.
@@ -180,7 +180,7 @@ def _win_rate(wins: int, losses: int) -> dict[str, Any]:
     return {"win_rate": round(100 * wins / (wins + losses), 2), "win_rate_interval": bounds}
 
 
-def count_pairs(battles: Sequence[Battle], names: Sequence[str]) -> list[dict[str, Any]]:
+def count_pairs(battles: Sequence[Outcome], names: Sequence[str]) -> list[dict[str, Any]]:
     """The pairs that met, in the order of `names`: wins of the first and of the second, ties, the first's win rate."""
     seen = Counter[tuple[str, str, str]]()
     for battle in battles:

@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 from ...core.errors import InputError
 from ...core.files import fsync_path
-from .ratings import Battle, Verdict
+from ..progress import named_failure
+from .ratings import Outcome, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ class Vote:
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
-    def battle(self) -> Battle:
+    def outcome(self) -> Outcome:
         """What ratings are made of."""
         assert self.vote is not None
-        return Battle(*self.models, self.vote)
+        return Outcome(*self.models, self.vote)
 
 
 @dataclass
@@ -192,13 +193,14 @@ class VoteFile:
                 return False
             size = os.fstat(self._descriptor).st_size
             try:
-                rest = line
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
-                os.fsync(self._descriptor)
-            except OSError as error:  # a failed write does not say which file it was
+                with named_failure(self.path):
+                    rest = line
+                    while rest:
+                        rest = rest[os.write(self._descriptor, rest) :]
+                    os.fsync(self._descriptor)
+            except OSError:
                 os.ftruncate(self._descriptor, size)
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
+                raise
             self._ids.add(vote.id)
             self.log.votes.append(vote)
             return True

@@ -30,26 +30,12 @@ COLORS = ("#2a6f97", "#d9822b", "#4d9078", "#8e6c8a", "#b23a48", "#7b6d3f")  # o
 
 
 class LongBenchPredictions(Predictions):
-    """A dataset's answers in upstream's form, a line {pred, answers, all_classes, length} for each sample.
+    """A dataset's answers in upstream's form, a line {pred, answers, all_classes, length} for each sample."""
 
-    Attributes:
-        metrics: what `finish` recorded; empty before.
-    """
-
-    flag = "--output_dir"
-
-    def __init__(self, path: Path, samples: Sequence[Sample], settings: dict[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path, samples: Sequence[Sample], settings: dict[str, Any]) -> None:
         """See Predictions."""
         rows = [{"answers": s.answers, "all_classes": s.all_classes, "length": s.length} for s in samples]
-        super().__init__(path, rows, settings, overwrite)
-        self.metrics: dict[str, Any] = {}
-        if self.is_complete:
-            self.metrics = read_json(self.settings_path).get("metrics", {})
-
-    def finish(self, metrics: dict[str, Any]) -> None:
-        """See Predictions."""
-        super().finish(metrics)
-        self.metrics = metrics
+        super().__init__(path, rows, settings, overwrite=False, flag="--output_dir")
 
     def make_row(self, question: Any, output: str) -> dict[str, Any]:
         """See Predictions."""
@@ -72,12 +58,12 @@ def open_predictions(
     if anew:
         remove(path)
     try:
-        return LongBenchPredictions(path, samples, settings, overwrite=False)
+        return LongBenchPredictions(path, samples, settings)
     except InputError:
         if not overwrite:
             raise
     remove(path)
-    return LongBenchPredictions(path, samples, settings, overwrite=False)
+    return LongBenchPredictions(path, samples, settings)
 
 
 def read_predictions(folder: Path, tasks: Sequence[Task]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:

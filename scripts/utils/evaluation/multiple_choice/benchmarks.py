@@ -56,11 +56,6 @@ class Benchmark:
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether there is anything to score."""
-        return any(question.answer for question in self.questions)
-
 
 def read_benchmark(
     name: str,

@@ -170,7 +170,7 @@ class ChoiceEncoder:
         """The continuations as text."""
         if self._room:
             return ()
-        if self._writer.wording.letters == "both":
+        if self._writer.wording.letter_scoring == "both":
             return (*(f" {letter}" for letter in question.letters), *question.letters)
         return tuple(self._writer.answers(question))
 
@@ -181,12 +181,12 @@ class ChoiceEncoder:
     def _continuations(
         self, question: ChoiceQuestion, prompt: Prompt, texts: Sequence[str]
     ) -> tuple[tuple[int, ...], ...]:
-        letters = self._writer.wording.letters
-        if letters == "joint":
+        scoring = self._writer.wording.letter_scoring
+        if scoring == "joint":
             return tuple(self._follow(prompt, text) for text in texts)
         assert self._prompter is not None
         alone = [encode_text(self._prompter.tokenizer, letter) for letter in question.letters if texts]
-        if letters == "spaced":
+        if scoring == "spaced":
             return tuple((ids[-1],) for ids in alone)
         after = [encode_text(self._prompter.tokenizer, f"：{letter}") for letter in question.letters if texts]
         return (*((ids[0],) for ids in alone), *((ids[-1],) for ids in after))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -12,19 +14,16 @@ from tqdm import tqdm
 
 from ...core.arguments import GenerationArguments, InferenceArguments
 from ...core.errors import InputError
-from ...core.files import hash_file
-from ...generation.engine import Request
-from ...generation.llamacpp_engine import find_gguf_file
+from ...generation.engine import Prompter, Request
 from ...generation.loading import EnginePlan
-from ...lora.base_record import weights_fingerprint
-from ...weights.reader import open_checkpoint
-from ..endpoints import Endpoint, EndpointError
+from ..endpoints import EndpointError, answer_options
+from ..models import weights_of
 from ..progress import Parts
 from .answers import choose_by_likelihood, parse_answer
 from .prompts import ChoicePrompt
 from .results import ChoiceAnswer
 from .scorers import ServerScorer, open_scorer
-from .scoring import ChoiceScore
+from .scoring import ChoiceScore, Scorer
 from .wordings import Mode
 
 SERVER = "server"  # its name in messages; its key is in SERVER_API_KEY
@@ -32,37 +31,30 @@ PLAIN_STOPS: dict[str, list[str]] = {"generative": ["\n\n"], "cot": ["。\n\n", 
 OnRow = Callable[[int, dict[str, Any]], None]
 
 
-class Target:
+class ModelUnderTest(ABC):
     """What is asked: a model here, whose weights are not read yet, or a server.
 
     Attributes:
-        plan: writes and checks prompts; None: the server does.
+        prompter: writes and checks prompts; None: the server does.
         counts: totals of scoring, see Scorer; of generating, requests and errors.
     """
 
-    def __init__(self, args: InferenceArguments, chat: bool, server_url: str | None, batch_size: int) -> None:
-        """Raises: InputError if the files do not belong together, or the address is none."""
-        self.plan: EnginePlan | None = None
-        self._url, self._batch_size = server_url, batch_size
-        self.counts: dict[str, int] = {}
-        if server_url is None:
-            self.plan = EnginePlan(args, chat)
-        self._endpoint = Endpoint(SERVER, server_url) if server_url else None
+    prompter: Prompter | None = None
+    counts: dict[str, int]
 
+    @abstractmethod
     def describe(self) -> tuple[str, dict[str, Any]]:
-        """A name, and what decides the answers: weights and template, or the server and its model."""
-        if self._endpoint is not None:
-            return self._endpoint.model, {"server": self._endpoint.url, "model": self._endpoint.model}
-        assert self.plan is not None
-        names = [n for n in (self.plan.args.model_name_or_path, self.plan.args.adapter_name_or_path) if n]
-        weights: dict[str, str] = {}
-        for name in names:
-            if self.plan.args.engine == "llama.cpp":
-                weights[name] = hash_file(find_gguf_file(name))
-            else:
-                with open_checkpoint(name) as checkpoint:
-                    weights[name] = weights_fingerprint(checkpoint)
-        return " + ".join(names), {"weights": weights, "template": self.plan.template_name}
+        """A name, and what decides the answers."""
+
+    @abstractmethod
+    def _open_scorer(self) -> contextlib.AbstractContextManager[Scorer]:
+        """What scores, while it is needed."""
+
+    @abstractmethod
+    def _write_answers(
+        self, prompts: Sequence[ChoicePrompt], settings: GenerationArguments
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number of a prompt, its row), in the order in which they come."""
 
     def score(self, prompts: Sequence[ChoicePrompt], on_row: OnRow) -> None:
         """Ask for likelihoods: rows of logprobs, or of an error."""
@@ -70,56 +62,70 @@ class Target:
         def on_score(number: int, score: ChoiceScore) -> None:
             on_row(number, {"error": score.error} if score.error else {"logprobs": list(score.logprobs)})
 
-        with contextlib.ExitStack() as stack:
-            if self._url is not None:
-                scorer: Any = ServerScorer(SERVER, self._url, concurrency=self._batch_size)
-            else:
-                assert self.plan is not None
-                engine = self.plan.load(self._batch_size)
-                stack.callback(engine.close)
-                scorer = open_scorer(engine)
-            stack.callback(scorer.close)
+        with self._open_scorer() as scorer:
             scorer.score([prompt.request for prompt in prompts], on_score)
             self.counts = dict(scorer.counts)
 
     def generate(self, prompts: Sequence[ChoicePrompt], settings: GenerationArguments, on_row: OnRow) -> None:
         """Ask for answers: rows of text, or of an error."""
-        write = self._ask_server if self._endpoint is not None else self._ask_engine
         self.counts = {"requests": len(prompts), "errors": 0}
-        for number, row in write(prompts, settings):
+        for number, row in self._write_answers(prompts, settings):
             self.counts["errors"] += "error" in row
             on_row(number, row)
 
-    def _ask_engine(
+
+class LocalModel(ModelUnderTest):
+    """A model loaded here, whatever its engine."""
+
+    def __init__(self, args: InferenceArguments, chat: bool, batch_size: int) -> None:
+        """Raises: InputError if the files do not belong together."""
+        self.prompter = self._plan = EnginePlan(args, chat)
+        self._batch_size, self.counts = batch_size, {}
+
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Weights and template."""
+        weights = weights_of(self._plan.args)
+        return " + ".join(weights), {"weights": weights, "template": self._plan.template_name}
+
+    @contextlib.contextmanager
+    def _open_scorer(self) -> Iterator[Scorer]:
+        with closing(self._plan.load(self._batch_size)) as engine, closing(open_scorer(engine)) as scorer:
+            yield scorer
+
+    def _write_answers(
         self, prompts: Sequence[ChoicePrompt], settings: GenerationArguments
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        assert self.plan is not None
-        engine = self.plan.load(self._batch_size)
-        try:
+        with closing(self._plan.load(self._batch_size)) as engine:
             # A question's seed is its own, however many were answered before.
             answers = [engine.submit(Request(p.request.prompt, settings, settings.seed + _seed(p))) for p in prompts]
             for number, answer in enumerate(answers):
                 yield number, {"text": answer.wait().text}
-        finally:
-            engine.close()
 
-    def _ask_server(
+
+class ServedModel(ModelUnderTest):
+    """A model behind an OpenAI-compatible server."""
+
+    def __init__(self, address: str, batch_size: int) -> None:
+        """Raises: InputError if the address is none."""
+        self._server, self._batch_size, self.counts = ServerScorer(SERVER, address, batch_size), batch_size, {}
+
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """The server and its model."""
+        return self._server.model, {"server": self._server.url, "model": self._server.model}
+
+    def _open_scorer(self) -> contextlib.AbstractContextManager[Scorer]:
+        return closing(self._server)
+
+    def _write_answers(
         self, prompts: Sequence[ChoicePrompt], settings: GenerationArguments
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        endpoint = self._endpoint
-        assert endpoint is not None and endpoint.model
-        temperature = settings.temperature if settings.do_sample else 0.0
-        options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "temperature": temperature}
-        options |= {"top_p": settings.top_p if settings.samples else 1.0, "seed": settings.seed}
-        if settings.stop:
-            options["stop"] = settings.stop
+        server, options = self._server, answer_options(settings, settings.seed)
+        assert server.model  # found before there are threads, each of which would ask for it
 
         def ask(prompt: ChoicePrompt) -> dict[str, Any]:
             text = prompt.request.text
             try:
-                return {
-                    "text": endpoint.complete(text, options) if isinstance(text, str) else endpoint.ask(text, options)
-                }
+                return {"text": server.complete(text, options) if isinstance(text, str) else server.ask(text, options)}
             except EndpointError as error:
                 return {"error": str(error)}
 
@@ -131,6 +137,11 @@ class Target:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def open_model(args: InferenceArguments, chat: bool, server_url: str | None, batch_size: int) -> ModelUnderTest:
+    """The model that is asked. Raises: InputError if its files do not belong together, or the address is none."""
+    return ServedModel(server_url, batch_size) if server_url else LocalModel(args, chat, batch_size)
 
 
 def _seed(prompt: ChoicePrompt) -> int:
@@ -147,7 +158,7 @@ def check_engine(args: InferenceArguments, mode: Mode) -> None:
 
 
 def ask_all(
-    prompts: Sequence[ChoicePrompt], parts: Parts, target: Target, mode: Mode, settings: GenerationArguments
+    prompts: Sequence[ChoicePrompt], parts: Parts, model: ModelUnderTest, mode: Mode, settings: GenerationArguments
 ) -> list[ChoiceAnswer]:
     """Answer all questions but those that `parts` has; an error is no part of it, and is asked again next time."""
     names = [(prompt.question.subject, prompt.question.id) for prompt in prompts]
@@ -166,9 +177,9 @@ def ask_all(
 
             chosen = [prompts[number] for number in pending]
             if mode in ("constrained", "cloze"):
-                target.score(chosen, keep)
+                model.score(chosen, keep)
             else:
-                target.generate(chosen, settings, keep)
+                model.generate(chosen, settings, keep)
     return [
         read_answer(prompt, mode, parts.get(*name), errors.get(number))
         for number, (prompt, name) in enumerate(zip(prompts, names, strict=True))

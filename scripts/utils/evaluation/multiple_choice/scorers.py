@@ -16,7 +16,7 @@ from ...core.arguments import GenerationArguments
 from ...core.errors import InputError
 from ...generation.engine import Completion, Engine, Request
 from ...generation.transformers_engine import TransformersEngine
-from ..endpoints import Endpoint, EndpointError
+from ..endpoints import TIMEOUT, Endpoint, EndpointError
 from .scoring import COUNTS, ChoiceRequest, ChoiceScore, OnScore, PrefixScorer, Scorer, check_requests
 
 logger = logging.getLogger(__name__)
@@ -130,21 +130,21 @@ class ServerScorer(Endpoint):
     ("echo" with "logprobs"), as vLLM's does. A request that fails after all tries becomes a score with an error.
     """
 
-    def __init__(self, name: str, address: str, *, concurrency: int = 8, retries: int = 5, timeout: float = 600):
-        """`concurrency`: requests under way at once; the others: see Endpoint."""
+    def __init__(self, name: str, address: str, max_batch_size: int = 8) -> None:
+        """`max_batch_size`: requests under way at once; the others: see Endpoint."""
         import openai
 
-        super().__init__(name, address, retries=retries, timeout=timeout)
-        self._concurrency, self._lock = concurrency, Lock()
+        super().__init__(name, address)
+        self._max_batch_size, self._lock = max_batch_size, Lock()
         self.counts = dict.fromkeys(COUNTS, 0)
-        client = openai.DefaultHttpxClient(event_hooks={"request": [self._note_request]}, timeout=timeout)
+        client = openai.DefaultHttpxClient(event_hooks={"request": [self._note_request]}, timeout=TIMEOUT)
         self._client = self._client.with_options(http_client=client)
 
     def score(self, requests: Sequence[ChoiceRequest], on_score: OnScore | None = None) -> list[ChoiceScore]:
         """See Scorer. Raises: InputError where no request can succeed."""
         self._check(requests)
         scores: dict[int, ChoiceScore] = {}
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        with ThreadPoolExecutor(self._max_batch_size) as pool:
             futures = {pool.submit(self._score, request): number for number, request in enumerate(requests)}
             try:
                 for future in as_completed(futures):

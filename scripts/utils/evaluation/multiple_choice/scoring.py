@@ -174,20 +174,18 @@ def _close(path: list[_Node], depth: int) -> None:
 class PrefixScorer:
     """Scorer on a transformers model.
 
-    Equal requests get equal scores whatever stands beside them, up to rounding. Keys and values of at most
-    `cache_bytes` are held; where that is less than a row needs, of one row.
+    Equal requests get equal scores whatever stands beside them, up to rounding. Keys and values of at most CACHE_SHARE
+    of the free memory are held; where that is less than a row needs, of one row.
     """
 
-    def __init__(self, model: Any, batch_tokens: int | None = None, cache_bytes: int | None = None) -> None:
-        """
-        Args:
-            batch_tokens: computed at once, padding included; default: what the device is quick with.
-            cache_bytes: default: CACHE_SHARE of the free memory.
+    def __init__(self, model: Any, batch_tokens: int | None = None) -> None:
+        """`batch_tokens`: computed at once, padding included; default: what the device is quick with.
+
         Raises: InputError if its layers keep no keys and values for each token.
         """
         check_layers(model.config)
         usual = BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS_ON_GPU
-        self.model, self._cache_bytes = model, cache_bytes
+        self.model = model
         self._batch_tokens = batch_tokens or usual
         self._rotations = find_row_rotary(model)
         self._cache: SlotCache | None = None
@@ -261,8 +259,6 @@ class PrefixScorer:
             rest = rest[count:]
 
     def _free_bytes(self) -> int:
-        if self._cache_bytes is not None:
-            return self._cache_bytes
         device = self.model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
         return int(CACHE_SHARE * free)

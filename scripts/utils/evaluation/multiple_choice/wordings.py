@@ -37,7 +37,8 @@ class Wording:
         reason: ask for reasoning; reason_in_chat: in a conversation; reasoned: an example's reasoning, before and
             after its explanation.
         system: system prompt of conversations in the forerunners' own form; None: messages under a chat template.
-        letters: scored as they follow the prompt; as the sum of the logits of two forms of each; after a space.
+        letter_scoring: letters are scored as they follow the prompt; as the sum of the logits of two forms of each;
+            after a space.
     """
 
     introduction: str
@@ -52,7 +53,7 @@ class Wording:
     reason_in_chat: str = ""
     reasoned: tuple[str, str] = ("", "")
     system: str | None = None
-    letters: Literal["joint", "both", "spaced"] = "joint"
+    letter_scoring: Literal["joint", "both", "spaced"] = "joint"
 
     def name_subject(self, subject: Subject) -> str:
         """What `{subject}` stands for."""
@@ -75,7 +76,7 @@ class Preset:
         found = self.wordings.get(benchmark) or self.wordings.get(language)
         if found is None:
             raise InputError(f"--preset {self.name} is for {', '.join(self.wordings)}; use --preset default")
-        chat = self.chats and (found.system is not None or found.letters == "joint")
+        chat = self.chats and (found.system is not None or found.letter_scoring == "joint")
         reasons = bool(found.reason)
         if mode not in self.modes or (mode == "cot" and not reasons):
             raise InputError(f"--preset {self.name} has no {mode} prompts for {benchmark}; use --preset default")
@@ -107,9 +108,9 @@ _A2 = replace(
     subject="key",
     reason_in_chat="\n答案是什么？让我们一步一步思考，\n1.",
     system=SYSTEM_PROMPT,
-    letters="both",
+    letter_scoring="both",
 )
-_A2_MMLU = replace(_ENGLISH, subject="words", letters="spaced", reason="")
+_A2_MMLU = replace(_ENGLISH, subject="words", letter_scoring="spaced", reason="")
 _LM_EVAL = Wording(
     introduction="以下是中国关于{subject}的单项选择题，请选出其中的正确答案。\n\n",
     ask="\n答案：",

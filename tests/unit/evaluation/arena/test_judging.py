@@ -9,6 +9,7 @@ from support.openai_stand_in import StandIn
 from support.paths import ROOT
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.errors import InputError
+from utils.evaluation import endpoints
 from utils.evaluation.arena.judging import (
     JUDGE_PROMPT,
     NO_ANSWER,
@@ -16,8 +17,8 @@ from utils.evaluation.arena.judging import (
     combine,
     describe_judges,
     fill_judge_prompt,
-    judge_bouts,
-    list_bouts,
+    judge_battles,
+    list_battles,
     read_judge_prompt,
     read_verdict,
 )
@@ -55,8 +56,10 @@ def run(server, tmp_path, answers=ANSWERS, prompt=JUDGE_PROMPT, retries=3, worke
     """Judge all; returns the votes by models and question, and the counts."""
     votes = VoteFile(tmp_path / "verdicts.jsonl")
     try:
-        judge = Judge(Endpoint("judge", server.url, retries=retries), prompt)
-        counts = judge_bouts(judge, list_bouts(QUESTIONS, answers), votes, workers)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(endpoints, "RETRIES", retries)
+            judge = Judge(Endpoint("judge", server.url), prompt)
+        counts = judge_battles(judge, list_battles(QUESTIONS, answers), votes, workers)
     finally:
         votes.close()
     found = read_votes([tmp_path / "verdicts.jsonl"]).votes

@@ -8,7 +8,7 @@ import pytest
 
 from utils.evaluation.arena import ratings
 from utils.evaluation.arena.ratings import (
-    Battle,
+    Outcome,
     bootstrap,
     bradley_terry,
     count_wins,
@@ -32,7 +32,7 @@ def simulate(count, seed, strengths=TRUE):
     for _ in range(count):
         left, right = rng.sample(list(strengths), 2)
         won = rng.random() < chance(strengths[left], strengths[right])
-        battles.append(Battle(left, right, "left" if won else "right"))
+        battles.append(Outcome(left, right, "left" if won else "right"))
     return battles
 
 
@@ -61,7 +61,7 @@ def by_name(figures, field):
 
 def test_bradley_terry_is_where_gradient_ascent_ends():
     battles = simulate(60, 1)
-    battles += [Battle("a", "c", "tie"), Battle("b", "e", "both_bad"), Battle("d", "a", "tie")]
+    battles += [Outcome("a", "c", "tie"), Outcome("b", "e", "both_bad"), Outcome("d", "a", "tie")]
     found = by_name(summarise(battles, rounds=2), "rating")
     assert found == pytest.approx(ascend(battles, list(TRUE)), abs=0.06)  # figures have one decimal
 
@@ -100,7 +100,7 @@ def test_batches_are_what_single_ones_are():
 
 
 def test_models_that_never_lost_have_a_finite_rating():
-    few, many = ([Battle("a", "b", "left")] * count + [Battle("b", "c", "left")] * count for count in (2, 40))
+    few, many = ([Outcome("a", "b", "left")] * count + [Outcome("b", "c", "left")] * count for count in (2, 40))
     spans = []
     for battles in (few, many):
         figures = summarise(battles, rounds=50)
@@ -124,7 +124,7 @@ def plain_elo(battles, k):
 
 
 def test_elo_is_the_plain_loop():
-    battles = [*simulate(300, 4), Battle("a", "e", "tie"), Battle("e", "b", "both_bad")]
+    battles = [*simulate(300, 4), Outcome("a", "e", "tie"), Outcome("e", "b", "both_bad")]
     random.Random(0).shuffle(battles)
     for k in (4, 16, 32.0):
         found = by_name(summarise(battles, rounds=2, k=k), "elo")
@@ -166,9 +166,9 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_ties_are_half_a_win_for_ratings_and_nothing_for_win_rates():
-    decided = [Battle("a", "b", "left")] * 3 + [Battle("b", "a", "left")]
-    halves = [[Battle("a", "b", "left"), Battle("a", "b", "right")], [Battle("a", "b", "tie")] * 2]
-    halves += [[Battle("b", "a", "both_bad")] * 2]
+    decided = [Outcome("a", "b", "left")] * 3 + [Outcome("b", "a", "left")]
+    halves = [[Outcome("a", "b", "left"), Outcome("a", "b", "right")], [Outcome("a", "b", "tie")] * 2]
+    halves += [[Outcome("b", "a", "both_bad")] * 2]
     figures = [summarise(decided + added, rounds=2) for added in halves]
     assert by_name(figures[0], "rating") == by_name(figures[1], "rating") == by_name(figures[2], "rating")
     rates = [by_name(one, "win_rate") for one in figures]
@@ -177,12 +177,12 @@ def test_ties_are_half_a_win_for_ratings_and_nothing_for_win_rates():
 
 def test_counts_by_hand():
     battles = [
-        Battle("a", "b", "left"),
-        Battle("b", "a", "left"),
-        Battle("b", "a", "right"),
-        Battle("a", "c", "tie"),
-        Battle("c", "a", "both_bad"),
-        Battle("c", "b", "right"),
+        Outcome("a", "b", "left"),
+        Outcome("b", "a", "left"),
+        Outcome("b", "a", "right"),
+        Outcome("a", "c", "tie"),
+        Outcome("c", "a", "both_bad"),
+        Outcome("c", "b", "right"),
     ]
     figures = summarise(battles, rounds=5)
     found = {model["name"]: model for model in figures["models"]}
@@ -203,13 +203,13 @@ def test_counts_by_hand():
 
 
 def test_models_that_the_votes_do_not_tell_apart_share_a_rank():
-    even = [Battle("a", "b", "left"), Battle("a", "b", "right")] * 10
-    figures = summarise(even + [Battle("a", "c", "left")] * 30 + [Battle("c", "b", "right")] * 30, rounds=200)
+    even = [Outcome("a", "b", "left"), Outcome("a", "b", "right")] * 10
+    figures = summarise(even + [Outcome("a", "c", "left")] * 30 + [Outcome("c", "b", "right")] * 30, rounds=200)
     assert by_name(figures, "rank") == {"a": 1, "b": 1, "c": 3}
 
 
 def test_models_that_no_battle_connects_are_told():
-    battles = [Battle("a", "b", "left"), Battle("c", "d", "right"), Battle("e", "d", "tie")]
+    battles = [Outcome("a", "b", "left"), Outcome("c", "d", "right"), Outcome("e", "d", "tie")]
     groups = summarise(battles, rounds=2)["groups"]
     assert sorted(map(sorted, groups)) == [["a", "b"], ["c", "d", "e"]]
 
@@ -220,7 +220,7 @@ def test_no_battle_is_no_error():
 
 @pytest.mark.slow
 def test_pictures(tmp_path):
-    battles = [*simulate(80, 7), Battle("模型", "a", "tie")]  # Chinese names, and a pair without a win
+    battles = [*simulate(80, 7), Outcome("模型", "a", "tie")]  # Chinese names, and a pair without a win
     figures = summarise(battles, rounds=20)
     plot_ratings(figures, tmp_path / "ratings.png")
     plot_pairs(figures, tmp_path / "pairs.png")

@@ -111,12 +111,13 @@ SAMPLES = [Sample("c", "q", [f"answer {number}"], None, number, f"x:{number}") f
 def test_answers_are_written_in_upstreams_form_and_go_on(tmp_path):
     path = tmp_path / "pred" / "hotpotqa.jsonl"
     first = open_predictions(path, SAMPLES, {"weights": 1}, overwrite=False, anew=False)
-    first.append(["un\u2028", "deux"])
+    for answer in ("un\u2028", "deux"):
+        first.append(answer)
     with open(path, "ab") as file:
         file.write(b'{"pred": "half a li')  # killed here
     again = open_predictions(path, SAMPLES, {"weights": 1}, overwrite=False, anew=False)
     assert [r["pred"] for r in again.rows] == ["un\u2028", "deux"] and not again.metrics
-    again.append(["trois"])
+    again.append("trois")
     again.finish({"prompts_cut": 1})
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert rows == [
@@ -129,7 +130,8 @@ def test_answers_are_written_in_upstreams_form_and_go_on(tmp_path):
 def test_answers_of_others_stay_unless_told(tmp_path):
     path = tmp_path / "hotpotqa.jsonl"
     done = open_predictions(path, SAMPLES, {"weights": 1}, overwrite=False, anew=False)
-    done.append(["a", "b", "c"])
+    for answer in "abc":
+        done.append(answer)
     done.finish({})
     with pytest.raises(
         InputError, match=r"other settings \(weights 1 -> 2\); pass another --output_dir, or --overwri"
@@ -142,7 +144,8 @@ def test_answers_of_others_stay_unless_told(tmp_path):
         open_predictions(path, SAMPLES, {"weights": 1}, overwrite=False, anew=False)
     replaced = open_predictions(path, SAMPLES, {"weights": 2}, overwrite=True, anew=False)
     assert not replaced.rows
-    replaced.append(["a", "b", "c"])
+    for answer in "abc":
+        replaced.append(answer)
     assert len(open_predictions(path, SAMPLES, {"weights": 2}, overwrite=True, anew=False).rows) == 3
     assert not open_predictions(path, SAMPLES, {"weights": 2}, overwrite=True, anew=True).rows
 
@@ -193,4 +196,4 @@ def test_answers_that_do_not_belong_together_are_refused(tmp_path):
 def test_a_folder_in_the_answers_place_is_named(tmp_path):
     (tmp_path / "lcc.jsonl").mkdir()
     with pytest.raises(InputError, match=r"--output_dir .*lcc\.jsonl is a folder"):
-        LongBenchPredictions(tmp_path / "lcc.jsonl", SAMPLES, {}, overwrite=False)
+        LongBenchPredictions(tmp_path / "lcc.jsonl", SAMPLES, {})

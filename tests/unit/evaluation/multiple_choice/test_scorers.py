@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.errors import InputError
+from utils.evaluation import endpoints
 from utils.evaluation.multiple_choice.scorers import UNLISTED, EngineScorer, ServerScorer, open_scorer
 from utils.evaluation.multiple_choice.scoring import ChoiceRequest, PrefixScorer
 from utils.generation.loading import EnginePlan
@@ -239,7 +240,7 @@ def expected_letters(number):
 @pytest.mark.parametrize("form", ["completions", "content"])
 def test_letters_from_what_a_server_lists(server, form):
     server.form = form
-    scorer = ServerScorer("server", server.url, concurrency=4)
+    scorer = ServerScorer("server", server.url, 4)
     seen = {}
     scores = scorer.score([letters(number) for number in range(9)], seen.__setitem__)
     scorer.close()
@@ -255,7 +256,7 @@ def test_letters_of_a_conversation_ignore_white_space(server):
     assert scorer.score([letters(0, (" A", " B"))])[0].logprobs == (UNLISTED, -0.5)
 
 
-def test_a_server_that_fails_now_and_then(server):
+def test_a_server_that_fails_now_and_then(server, monkeypatch):
     """Busy, broken, cut off: asked again, as soon as Retry-After says; one that goes on failing is an error."""
     server.failures = {
         "1 is the question": [429, 503],
@@ -263,7 +264,8 @@ def test_a_server_that_fails_now_and_then(server):
         "3 is the question": [0],
         "4 is the question": [413],
     }
-    scorer = ServerScorer("server", server.url, retries=2, concurrency=3)
+    monkeypatch.setattr(endpoints, "RETRIES", 2)
+    scorer = ServerScorer("server", server.url, 3)
     scores = scorer.score([letters(number) for number in range(6)])
     for number in (0, 1, 3, 5):
         assert scores[number].logprobs == expected_letters(number) and scores[number].error is None
@@ -274,11 +276,12 @@ def test_a_server_that_fails_now_and_then(server):
     assert scorer.counts["retries"] == 2 + 2 + 1 and scorer.counts["errors"] == 2 and scorer.counts["requests"] == 6
 
 
-def test_what_no_try_can_mend_ends_the_run(server):
+def test_what_no_try_can_mend_ends_the_run(server, monkeypatch):
+    monkeypatch.setattr(endpoints, "RETRIES", 2)
     for status, message in ((401, "SERVER_API_KEY"), (404, "no model"), (400, "refuses requests")):
         server.failures = {"0 is the question": [status]}
         with pytest.raises(InputError, match=message):
-            ServerScorer("server", server.url, retries=2).score([letters(0)])
+            ServerScorer("server", server.url).score([letters(0)])
     server.shutdown()
     server.server_close()
     with pytest.raises(InputError, match="does not answer"):
@@ -287,7 +290,7 @@ def test_what_no_try_can_mend_ends_the_run(server):
 
 def test_requests_run_beside_each_other(server):
     server.delay = 0.05
-    ServerScorer("server", server.url, concurrency=5).score([letters(number) for number in range(15)])
+    ServerScorer("server", server.url, 5).score([letters(number) for number in range(15)])
     assert 3 <= server.most <= 5
 
 

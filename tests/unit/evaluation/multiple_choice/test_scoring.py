@@ -222,12 +222,14 @@ def test_copies_of_the_beginning_are_bounded(monkeypatch):
 
     monkeypatch.setattr(SlotCache, "_grown", watched)
     bound = 3 * 256 * token_bytes(model.config, torch.float32)
-    scores = PrefixScorer(model, cache_bytes=bound).score(requests)
+    monkeypatch.setattr(scoring, "available_bytes", lambda: bound / scoring.CACHE_SHARE)
+    scores = PrefixScorer(model).score(requests)
     assert 0 < max(sizes) <= bound
     for score, other in zip(scores, expected, strict=True):
         assert score.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     sizes.clear()
-    PrefixScorer(model, cache_bytes=1).score(requests)  # less than a row needs: one row
+    monkeypatch.setattr(scoring, "available_bytes", lambda: 1)
+    PrefixScorer(model).score(requests)  # less than a row needs: one row
     assert max(sizes) == bound / 3
 
 
