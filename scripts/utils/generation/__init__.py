@@ -8,8 +8,8 @@
   speculation          a draft writes some tokens ahead, and the model checks them all in one forward pass
   drafts               a smaller model, the first layers of the model itself, or the text so far
   llamacpp_engine      GGUF files, answered in batches like any other model
-  vllm_engine          within this process where vLLM is installed, else a `vllm serve` that runs somewhere
-  vllm_backends        the options of its Python class, which are those of `vllm serve`
+  vllm_engine          vLLM as one of the engines: it chooses the tokens, prompts and texts are those of the others
+  vllm_backends        the two ways to reach it, a `vllm serve` that runs somewhere and its Python class here
   loading              the files of the model that is to answer, whether they belong together, and loading it
 
 Others import: sampling, engine, cache, batching, transformers_engine, speculation, llamacpp_engine, loading.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length", "cancelled"]
+BASE = "default"  # the name of the model itself, beside those of its adapters
 
 
 # ---------------------------------------------------------------- ids -> text

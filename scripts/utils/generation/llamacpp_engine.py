@@ -25,8 +25,8 @@ from ..gguf.tokenizer import check_same_tokens, load_gguf_tokenizer, read_metada
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, scale_rope
 from ..text.tokenizer import load_tokenizer
 from .batching import BatchScheduler
-from .engine import Request, TokenSequence
-from .transformers_engine import BASE, DecodingEngine
+from .engine import BASE, Request, TokenSequence
+from .transformers_engine import DecodingEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,14 +17,13 @@ from ..core.arguments import GUIDED_DRAFTS
 from ..core.errors import InputError
 from ..models.loading import causal_model
 from .batching import BatchScheduler, RequestRope, search_beams
-from .engine import Answer, Completion, Delta, Engine, Request, TokenSequence
+from .engine import BASE, Answer, Completion, Delta, Engine, Request, TokenSequence
 from .speculation import Speculation, SpeculativeScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
-BASE = "default"  # the name of the model itself
 
 
 class DecodingEngine(Engine):
