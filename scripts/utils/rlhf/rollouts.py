@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..text.prompts import IGNORE_INDEX
+from .arguments import PPOArguments
 from .objectives import gae, kl_per_token, masked_mean, masked_moments, masked_whiten, token_rewards
 
 
@@ -64,20 +65,10 @@ class Experience:
         return len(self.rollouts)
 
 
-def build_experience(
-    rollouts: Sequence[Rollout],
-    *,
-    kl_coef: float,
-    kl_estimator: str = "k1",
-    score_clip: float | None = None,
-    whiten_scores: bool = False,
-    whiten_advantages: bool = True,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> Experience:
-    """Rewards, advantages and returns of every token; arguments as in utils.rlhf.objectives.
+def build_experience(rollouts: Sequence[Rollout], ppo_args: PPOArguments, kl_coef: float) -> Experience:
+    """Rewards, advantages and returns of every token.
 
-    Args: whiten_scores: scale the scores of the iteration to mean 0 and deviation 1 (after clipping).
+    Args: kl_coef: weight of the KL penalty now; that in `ppo_args` is where an adaptive one started.
     Raises: ValueError if a score or log-probability is not finite.
     """
     mask = _table([torch.ones(len(rollout.answer)) for rollout in rollouts]).bool()
@@ -88,14 +79,14 @@ def build_experience(
     scores = torch.tensor([rollout.score for rollout in rollouts])
     if not (torch.isfinite(scores).all() and torch.isfinite(logprobs).all() and torch.isfinite(ref_logprobs).all()):
         raise ValueError("scores or log-probabilities of the rollouts are not finite")
-    if score_clip is not None:
-        scores = scores.clamp(-score_clip, score_clip)
-    if whiten_scores:
+    if ppo_args.score_clip is not None:
+        scores = scores.clamp(-ppo_args.score_clip, ppo_args.score_clip)  # Yao et al. 2023 (DeepSpeed-Chat): 5
+    if ppo_args.whiten_scores:  # after clipping, or one outlier would decide the scale
         scores = masked_whiten(scores, torch.ones_like(scores))
-    kl = kl_per_token(logprobs, ref_logprobs, kl_estimator).masked_fill(~mask, 0.0)
+    kl = kl_per_token(logprobs, ref_logprobs, ppo_args.kl_estimator).masked_fill(~mask, 0.0)
     rewards = token_rewards(scores, kl, mask, kl_coef)
-    advantages, returns = gae(rewards, values, mask, gamma, lam)
-    if whiten_advantages:
+    advantages, returns = gae(rewards, values, mask, ppo_args.gamma, ppo_args.lam)
+    if ppo_args.whiten_advantages:  # the returns stay: they are what the critic learns
         advantages = masked_whiten(advantages, mask)
     plain_kl = kl_per_token(logprobs, ref_logprobs).masked_fill(~mask, 0.0)
     return Experience(
