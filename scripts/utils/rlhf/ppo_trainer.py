@@ -105,7 +105,7 @@ def describe(experience: Experience) -> dict[str, float]:
 
 
 class PPOTrainer(CausalLMTrainer):
-    """Proximal policy optimisation of a policy with an attached critic (rlhf.actor_critic).
+    """Proximal policy optimisation of an ActorCritic.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; on language models: Ouyang et al. 2022.
     """
@@ -132,7 +132,7 @@ class PPOTrainer(CausalLMTrainer):
     ) -> None:
         """
         Args:
-            model: a policy with its critic.
+            model: an ActorCritic.
             prompts, eval_prompts: token ids up to where the answer begins; those for evaluation by name.
             kl: the coefficient of the KL penalty.
             reference: a model of its own; None: the policy without its adapter.

@@ -213,7 +213,6 @@ def test_an_iteration_equals_a_plain_ppo(case, micro, accumulate, tiny_model_fol
         tiny_model_folder, tmp_path, policy, args=options, critic_learning_rate=5e-3, reference=reference, **STEP
     )
     plain = copy.deepcopy(policy)
-    plain.forward = type(plain).forward.__get__(plain)  # transformers' and PEFT's own
     from utils.rlhf.rollouts import prompt_numbers
 
     prompts = [trainer.prompts[number] for number in prompt_numbers(0, 8, 4, trainer.args.seed)]
