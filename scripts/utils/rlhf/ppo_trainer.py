@@ -167,14 +167,16 @@ class PPOTrainer(CausalLMTrainer):
         return len(self.prompts)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The Trainer's epochs only bound the number of iterations; all of them run here.
+        # The Trainer's loop steps the optimizer once for so many batches of a data loader. An iteration has many steps
+        # on batches that do not exist before it samples, so its epochs only bound the number of iterations, and what
+        # its loop does around a step (callbacks, schedule, log, checkpoint) is done here.
         model, resumed = kwargs["model"], kwargs["resume_from_checkpoint"]
         if resumed is not None:
-            self._load_rng_state(resumed)
+            self._load_rng_state(resumed)  # the Trainer's own _run_epoch does this, after it skipped batches
         while self.state.global_step < self.state.max_steps:
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             self._iterate(model)
-            learning_rate = self._get_learning_rate()
+            learning_rate = self._get_learning_rate()  # that of this iteration, before the schedule moves on
             self.lr_scheduler.step()
             self.state.global_step += 1
             self.state.epoch = self.state.global_step * self.rollout_batch_size / len(self.prompts)
@@ -191,7 +193,7 @@ class PPOTrainer(CausalLMTrainer):
             )
             if self.control.should_training_stop:
                 break
-        self.control.should_training_stop = True
+        self.control.should_training_stop = True  # else the Trainer would begin its next epoch
 
     def _iterate(self, model: nn.Module) -> None:
         step, started = self.state.global_step, time.perf_counter()
@@ -199,8 +201,9 @@ class PPOTrainer(CausalLMTrainer):
         rollouts = self.sample(model, [self.prompts[number] for number in numbers], step)
         sampled = time.perf_counter()
         experience = self.build(rollouts)
-        self._check_kl(experience)
+        self._check_kl(experience)  # before anything is learned from answers of a policy that ran away
         statistics = self.update(model, experience)
+        # After the update: the coefficient that this step's checkpoint records is the next iteration's.
         self.kl.update(experience.kl_of_answer, len(experience))
         self._tr_loss += statistics["loss"]
         tokens = sum(len(rollout.answer) for rollout in rollouts)
@@ -218,7 +221,7 @@ class PPOTrainer(CausalLMTrainer):
 
     def _check_kl(self, experience: Experience) -> None:
         limit = self.ppo_args.kl_limit
-        if limit is not None and not experience.kl_of_answer <= limit:
+        if limit is not None and not experience.kl_of_answer <= limit:  # so written, NaN is above every limit
             raise InputError(
                 f"the KL of an answer to the reference is {experience.kl_of_answer:.1f} nats at iteration "
                 f"{self.state.global_step + 1}, above --kl_limit {limit}: the policy has left what the reward was "
@@ -243,10 +246,11 @@ class PPOTrainer(CausalLMTrainer):
         Every process answers its share and returns all, in the prompts' order.
         """
         mine = range(self.args.process_index, len(prompts), self.args.world_size)
-        numbers = sorted(mine, key=lambda number: -len(prompts[number]))
+        numbers = sorted(mine, key=lambda number: -len(prompts[number]))  # the longest first: a lack of memory shows
         policy = self.accelerator.unwrap_model(model)
         was_training = policy.training
         policy.eval()
+        # Rewards too are read in here: an adapter that rewards runs on the policy's weights.
         with whole_model(self, model):
             rollouts = self._answer(policy, prompts, numbers, step, greedy)
             texts = self.processing_class.batch_decode([r.prompt for r in rollouts], skip_special_tokens=True)
@@ -303,6 +307,8 @@ class PPOTrainer(CausalLMTrainer):
             numbers = order[start : start + size]
             batch, places = collate([sequences[number] for number in numbers], self.pad_token_id)
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            # Not the sampler's own log-probabilities: of other arithmetic (a cache, other batches), with which the
+            # first update's ratios would not be 1.
             logprobs, entropies, values = policy(**batch, temperature=temperature)
             if self.reference is not None:
                 ref_logprobs = token_logprobs(self.reference, **batch, temperature=temperature)
@@ -330,7 +336,7 @@ class PPOTrainer(CausalLMTrainer):
         """Several passes over the experience; returns means over the optimizer steps that ran."""
         args = self.args
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        model.train()
+        model.train()  # of no effect on the figures (dropout is off), but activation checkpointing asks for it
         sums = Sums()
         steps = 0
         for epoch in range(self.ppo_args.ppo_epochs):
@@ -350,10 +356,14 @@ class PPOTrainer(CausalLMTrainer):
     ) -> dict[str, float]:
         batches = [make_batch(experience, numbers, self.pad_token_id) for numbers in micro_batches]
         tuning = self._tuning_batches(size, update)
+        # Losses are sums over tokens divided by these counts, of all micro-batches and processes: a token weighs the
+        # same whichever micro-batch it is in.
         counts = [self._count_targets(batches)] * len(batches) + [self._count_targets(tuning)] * len(tuning)
         self._statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         for number, (batch, count) in enumerate(zip([*batches, *tuning], counts, strict=True)):
             last = number == len(counts) - 1
+            # By hand, since accelerate counts the batches of a data loader. DeepSpeed accumulates by itself, and must
+            # see every backward pass.
             self.accelerator.gradient_state._set_sync_gradients(last)
             synchronised = last or self.is_deepspeed_enabled
             with contextlib.nullcontext() if synchronised else self.accelerator.no_sync(model=model):
@@ -362,7 +372,7 @@ class PPOTrainer(CausalLMTrainer):
         norm = self._get_grad_norm(model, grad_norm=norm)
         self.optimizer.step()
         model.zero_grad()
-        names = sorted(self._statistics)
+        names = sorted(self._statistics)  # in one order on all processes, for one reduction
         totals = self._sum_over_processes(torch.stack([self._statistics[name].float() for name in names]))
         statistics = dict(zip(names, totals.tolist(), strict=True))
         if norm is not None:
@@ -375,6 +385,7 @@ class PPOTrainer(CausalLMTrainer):
             return []
         world_size, micro = self.args.world_size, self.args.per_device_train_batch_size
         count = math.ceil(size * self.ppo_args.sft_ratio / world_size) * world_size
+        # Where this step's share begins follows from the step alone, for a resumed run; early_stop_kl leaves gaps.
         place = self.state.global_step * self.ppo_args.ppo_epochs * (self.rollout_batch_size // size) + update
         numbers = prompt_numbers(place, count, self.tuning_set.num_samples, self.args.seed + 1)
         mine = np.array(numbers[self.args.process_index :: world_size])
@@ -388,7 +399,7 @@ class PPOTrainer(CausalLMTrainer):
     def _count_targets(self, batches: list[dict[str, Tensor]]) -> Tensor:
         """Targets of the batches of all processes, (1,)."""
         if not batches:
-            return torch.ones(1)
+            return torch.ones(1)  # never divided by; every process comes by here, so no reduction is missed
         local = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
         return self._sum_over_processes(torch.tensor([float(local)], device=self.args.device))
 
@@ -444,7 +455,7 @@ class PPOTrainer(CausalLMTrainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             rate = self.args.learning_rate
             rates = {False: rate, True: self.ppo_args.critic_learning_rate or rate}
-            groups = []
+            groups = []  # in an order that the optimizer's state in a checkpoint relies on
             for is_critic, rate in rates.items():
                 for decays in (True, False):
                     chosen = [
@@ -478,6 +489,7 @@ class PPOTrainer(CausalLMTrainer):
         metrics: dict[str, float] = {}
         samples: list[dict[str, Any]] = []
         for name, prompts in sets.items():
+            # The engine's model, not self.model: its weights may have to be gathered.
             rollouts = self.sample(self.model_wrapped, prompts, EVALUATION_STEP, greedy=True)
             experience = self.build(rollouts)
             figures = describe(experience)
@@ -525,7 +537,8 @@ class PPOTrainer(CausalLMTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        # The critic is a part of the model, not of its files.
+        # The critic is a part of the model, not of its files, which stay those of tuning, for any engine to read. Its
+        # own file beside them is for a run that resumes.
         whole = model.state_dict() if state_dict is None else state_dict
         super()._save(str(folder), {name: tensor for name, tensor in whole.items() if not is_critic_parameter(name)})
         save_critic(folder, critic_state(model, state_dict))
@@ -533,7 +546,7 @@ class PPOTrainer(CausalLMTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled:  # whose own checkpoint holds everything that is trained, as DeepSpeed's does
             load_critic(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -552,6 +565,7 @@ class PPOTrainer(CausalLMTrainer):
         if "loss" in logs:
             loss = logs.pop("loss")
             logs = {"ppo_loss": loss, **self.sums.take_means(), **logs, "peak_memory_gb": round(peak_memory_gb(), 3)}
+        # Not CausalLMTrainer.log, whose tokens a second are those of training batches alone.
         Trainer.log(self, logs, start_time)
 
     def _tokens_per_row(self) -> float:
