@@ -91,7 +91,8 @@ def make_trainer(folder: Path, output: Path, args: argparse.Namespace, layout: s
         tokenizer,
         tokenizer.chat_template,
         Rewards(make_scorer(policy, reference, layout, folder)),
-        ppo.ppo_settings(ppo_args, rollout_args),
+        rollout_args,
+        ppo_args,
         FixedKL(0.05),
         reference,
     )
@@ -185,7 +186,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> list[str]:
         return result
 
     batches = [prompts[start : start + args.rollout_batch] for start in range(0, len(prompts), args.rollout_batch)]
-    settings = trainer.settings.generation
+    settings = trainer.generation
     for repeat in range(args.repeats + 1):
         model.eval()
         timed("plain sampling", lambda: [sample_plainly(trainer, batch, args.tokens) for batch in batches])

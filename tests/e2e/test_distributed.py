@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.core import command_line
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # started by torchrun, not by pytest, which would know these
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("scripts", "tests")]
 
 from safetensors.torch import load_file
 
 from support.paths import SCRIPTS
+from utils.core import command_line
 
 CONFIGS = SCRIPTS / "configs"
 ZERO2 = ["--deepspeed", str(CONFIGS / "ds_zero2_no_offload.json")]

@@ -1,5 +1,6 @@
 """RLHF: objectives, the reward model, rollouts, and the Trainers of rm.py, ppo.py and dpo.py.
 
+  arguments       flags of ppo.py that its Trainer obeys: how answers are sampled, and the algorithm
   objectives      pure functions on log-probabilities, values, rewards and scores
   reward_model    a backbone with a scalar head, read at an answer's last token; loading one, and scoring with it
   actor_critic    the policy that is trained, and what estimates the rewards still to come
@@ -8,9 +9,10 @@
   reference       when it is the policy without its adapter, and its log-probabilities on disk
   pair_trainer    batches of pairs of about the same length, losses that are means over pairs
   dpo_trainer     the loss of a pair, its Trainer, and the curves of a run
-  reward_trainer  The Trainer of rm.py, and the report on a reward model: accuracy, calibration, length bias
-  ppo_trainer     The Trainer of ppo.py. A step is an iteration: sample answers, score them, then update actor and
+  reward_trainer  the Trainer of rm.py, and the report on a reward model: accuracy, calibration, length bias
+  ppo_trainer     the Trainer of ppo.py. A step is an iteration: sample answers, score them, then update actor and
                   critic on them
 
-Others import: objectives, reward_model, actor_critic, rewards, reference, dpo_trainer, reward_trainer, ppo_trainer.
+Others import: arguments, objectives, reward_model, actor_critic, rewards, reference, dpo_trainer, reward_trainer,
+ppo_trainer.
 """

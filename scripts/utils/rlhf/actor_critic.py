@@ -1,15 +1,14 @@
 """Actor and critic in one model: the policy that is trained, and what estimates the rewards still to come.
 
 One backbone serves the policy, the reference (adapters off), the critic (a head on the policy's last hidden states, or
-an adapter of its own) and a reward adapter. The critic is attached to the policy, so that optimizers, DeepSpeed, FSDP
-and checkpoints see one model; the policy's own files stay those of tuning.
+an adapter of its own) and a reward adapter. The policy holds the critic, so that optimizers, DeepSpeed, FSDP and
+checkpoints see one model; the policy's own files stay those of tuning.
 """
 
 from __future__ import annotations
 
 import contextlib
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +63,25 @@ def token_logprobs(
     return -losses
 
 
-def attach_critic(policy: Any, critic: Critic) -> None:
-    """Make `critic` a part of `policy`, whose forward then answers calls with `targets` by actor and critic at once.
+class ActorCritic(nn.Module):
+    """A policy that holds its critic, and answers by both at once. attach_critic makes one of any policy.
 
-    policy(input_ids=..., position_ids=..., targets=..., temperature=...), each (B, T), returns log-probabilities of
-    the targets, entropies (only without gradients, since they are no part of the loss; else zeros) and values, (B, T)
-    each. One call, because DDP, DeepSpeed and FSDP count forward passes of the whole model. Calls without `targets`
-    are the model's own.
+    It is a subclass of the policy's own class, not a module around it: transformers, accelerate and PEFT ask
+    isinstance(model, PeftModel) which weights a checkpoint of DeepSpeed or FSDP holds and how they come back. Around
+    the policy, every checkpoint would hold the frozen base too, and every weight would have another name.
     """
-    policy.critic = critic
-    _remove_dropout(policy)
-    plain_forward: Callable[..., Any] = policy.forward
 
-    def forward(self: Any, *args: Any, targets: Tensor | None = None, temperature: float = 1.0, **inputs: Any) -> Any:
+    critic: Critic
+
+    def forward(self, *args: Any, targets: Tensor | None = None, temperature: float = 1.0, **inputs: Any) -> Any:
+        """Log-probabilities of `targets`, entropies and values, (B, T) each; without targets the policy's own output.
+
+        Args: targets, and input_ids and position_ids among `inputs`: (B, T), see models.lm_loss.
+        Entropies are no part of the loss, and zeros where gradients are made. One call gives all three, because DDP,
+        DeepSpeed and FSDP count the forward passes of the whole model.
+        """
         if targets is None:
-            return plain_forward(*args, **inputs)
+            return super().forward(*args, **inputs)
         causal = causal_model(self)
         hidden = hidden_states(self, **inputs)
         if torch.is_grad_enabled():
@@ -95,13 +98,42 @@ def attach_critic(policy: Any, critic: Critic) -> None:
                 hidden = hidden_states(self, **inputs)
         return -losses, entropies, self.critic(hidden)
 
-    policy.forward = types.MethodType(forward, policy)
-    _checkpoint_all_parts(policy)
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """transformers' switch, which reaches the critic's model too."""
+        self._enable_checkpointing("activation", options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same, by the name it had before."""
+        self._enable_checkpointing("gradient", options)
+
+    def _enable_checkpointing(self, kind: str, options: dict[str, Any]) -> None:
+        name = f"{kind}_checkpointing_enable"
+        if self.critic.model is not None:
+            getattr(self.critic.model, name)(**options)
+        if self.critic.adapter is not None:
+            modules = _adapted_modules(self)
+
+            def contexts() -> tuple[Any, Any]:
+                # Called with a layer's forward pass. The backward pass computes the layer again, in the second
+                # context: with the adapter of its forward pass, which is another one by then.
+                active, disabled = modules[0]._active_adapter, modules[0]._disable_adapters
+                return contextlib.nullcontext(), _switch(modules, active, disabled)
+
+            given = options.get(f"{kind}_checkpointing_kwargs") or {}
+            options[f"{kind}_checkpointing_kwargs"] = {**given, "use_reentrant": False, "context_fn": contexts}
+        # PEFT's model has no such method of its own, and hands calls on to the model inside.
+        causal = causal_model(self)
+        getattr(super() if causal is self else causal, name)(**options)
 
 
-def _remove_dropout(model: nn.Module) -> None:
-    """With it old and new probabilities would differ by chance; an adapter to go on with brings its own."""
-    for module in model.modules():
+def attach_critic(policy: Any, critic: Critic) -> None:
+    """Make an ActorCritic of `policy`: its class becomes one that has ActorCritic's methods before its own."""
+    own = type(policy)
+    # Under the name it had, which config.json records and transformers looks things up by.
+    policy.__class__ = type(own.__name__, (ActorCritic, own), {"__module__": own.__module__})
+    policy.critic = critic
+    # With dropout old and new probabilities would differ by chance; an adapter to go on with brings its own.
+    for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
@@ -137,34 +169,6 @@ def _switch(modules: list[Any], active: Any, disabled: bool) -> Iterator[None]:
     finally:
         for module, (active, disabled) in zip(modules, before, strict=True):
             module._active_adapter, module._disable_adapters = active, disabled
-
-
-def _checkpoint_all_parts(policy: Any) -> None:
-    """Let the switch for activation checkpointing reach the critic's model, and the adapter in use every layer.
-
-    What the backward pass computes again must use the adapter of the forward pass, which is another one by then.
-    """
-
-    def contexts() -> tuple[Any, Any]:
-        active, disabled = modules[0]._active_adapter, modules[0]._disable_adapters
-        return contextlib.nullcontext(), _switch(modules, active, disabled)
-
-    modules = _adapted_modules(policy)
-    for kind in ("activation", "gradient"):  # transformers' new name, and the old one
-        name, options = f"{kind}_checkpointing_enable", f"{kind}_checkpointing_kwargs"
-        if (enable := getattr(policy, name, None)) is None:
-            continue
-
-        def enable_all(
-            *args: Any, _enable: Any = enable, _name: str = name, _options: str = options, **kwargs: Any
-        ) -> None:
-            if policy.critic.model is not None:
-                getattr(policy.critic.model, _name)(*args, **kwargs)
-            if policy.critic.adapter is not None:
-                kwargs[_options] = {**(kwargs.get(_options) or {}), "use_reentrant": False, "context_fn": contexts}
-            _enable(*args, **kwargs)
-
-        setattr(policy, name, enable_all)
 
 
 def add_critic_adapter(policy: Any) -> None:

@@ -39,6 +39,7 @@ def _masked(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as _wide gives them, with zeros outside the mask of the same shape."""
     _check_shapes(mask, *tensors)
     outside = ~mask.bool()
+    # Filled, not multiplied by the mask: 0 * NaN is NaN, in the values and in their gradients.
     return tuple(tensor.masked_fill(outside, 0.0) for tensor in _wide(*tensors))
 
 
@@ -72,6 +73,7 @@ def masked_whiten(values: Tensor, mask: Tensor) -> Tensor:
     """
     mean, variance = masked_moments(values, mask)
     (kept,) = _masked(mask, values)
+    # Masked once more: the padding is no longer 0.
     return ((kept - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(~mask.bool(), 0.0)
 
 
@@ -140,6 +142,7 @@ class AdaptiveKL:
         """Adjust the coefficient after `episodes` answers of mean KL `kl`; one that is not finite is a ValueError."""
         if not math.isfinite(kl):
             raise ValueError(f"mean KL to the reference: got {kl}, need a finite number; the policy has diverged")
+        # Cut, because one answer that runs away would else change the coefficient by orders of magnitude.
         error = min(max(kl / self.target - 1, -KL_ERROR_LIMIT), KL_ERROR_LIMIT)
         self.value *= 1 + error * episodes / self.horizon
 
@@ -180,8 +183,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     rewards, values = _masked(mask, rewards, values)
     inside = mask.bool()
     advantages = torch.zeros_like(rewards)
-    advantage = next_value = rewards.new_zeros(len(rewards))
+    advantage = next_value = rewards.new_zeros(len(rewards))  # behind an answer nothing more comes
     for t in range(rewards.shape[1] - 1, -1, -1):
+        # Outside the mask both are carried over unchanged: the next token of an answer is that inside the mask.
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = torch.where(inside[:, t], delta + gamma * lam * advantage, advantage)
         next_value = torch.where(inside[:, t], values[:, t], next_value)
@@ -211,6 +215,7 @@ def ppo_policy_loss(
     log_ratio = (logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     advantages = advantages.detach()
+    # The larger loss of the two: clipping takes away what a token could still gain, never what it has to lose.
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = masked_mean(torch.maximum(plain, clipped), mask, count=count)
@@ -244,6 +249,7 @@ def value_loss(
     if clip_range is None:
         return 0.5 * masked_mean(plain, mask, count=count), plain.new_zeros(())
     cut = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
+    # The larger of the two: a value that has moved far towards its return gets no gradient, one that moved away does.
     clipped = (cut - returns).square()
     loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask, count=count)
     return loss, masked_mean((clipped > plain).float(), mask, count=count)
@@ -265,7 +271,7 @@ def reward_model_loss(
     chosen, rejected = _wide(chosen, rejected)
     difference = chosen - rejected
     if margin is not None:
-        difference = difference - _wide(chosen, margin)[1]
+        difference = difference - _wide(chosen, margin)[1]  # with `chosen` for the check of their shapes
     losses = -F.logsigmoid(difference)
     return losses + centering * (chosen + rejected).square() if centering else losses
 
@@ -332,6 +338,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
     Source: Maechler 2012, "Accurately Computing log(1 - exp(-|a|))", eq. 7.
     """
+    # An answer of probability 1 has log odds of infinity, whose gradient is NaN.
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 

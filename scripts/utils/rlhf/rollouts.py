@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..text.prompts import IGNORE_INDEX
+from .arguments import PPOArguments
 from .objectives import gae, kl_per_token, masked_mean, masked_moments, masked_whiten, token_rewards
 
 
@@ -37,7 +38,7 @@ class Rollout:
     ref_logprobs: Tensor
     values: Tensor
     entropies: Tensor
-    score: float = 0.0
+    score: float = 0.0  # set once all answers are there: a reward function sees them together
 
 
 @dataclass
@@ -64,20 +65,10 @@ class Experience:
         return len(self.rollouts)
 
 
-def build_experience(
-    rollouts: Sequence[Rollout],
-    *,
-    kl_coef: float,
-    kl_estimator: str = "k1",
-    score_clip: float | None = None,
-    whiten_scores: bool = False,
-    whiten_advantages: bool = True,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> Experience:
-    """Rewards, advantages and returns of every token; arguments as in utils.rlhf.objectives.
+def build_experience(rollouts: Sequence[Rollout], ppo_args: PPOArguments, kl_coef: float) -> Experience:
+    """Rewards, advantages and returns of every token.
 
-    Args: whiten_scores: scale the scores of the iteration to mean 0 and deviation 1 (after clipping).
+    Args: kl_coef: weight of the KL penalty now; that in `ppo_args` is where an adaptive one started.
     Raises: ValueError if a score or log-probability is not finite.
     """
     mask = _table([torch.ones(len(rollout.answer)) for rollout in rollouts]).bool()
@@ -88,15 +79,16 @@ def build_experience(
     scores = torch.tensor([rollout.score for rollout in rollouts])
     if not (torch.isfinite(scores).all() and torch.isfinite(logprobs).all() and torch.isfinite(ref_logprobs).all()):
         raise ValueError("scores or log-probabilities of the rollouts are not finite")
-    if score_clip is not None:
-        scores = scores.clamp(-score_clip, score_clip)
-    if whiten_scores:
+    if ppo_args.score_clip is not None:
+        scores = scores.clamp(-ppo_args.score_clip, ppo_args.score_clip)  # Yao et al. 2023 (DeepSpeed-Chat): 5
+    if ppo_args.whiten_scores:  # after clipping, or one outlier would decide the scale
         scores = masked_whiten(scores, torch.ones_like(scores))
-    kl = kl_per_token(logprobs, ref_logprobs, kl_estimator).masked_fill(~mask, 0.0)
+    kl = kl_per_token(logprobs, ref_logprobs, ppo_args.kl_estimator).masked_fill(~mask, 0.0)
     rewards = token_rewards(scores, kl, mask, kl_coef)
-    advantages, returns = gae(rewards, values, mask, gamma, lam)
-    if whiten_advantages:
+    advantages, returns = gae(rewards, values, mask, ppo_args.gamma, ppo_args.lam)
+    if ppo_args.whiten_advantages:  # the returns stay: they are what the critic learns
         advantages = masked_whiten(advantages, mask)
+    # What is logged, limited and steered by is k1 whichever estimator is rewarded: unbiased, and comparable.
     plain_kl = kl_per_token(logprobs, ref_logprobs).masked_fill(~mask, 0.0)
     return Experience(
         rollouts=list(rollouts),
@@ -141,14 +133,16 @@ def collate(
     for row, (prompt, answer) in enumerate(sequences):
         start, end = len(prompt), len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
+        # A token is predicted, and valued, at the place before it.
         targets[row, start - 1 : end - 1] = torch.tensor(list(answer))
         places[row, : len(answer)] = torch.arange(start - 1, end - 1)
-        positions[row, end:] -= end  # padding is a segment of its own
+        positions[row, end:] -= end  # padding is a segment of its own: positions that start again at 0 are a border
     return {"input_ids": ids, "position_ids": positions, "targets": targets}, places
 
 
 def gather_answers(values: Tensor, places: Tensor) -> list[Tensor]:
     """Of values (B, T), each row's entries at its places (B, A): tensors (A,) on the CPU."""
+    # One copy to the CPU for the whole batch; -1 picks column 0, and is dropped row by row.
     picked = values.gather(1, places.clamp(min=0).to(values.device)).float().cpu()
     return [row[place >= 0] for row, place in zip(picked, places, strict=True)]
 
@@ -156,6 +150,7 @@ def gather_answers(values: Tensor, places: Tensor) -> list[Tensor]:
 def scatter_answers(rows: Tensor, places: Tensor, length: int) -> Tensor:
     """The inverse of gather_answers for a table (B, A): (B, length), 0 elsewhere."""
     inside = places >= 0
+    # By index: scatter_ has no way to leave out the -1 behind short answers.
     table = rows.new_zeros(len(rows), length)
     row = torch.arange(len(rows)).unsqueeze(1).expand_as(places)
     table[row[inside], places[inside]] = rows[:, : places.shape[1]][inside]
@@ -184,11 +179,12 @@ def minibatches(
     Rollouts of a minibatch are sorted by length before they are cut, which changes no gradient and saves padding.
     Args: size: rollouts of a minibatch over all processes; seed: integers that name this pass.
     """
+    # Every process draws the same order and takes its own part of it: nothing has to be sent.
     order = np.random.default_rng(list(seed)).permutation(len(experience))
     lengths = [len(rollout.prompt) + len(rollout.answer) for rollout in experience.rollouts]
     for start in range(0, len(order), size):
         chosen = sorted(order[start : start + size].tolist(), key=lambda number: -lengths[number])
-        mine = chosen[rank::world_size]
+        mine = chosen[rank::world_size]  # by turns, so that each process has long and short ones
         yield [mine[place : place + micro_size] for place in range(0, len(mine), micro_size)]
 
 
@@ -197,6 +193,7 @@ def prompt_numbers(step: int, batch_size: int, num_prompts: int, seed: int) -> l
 
     It depends on nothing but its arguments, so that a resumed run goes on with the right ones.
     """
+    # An iteration may reach from one pass into the next, or over several where prompts are few.
     places = range(step * batch_size, (step + 1) * batch_size)
     orders = {place // num_prompts: None for place in places}
     shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in orders}
@@ -205,4 +202,5 @@ def prompt_numbers(step: int, batch_size: int, num_prompts: int, seed: int) -> l
 
 def rollout_seed(seed: int, step: int, number: int) -> int:
     """The seed of one answer's random numbers, the same on any number of processes."""
+    # Hashed, so that neighbours in step and number share nothing; 63 bits, to fit a signed integer.
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))

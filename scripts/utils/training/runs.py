@@ -66,7 +66,7 @@ def open_run(args: RunArguments, *arguments: Any) -> Run:
         raise InputError(f"--output_dir {folder} is a file; pass the name of a folder")
     if folder.is_dir() and any(folder.iterdir()):
         _inspect(run, args)
-    prepare_process(args.seed)
+    prepare_process(args.seed)  # last: a run that resumes has the recorded seed by now
     return run
 
 
@@ -83,6 +83,7 @@ def _inspect(run: Run, args: RunArguments) -> None:
         run.replaces = True
         return
     recorded = _read_settings(folder)
+    # Refused rather than mixed: the result would be that of neither command.
     if changed := changed_settings(recorded, run.settings):
         raise InputError(
             f"--output_dir {folder} holds an unfinished run with other settings ({', '.join(changed)}); repeat them "
@@ -103,7 +104,7 @@ def start_run(run: Run, inputs: dict[str, Any], is_main_process: bool) -> None:
     """
     if not is_main_process:
         return
-    inputs = json.loads(json.dumps(inputs))
+    inputs = json.loads(json.dumps(inputs))  # as they are read back: tuples are lists, and keys are strings
     if run.checkpoint is not None:
         recorded = read_json(run.folder / INPUTS)
         if changed := [name for name in inputs if recorded.get(name) != inputs[name]]:
@@ -140,6 +141,7 @@ def changed_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> list
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
+    # By number: sorted as names, checkpoint-1000 would come before checkpoint-200.
     complete = [path.parent for path in folder.glob(f"{CHECKPOINT_PREFIX}*/{COMPLETE}")]
     return max(complete, key=checkpoint_step, default=None)
 
@@ -155,6 +157,7 @@ def seal_checkpoint(folder: Path, step: int, keep: int | None, best: str | None)
         file.write(f"{step}\n")
     if not keep:
         return
+    # A kill between the two leaves a checkpoint too many, never one too few.
     for checkpoint in sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"), key=checkpoint_step)[:-keep]:
         if best is None or checkpoint.name != Path(best).name:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -168,6 +171,7 @@ def named_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        # Their messages differ with version and place of failure, so the disk itself is asked too.
         if "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
@@ -178,6 +182,7 @@ def prepare_process(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
+    # fp16 leaves out a step whose gradients overflow, and PPO's schedule begins one step ahead.
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
 
 

@@ -77,7 +77,7 @@ class CausalLMTrainer(Trainer):
         targets = inputs["shift_labels"]
         features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         with loss_targets(model, targets):
-            outputs = model(**features, use_cache=False)
+            outputs = model(**features, use_cache=False)  # .logits: the summed loss, see models.lm_loss
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum()
         loss = outputs.logits.sum() / count
         if num_items_in_batch is not None:
@@ -99,7 +99,7 @@ class CausalLMTrainer(Trainer):
     ) -> Tensor:
         """One forward and backward pass. Raises: InputError when the loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss):  # found before the optimizer's step, so no checkpoint holds such weights
             last = last_checkpoint(Path(self.args.output_dir))
             raise InputError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning_rate, or use "
@@ -132,7 +132,7 @@ class CausalLMTrainer(Trainer):
         """Loss, perplexity and bits per byte of every validation set, and their mean as "eval_loss"."""
         sets = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(sets, dict):
-            self.eval_bytes = sets.num_bytes
+            self.eval_bytes = sets.num_bytes  # for _summarise_losses, which transformers calls with losses alone
             return super().evaluate(sets, ignore_keys, metric_key_prefix)
         metrics = super().evaluate(sets, ignore_keys, metric_key_prefix)
         losses = [metrics[f"{metric_key_prefix}_{name}_loss"] for name in sets]
@@ -152,13 +152,15 @@ class CausalLMTrainer(Trainer):
         features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         with torch.no_grad(), self.compute_loss_context_manager(), loss_targets(model, targets):
             losses = model(**features, use_cache=False).logits
+        # Sums and counts, no means: rows differ in their number of scored tokens.
         return None, losses.float().sum(1, keepdim=True), (targets != IGNORE_INDEX).sum(1, keepdim=True)
 
     def _summarise_losses(self, prediction: EvalPrediction) -> dict[str, float]:
+        # In float64: float32 sums of millions of tokens lose the digits in which models differ.
         total = float(np.asarray(prediction.predictions, dtype=np.float64).sum())
         tokens = int(np.asarray(prediction.label_ids).sum())
         loss = total / max(tokens, 1)
-        summary = {"loss": loss, "perplexity": math.exp(min(loss, 80.0))}
+        summary = {"loss": loss, "perplexity": math.exp(min(loss, 80.0))}  # infinity is no JSON
         if self.eval_bytes:
             summary["bits_per_byte"] = total / math.log(2) / self.eval_bytes
         return summary
@@ -184,16 +186,16 @@ class CausalLMTrainer(Trainer):
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
         if self.args.should_save:
-            remove(checkpoint)
+            remove(checkpoint)  # what a kill cut off; files of it would survive among the new ones
         try:
             with named_disk_errors(folder):
                 super()._save_checkpoint(model, trial)
         except OSError:
-            remove(checkpoint)
+            remove(checkpoint)  # on a full disk, room for whoever looks into it
             raise
         finally:
             self.args.save_total_limit = keep
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # the mark says that every process has written its part
         if self.args.should_save:
             seal_checkpoint(folder, self.state.global_step, keep, self.state.best_model_checkpoint)
 
@@ -249,6 +251,7 @@ def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
+        # finish_run last: its file marks the run finished, and one killed before that resumes and writes the rest.
         trainer.save_state()
         write_model_card(folder, title, metrics)
         trainer.draw(folder, title)

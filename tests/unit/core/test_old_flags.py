@@ -48,7 +48,7 @@ def test_generation_batches_are_counted_over_all_processes(monkeypatch):
 
 
 def test_generation_batches_without_a_batch_size_use_the_script_s_default(monkeypatch):
-    from ppo import RolloutArguments
+    from utils.rlhf.arguments import RolloutArguments
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     result = translate_old_flags(["--generation_batches=3"], KNOWN)

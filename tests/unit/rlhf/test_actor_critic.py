@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from support.policies import make_policy, merged, oracle, perturb
+from support.policies import LORA, make_policy, merged, oracle, perturb
 from utils.core.arguments import LoraArguments, ModelArguments
 from utils.models.loading import causal_model
 from utils.models.training_model import attach_adapter
 from utils.rlhf.actor_critic import (
     CRITIC_ADAPTER,
     CRITIC_FILE,
+    ActorCritic,
     critic_state,
     hidden_states,
     is_critic_parameter,
@@ -73,6 +75,30 @@ def test_without_its_adapter_the_policy_is_the_base_model(lora, critic, tiny_mod
         expected = torch.tensor(oracle(base, prompt, answer, 0.7)[0])
         torch.testing.assert_close(reference[row], expected, rtol=1e-5, atol=1e-5)
         assert (own[row] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_policy_keeps_its_class_its_names_and_its_files(full, tiny_model_folder, tmp_path):
+    """What transformers, accelerate and PEFT look at when they write and read checkpoints."""
+    policy = make_policy(tiny_model_folder, full_finetuning=full)
+    kind = LlamaForCausalLM if full else PeftModelForCausalLM
+    assert isinstance(policy, ActorCritic) and isinstance(policy, kind)
+    assert type(policy).__name__ == kind.__name__ and type(policy).__module__ == kind.__module__
+    assert type(LlamaForCausalLM.from_pretrained(tiny_model_folder)) is LlamaForCausalLM, "other models stay"
+    own = {name for name, _ in policy.named_parameters() if not is_critic_parameter(name)}
+    plain = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    if not full:
+        plain = attach_adapter(plain, LoraArguments(**LORA), 16)
+    assert own == {name for name, _ in plain.named_parameters()}
+    state = {name: tensor for name, tensor in policy.state_dict().items() if not is_critic_parameter(name)}
+    policy.save_pretrained(tmp_path / "policy", state_dict=state)
+    plain.save_pretrained(tmp_path / "plain")
+    assert {path.name for path in (tmp_path / "policy").iterdir()} == {
+        path.name for path in (tmp_path / "plain").iterdir()
+    }
+    if full:
+        config = (tmp_path / "policy/config.json").read_text()
+        assert config == (tmp_path / "plain/config.json").read_text() and '"LlamaForCausalLM"' in config
 
 
 def test_calls_without_targets_are_the_models_own(tiny_model_folder):

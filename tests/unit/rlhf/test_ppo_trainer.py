@@ -1,6 +1,7 @@
 """PPOTrainer: figures of rollouts, whole optimizer steps and bandits with a known optimum, against plain PyTorch."""
 
 import copy
+import dataclasses
 import json
 import math
 import zlib
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from support.policies import make_policy, merged, oracle, perturb, plain_experience
-from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
 from utils.generation.engine import TextDecoder
 from utils.models.loading import causal_model
 from utils.rlhf.actor_critic import CRITIC_ADAPTER, is_critic_parameter, use_adapter
+from utils.rlhf.arguments import PPOArguments, RolloutArguments
 from utils.rlhf.objectives import AdaptiveKL, FixedKL
-from utils.rlhf.ppo_trainer import PPOSettings, PPOTrainer, Sums
+from utils.rlhf.ppo_trainer import PPOTrainer, Sums
 from utils.rlhf.rewards import Rewards
 from utils.rlhf.rollouts import minibatches
 from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
@@ -33,10 +34,11 @@ def reward_by_text(prompts, answers):
 
 
 def make_trainer(folder, out, policy, *, questions=QUESTIONS, kl=None, rewards=None, reference=None, args=(), **given):
-    """A trainer of `policy`; `given`: PPOSettings, with those of generation among them."""
-    generation = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    generation |= {name: given.pop(name) for name in list(given) if name in generation or name == "min_new_tokens"}
-    settings = {"rollout_batch_size": 8, "ppo_epochs": 2, "per_device_rollout_batch_size": 4, **given}
+    """A trainer of `policy`; `given`: RolloutArguments and PPOArguments."""
+    given = {"max_new_tokens": 6, "rollout_batch_size": 8, "per_device_rollout_batch_size": 4, **given}
+    sampling = {field.name for field in dataclasses.fields(RolloutArguments)}
+    rollout_args = RolloutArguments(**{name: value for name, value in given.items() if name in sampling})
+    own = {name: value for name, value in given.items() if name not in sampling}
     options = {
         "output_dir": str(out), "precision": "fp32", "report_to": "none", "disable_tqdm": True, "max_steps": 1,
         "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
@@ -52,7 +54,8 @@ def make_trainer(folder, out, policy, *, questions=QUESTIONS, kl=None, rewards=N
         tokenizer,
         TEMPLATE,
         rewards or Rewards(function=("by_text", reward_by_text)),
-        PPOSettings(generation=GenerationArguments(**generation), **settings),
+        rollout_args,
+        PPOArguments(**{"kl_limit": None, **own}),
         kl or FixedKL(0.1),
         reference,
     )
@@ -210,7 +213,6 @@ def test_an_iteration_equals_a_plain_ppo(case, micro, accumulate, tiny_model_fol
         tiny_model_folder, tmp_path, policy, args=options, critic_learning_rate=5e-3, reference=reference, **STEP
     )
     plain = copy.deepcopy(policy)
-    plain.forward = type(plain).forward.__get__(plain)  # transformers' and PEFT's own
     from utils.rlhf.rollouts import prompt_numbers
 
     prompts = [trainer.prompts[number] for number in prompt_numbers(0, 8, 4, trainer.args.seed)]

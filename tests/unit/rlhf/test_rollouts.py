@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from support.policies import make_rollouts, plain_experience
+from utils.rlhf.arguments import PPOArguments
 from utils.rlhf.rollouts import (
     build_experience,
     collate,
@@ -23,6 +24,10 @@ from utils.text.prompts import IGNORE_INDEX
 # ---------------------------------------------------------------- experience
 
 
+def experience_of(rollouts, kl_coef, **ppo_args):
+    return build_experience(rollouts, PPOArguments(**ppo_args), kl_coef)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -35,7 +40,7 @@ from utils.text.prompts import IGNORE_INDEX
 def test_experience_equals_a_plain_loop(settings):
     rollouts = make_rollouts()
     names = ("kl_coef", "kl_estimator", "score_clip", "whiten_scores", "whiten_advantages", "gamma", "lam")
-    experience = build_experience(rollouts, **dict(zip(names, settings, strict=True)))
+    experience = experience_of(rollouts, **dict(zip(names, settings, strict=True)))
     advantages, returns, kl = plain_experience(rollouts, *settings)
     for row, rollout in enumerate(rollouts):
         length = len(rollout.answer)
@@ -57,8 +62,8 @@ def test_more_kl_means_less_reward():
     rollouts = make_rollouts(2)
     for rollout in rollouts:
         rollout.logprobs = rollout.ref_logprobs + 1
-    near = build_experience(rollouts, kl_coef=0.0, whiten_advantages=False, lam=1.0)
-    far = build_experience(rollouts, kl_coef=0.5, whiten_advantages=False, lam=1.0)
+    near = experience_of(rollouts, kl_coef=0.0, whiten_advantages=False, lam=1.0)
+    far = experience_of(rollouts, kl_coef=0.5, whiten_advantages=False, lam=1.0)
     for row, rollout in enumerate(rollouts):
         cost = (near.returns - far.returns)[row, : len(rollout.answer)]
         expected = 0.5 * torch.arange(len(rollout.answer), 0, -1)
@@ -75,12 +80,12 @@ def test_numbers_that_are_not_finite_are_refused(name, bad):
     else:
         getattr(rollouts[1], name)[0] = bad
     with pytest.raises(ValueError, match="not finite"):
-        build_experience(rollouts, kl_coef=0.1)
+        experience_of(rollouts, kl_coef=0.1)
 
 
 def test_a_single_answer_of_a_single_token():
     (rollout,) = make_rollouts(1, longest=1)
-    experience = build_experience([rollout], kl_coef=0.1, whiten_scores=True, whiten_advantages=True)
+    experience = experience_of([rollout], kl_coef=0.1, whiten_scores=True, whiten_advantages=True)
     assert experience.advantages.tolist() == [[0.0]]  # nothing to compare with
     assert torch.isfinite(experience.returns).all()
 
@@ -139,7 +144,7 @@ def test_gathering_and_scattering_undo_each_other():
 
 def test_a_batch_holds_its_rollouts_experience():
     rollouts = make_rollouts(9)
-    experience = build_experience(rollouts, kl_coef=0.1)
+    experience = experience_of(rollouts, kl_coef=0.1)
     numbers = [4, 0, 7]
     batch = make_batch(experience, numbers, pad_token_id=0)
     for row, number in enumerate(numbers):
@@ -161,7 +166,7 @@ def test_a_batch_holds_its_rollouts_experience():
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_minibatches_cover_everything_once_whatever_the_processes(size):
-    experience = build_experience(make_rollouts(16), kl_coef=0.1)
+    experience = experience_of(make_rollouts(16), kl_coef=0.1)
     steps = {}
     for world in (1, 2, 4):
         per_process = [list(minibatches(experience, size, 2, (7, 3, 0), rank, world)) for rank in range(world)]
@@ -178,7 +183,7 @@ def test_minibatches_cover_everything_once_whatever_the_processes(size):
 
 def test_minibatches_are_shuffled_by_their_seed_and_sorted_within():
     rollouts = make_rollouts(16)
-    experience = build_experience(rollouts, kl_coef=0.1)
+    experience = experience_of(rollouts, kl_coef=0.1)
     one, again, other = (list(minibatches(experience, 8, 4, seed, 0, 1)) for seed in ((1, 2, 0), (1, 2, 0), (1, 2, 1)))
     assert one == again != other
     for micro in one:
