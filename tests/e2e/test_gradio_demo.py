@@ -18,7 +18,6 @@ from support.web import LONG, ask, served, visit, wait_idle
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
 from utils.core.errors import InputError
 from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
-from utils.web.access import AUTH_VARIABLE, WebArguments, is_welcome, read_accounts
 
 
 def answer(tab, chat=0):
@@ -460,14 +459,6 @@ def test_a_taken_port_is_named_at_once():
         demo = gradio_demo.DemoArguments(port=taken.getsockname()[1])
         with pytest.raises(InputError, match=f"--port {demo.port}"):
             gradio_demo.start(InferenceArguments(model_name_or_path="/does/not/exist"), GenerationArguments(), demo)
-
-
-def test_accounts_from_the_environment(monkeypatch):
-    monkeypatch.setenv(AUTH_VARIABLE, "ann:pass:word")
-    accounts = read_accounts(WebArguments())
-    assert accounts == {"ann": "pass:word"}
-    assert is_welcome(accounts, "ann", "pass:word")
-    assert not any(is_welcome(accounts, *pair) for pair in (("ann", "pass"), ("bob", ""), ("", ""), ("ann", "")))
 
 
 def test_flags_of_the_forerunners_are_accepted():

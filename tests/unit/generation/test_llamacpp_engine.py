@@ -417,15 +417,6 @@ def test_vocabularies_of_llama_cpp_are_cut_as_its_own_tests_say(name):
     assert encode_texts(tokenizer, texts)[: len(expected)] == expected and len(expected) > 40
 
 
-def test_the_metadata_is_what_the_gguf_package_reads(exported):
-    import gguf
-
-    path = exported / "model-F32.gguf"
-    expected = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-    found = read_metadata(path)
-    assert found == {name: value for name, value in expected.items() if not name.startswith("GGUF.")}
-
-
 def test_files_that_cannot_be_used_are_named(tmp_path, exported, base_tokenizer_folder, extended_tokenizer_folder):
     with pytest.raises(InputError, match="no such file or folder"):
         plan(tmp_path / "absent")
@@ -485,12 +476,3 @@ def test_a_file_in_parts_is_one_model(tmp_path, exported):
     assert llamacpp_engine.find_gguf_file(str(tmp_path)).name == "m-00001-of-00002.gguf"
     assert llamacpp_engine._weight_bytes(tmp_path / "m-00001-of-00002.gguf") == 30
     assert llamacpp_engine._weight_bytes(exported / "model-F32.gguf") == (exported / "model-F32.gguf").stat().st_size
-
-
-def test_unknown_kinds_of_vocabularies_are_refused(tmp_path, exported):
-    path = exported / "model-F32.gguf"
-    metadata = read_metadata(path)
-    with pytest.raises(InputError, match=r"of the kind bert, .* --tokenizer_path"):
-        load_gguf_tokenizer(path, metadata | {"tokenizer.ggml.model": "bert"})
-    with pytest.raises(InputError, match=r"the way falcon, .* --tokenizer_path"):
-        load_gguf_tokenizer(path, metadata | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "falcon"})

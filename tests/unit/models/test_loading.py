@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from support.tokenizers import NEW_PIECES, train_sentencepiece, write_sentencepiece
 from utils.core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from utils.core.errors import InputError
-from utils.models import lm_loss, new_rows, training_model
+from utils.models import lm_loss, loading, new_rows, training_model
 from utils.models.lm_loss import LossHead, install_loss_head, loss_targets, token_nll
 from utils.models.new_rows import extend_vocabulary
 from utils.text.tokenizer import encode_text, load_tokenizer
@@ -225,3 +225,19 @@ def test_an_adapter_folder_is_not_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="it holds an adapter"):
         config.load_config(str(tmp_path))
+
+
+def test_a_model_is_created_from_a_config_with_overrides(tiny_model_folder):
+    overrides = "num_hidden_layers=1,tie_word_embeddings=true"
+    created = loading.create_model(
+        ExtendArguments(config_name=str(tiny_model_folder), config_overrides=overrides), 300, "eager"
+    )
+    assert len(created.model.layers) == 1 and tuple(created.lm_head.weight.shape) == (300, 32)
+    assert created.lm_head.weight is created.model.embed_tokens.weight
+    for wrong in ("num_hidden_layers", "layers=3"):
+        with pytest.raises(InputError, match=rf"--config_overrides {wrong}: need name=value"):
+            loading.create_model(
+                ExtendArguments(config_name=str(tiny_model_folder), config_overrides=wrong), 300, "eager"
+            )
+    with pytest.raises(InputError, match="no such folder"):
+        loading.create_model(ExtendArguments(config_name=str(tiny_model_folder / "absent")), 300, "eager")

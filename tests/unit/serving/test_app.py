@@ -25,7 +25,6 @@ from utils.serving.replies import TokenNames, VisibleTokens
 from utils.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_text, load_tokenizer
-from utils.text.tool_calls import add_tools, read_call, write_call
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -564,14 +563,6 @@ def test_tools_stand_in_the_prompt_as_in_training_data(speaker):
     assert speaker.requests[-1].constraint is not None
     assert post(speaker, HELLO | {"tools": [TOOL], "tool_choice": "none"}).status_code == 200
     assert speaker.requests[-1].constraint is None
-
-
-def test_tool_calls_are_read_as_written():
-    assert read_call(write_call("f", '{"a": [1, "二"]}')) == ("f", '{"a": [1, "二"]}')
-    assert read_call(write_call("f", "no json")) == ("f", '"no json"')
-    for text in ("hello", '{"name": "f"}', '{"name": "f", "argum', "[1]", '{"name": 1, "arguments": {}}', "[" * 9999):
-        assert read_call(text) is None
-    assert add_tools([], [{"name": "f"}]) == [{"role": "system", "content": '[{"name": "f"}]'}]
 
 
 # ---------------------------------------------------------------- who may come in, and with how much

@@ -1,13 +1,10 @@
 """utils.text.text_sample: a seeded, bounded, uniform sample of streamed text."""
 
-import threading
-import time
 from collections import Counter
 
 import pytest
 
 from utils.core.errors import InputError
-from utils.core.machine import interruptible
 from utils.core.records import BadText
 from utils.text.text_sample import iter_corpus, list_corpus, sample_texts
 
@@ -54,17 +51,3 @@ def test_files_and_folders_are_streamed(tmp_path):
     assert documents == ["one", "four", "two", "three"]
     with pytest.raises(InputError, match="not found"):
         list_corpus([str(tmp_path / "absent")])
-
-
-def test_interruptible_hands_over_results_and_errors():
-    assert interruptible(lambda: threading.current_thread() is not threading.main_thread())
-    with pytest.raises(ZeroDivisionError):
-        interruptible(lambda: 1 / 0)
-
-
-def test_interruptible_lets_an_interrupt_through(monkeypatch):
-    started = time.monotonic()
-    monkeypatch.setattr(threading.Thread, "join", lambda self, timeout=None: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        interruptible(lambda: time.sleep(3))
-    assert time.monotonic() - started < 2

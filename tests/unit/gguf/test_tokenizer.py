@@ -1,0 +1,41 @@
+"""The tokenizer that a GGUF file holds, against the folder it was made of and the gguf package."""
+
+import pytest
+
+from support.fuzz_text import fuzz_texts
+from utils.core.errors import InputError
+from utils.gguf.file import plan_gguf, write_gguf
+from utils.gguf.tokenizer import load_gguf_tokenizer, read_metadata
+from utils.lora.inputs import open_merge
+from utils.text.tokenizer import encode_texts, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def path(tiny_model_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model-F32.gguf"
+    with open_merge(str(tiny_model_folder)) as inputs:
+        write_gguf(plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "test"), inputs.model, "F32", path)
+    return path
+
+
+def test_the_metadata_is_what_the_gguf_package_reads(path):
+    import gguf
+
+    expected = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    found = read_metadata(path)
+    assert found == {name: value for name, value in expected.items() if not name.startswith("GGUF.")}
+
+
+def test_texts_are_cut_as_the_folder_s_tokenizer_cuts_them(path, tiny_model_folder):
+    expected, found = load_tokenizer(tiny_model_folder), load_gguf_tokenizer(path, read_metadata(path))
+    texts = fuzz_texts(200, ["Once upon a time", "你好，我的猫"])
+    assert encode_texts(found, texts) == encode_texts(expected, texts)
+    assert (found.bos_token, found.eos_token) == (expected.bos_token, expected.eos_token)
+
+
+def test_unknown_kinds_of_vocabularies_are_refused(path):
+    metadata = read_metadata(path)
+    with pytest.raises(InputError, match=r"of the kind bert, .* --tokenizer_path"):
+        load_gguf_tokenizer(path, metadata | {"tokenizer.ggml.model": "bert"})
+    with pytest.raises(InputError, match=r"the way falcon, .* --tokenizer_path"):
+        load_gguf_tokenizer(path, metadata | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "falcon"})
