@@ -1,4 +1,4 @@
-"""Data sets for training: corpora and samples cut into rows whose documents do not see each other, mixing, collating.
+"""Data sets for training: corpora and samples cut into rows whose documents do not see each other; mixing, packing.
 
 Every item is a dict of int64 tensors of one length T:
     input_ids
@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from ..core.errors import InputError
 from ..text.prompts import IGNORE_INDEX
-from .cache import CorpusCache, SampleCache
+from .corpora import CorpusCache
+from .samples import SampleCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,13 +47,12 @@ class PackedBlocks(Dataset[Item]):
 
     def __init__(
         self,
-        file: CorpusCache,
+        corpus: CorpusCache,
         document_ids: np.ndarray,
         block_size: int,
         *,
         cross_document_attention: bool = False,
         max_blocks: int | None = None,
-        pad_token_id: int = 0,
     ) -> None:
         """
         Args:
@@ -65,18 +65,18 @@ class PackedBlocks(Dataset[Item]):
         if block_size < 2:
             raise InputError(f"--block_size {block_size}: need at least 2 tokens")
         if len(document_ids) == 0:
-            raise InputError(f"{file.meta['sources'][0]}: no document left for this data set")
-        self.file, self.block_size, self.pad_token_id = file, block_size, pad_token_id
+            raise InputError(f"{corpus.meta['sources'][0]}: no document left for this data set")
+        self.corpus, self.block_size = corpus, block_size
         self.cross_document_attention = cross_document_attention
         document_ids = np.asarray(document_ids, dtype=np.int64)
-        ends = np.asarray(file.document_ends)[document_ids]
-        lengths = ends - np.where(document_ids > 0, np.asarray(file.document_ends)[document_ids - 1], 0)
+        ends = np.asarray(corpus.document_ends)[document_ids]
+        lengths = ends - np.where(document_ids > 0, np.asarray(corpus.document_ends)[document_ids - 1], 0)
         # Where each document ends in this data set, and what to add to a place here to get the place in the file.
         self.document_ends = np.cumsum(lengths)
         self.file_offsets = ends - self.document_ends
         total = int(self.document_ends[-1])
         self.num_tokens = total if max_blocks is None else min(total, max_blocks * block_size)
-        self.num_bytes = self._count_bytes(np.asarray(file.document_bytes)[document_ids], lengths)
+        self.num_bytes = self._count_bytes(np.asarray(corpus.document_bytes)[document_ids], lengths)
 
     def _count_bytes(self, document_bytes: np.ndarray, lengths: np.ndarray) -> int:
         whole = int(np.searchsorted(self.document_ends, self.num_tokens, side="right"))
@@ -95,14 +95,14 @@ class PackedBlocks(Dataset[Item]):
         documents = np.searchsorted(self.document_ends, places, side="right")
         ends = np.minimum(self.document_ends[documents], self.num_tokens)
         in_file = places + self.file_offsets[documents]
-        tokens = self.file.tokens[in_file].astype(np.int64)
+        tokens = self.corpus.tokens[in_file].astype(np.int64)
         first = np.where(documents > 0, self.document_ends[documents - 1], 0)
         # The target of a block's last place is the first token of the next block, if the document goes on there.
         goes_on = places + 1 < ends
-        following = self.file.tokens[np.where(goes_on, in_file + 1, in_file)].astype(np.int64)
+        following = self.corpus.tokens[np.where(goes_on, in_file + 1, in_file)].astype(np.int64)
         count = len(places)
         item = {
-            "input_ids": self._row(tokens, count, self.pad_token_id),
+            "input_ids": self._row(tokens, count, 0),
             "labels": self._row(np.where(places == first, IGNORE_INDEX, tokens), count, IGNORE_INDEX),
             "shift_labels": self._row(np.where(goes_on, following, IGNORE_INDEX), count, IGNORE_INDEX),
         }
@@ -220,12 +220,12 @@ class PaddedSamples(Dataset[Item]):
 
     num_bytes = 0  # bits per byte are not reported for answers
 
-    def __init__(self, file: SampleCache, sample_ids: np.ndarray | None = None) -> None:
+    def __init__(self, samples: SampleCache, sample_ids: np.ndarray | None = None) -> None:
         """Args: sample_ids: (n,) which samples; all by default."""
-        self.file = file
-        ids = np.arange(file.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
-        self.sample_ends = np.asarray(file.document_ends)[ids]
-        self.sample_starts = np.where(ids > 0, np.asarray(file.document_ends)[ids - 1], 0)
+        self.samples = samples
+        ids = np.arange(samples.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
+        self.sample_ends = np.asarray(samples.document_ends)[ids]
+        self.sample_starts = np.where(ids > 0, np.asarray(samples.document_ends)[ids - 1], 0)
         # Row r holds the samples order[row_ends[r - 1]:row_ends[r]].
         self.order = np.arange(len(ids))
         self.row_ends = np.arange(1, len(ids) + 1)
@@ -244,10 +244,10 @@ class PaddedSamples(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        samples = self.order[self.row_ends[index - 1] if index else 0 : self.row_ends[index]]
-        spans = [slice(self.sample_starts[sample], self.sample_ends[sample]) for sample in samples]
-        tokens = np.concatenate([self.file.tokens[span] for span in spans]).astype(np.int64)
-        trained = np.concatenate([self.file.trained[span] for span in spans])
+        numbers = self.order[self.row_ends[index - 1] if index else 0 : self.row_ends[index]]
+        spans = [slice(self.sample_starts[number], self.sample_ends[number]) for number in numbers]
+        tokens = np.concatenate([self.samples.tokens[span] for span in spans]).astype(np.int64)
+        trained = np.concatenate([self.samples.trained[span] for span in spans])
         positions = np.concatenate([np.arange(span.stop - span.start) for span in spans])
         trained = trained & (positions > 0)  # nothing in the same sample predicts its first token
         labels = np.where(trained, tokens, IGNORE_INDEX)
@@ -264,7 +264,7 @@ class PackedSamples(PaddedSamples):
     """Whole samples packed into rows of at most max_seq_length tokens; each is a segment of its own."""
 
     def __init__(
-        self, file: SampleCache, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
+        self, samples: SampleCache, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
     ) -> None:
         """
         Args:
@@ -272,7 +272,7 @@ class PackedSamples(PaddedSamples):
             seed: which of equally long samples go together.
         Raises: InputError if a sample is longer than a row.
         """
-        super().__init__(file, sample_ids)
+        super().__init__(samples, sample_ids)
         lengths = self.sample_ends - self.sample_starts
         if max_seq_length is not None and len(lengths) and lengths.max() > max_seq_length:
             raise InputError(f"a sample has {lengths.max()} tokens, more than --max_seq_length {max_seq_length}")
@@ -313,7 +313,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int | None, seed: int) -> list[
     return rows
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- looking at a row
 
 
 def describe_sample(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
