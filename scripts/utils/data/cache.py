@@ -162,6 +162,68 @@ class CacheWriter:
         write_json(self.folder / META, {"key": key, **meta, "names": names, "sources": files, "arrays": self.counts})
 
 
+# ---------------------------------------------------------------- one builder at a time
+
+
+def _open_or_build(kind: type[Cache], folder: Path, build: Callable[[Path], None]) -> Cache:
+    """Open a complete cache, or let one process of all that come here build it while the others wait."""
+    if found := _open(kind, folder):
+        return found
+    with _lock(folder.with_name(f".{folder.name}.lock")):
+        if found := _open(kind, folder):
+            return found
+        _remove_abandoned(folder.parent)
+        try:
+            with atomic_folder(folder, overwrite=True) as partial:
+                build(partial)
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # so that "no space left" can say where
+            raise
+    return kind(folder)
+
+
+def _open(kind: type[Cache], folder: Path) -> Cache | None:
+    if not folder.is_dir():
+        return None
+    try:
+        found = kind(folder)
+    except (InputError, KeyError, TypeError):
+        logger.warning("the cache %s is damaged; it is built again", folder)
+        return None
+    logger.info("using the cache %s: %s", folder, _describe(found))
+    return found
+
+
+def _describe(cache: TokenCache) -> str:
+    size = sum(item.stat().st_size for item in cache.folder.iterdir())
+    tokens = len(cache.tokens)
+    return f"{cache.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"
+
+
+@contextlib.contextmanager
+def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an advisory lock, which the system frees when the process ends in any way; yields whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                yield False
+                return
+            logger.info("waiting for the process that holds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Free the space of caches whose builder was killed."""
+    for partial in cache_dir.glob(".*.partial"):
+        with _lock(partial.with_suffix(".lock"), wait=False) as held:
+            if held:
+                remove(partial)
+
+
 # ---------------------------------------------------------------- building one
 
 
@@ -336,68 +398,6 @@ class RecordEncoder(Encoder):
         records = itertools.islice(every, self.max_samples)
         while unit := list(itertools.islice(records, RECORDS_PER_UNIT)):
             yield unit
-
-
-# ---------------------------------------------------------------- one builder at a time
-
-
-def _open_or_build(kind: type[Cache], folder: Path, build: Callable[[Path], None]) -> Cache:
-    """Open a complete cache, or let one process of all that come here build it while the others wait."""
-    if found := _open(kind, folder):
-        return found
-    with _lock(folder.with_name(f".{folder.name}.lock")):
-        if found := _open(kind, folder):  # another process has built it while this one waited
-            return found
-        _remove_abandoned(folder.parent)
-        try:
-            with atomic_folder(folder, overwrite=True) as partial:
-                build(partial)
-        except OSError as error:
-            error.filename = error.filename or str(folder)  # so that "no space left" can say where
-            raise
-    return kind(folder)
-
-
-def _open(kind: type[Cache], folder: Path) -> Cache | None:
-    if not folder.is_dir():
-        return None
-    try:
-        found = kind(folder)
-    except (InputError, KeyError, TypeError):
-        logger.warning("the cache %s is damaged; it is built again", folder)
-        return None
-    logger.info("using the cache %s: %s", folder, _describe(found))
-    return found
-
-
-def _describe(cache: TokenCache) -> str:
-    size = sum(item.stat().st_size for item in cache.folder.iterdir())
-    tokens = len(cache.tokens)
-    return f"{cache.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold an advisory lock, which the system frees when the process ends in any way; yields whether it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield False
-                return
-            logger.info("waiting for the process that holds %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Free the space of caches whose builder was killed."""
-    for partial in cache_dir.glob(".*.partial"):
-        with _lock(partial.with_suffix(".lock"), wait=False) as held:
-            if held:
-                remove(partial)
 
 
 # ---------------------------------------------------------------- keys
