@@ -125,10 +125,12 @@ class PairCollator:
             batch[name] = torch.from_numpy(table)
         if self.shares_prompts:
             segment = batch.pop("segment")
+            # The prompt (0) is seen by all, by padding (3) too: a row of the mask without any True would make NaN.
             seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
             batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
         answer = batch["answer"].flatten()
         places = torch.arange(len(answer))[answer >= 0]
+        # The largest place of each answer, wherever its row is: one call for rows of one pair and for flattened ones.
         last = torch.zeros(2 * len(examples), dtype=torch.int64)
         batch["last"] = last.scatter_reduce(0, answer[answer >= 0], places, "amax")
         batch["numbers"] = torch.tensor([example.number for example in examples])
@@ -146,7 +148,7 @@ def _row(pair: Pair, place: int) -> dict[str, np.ndarray]:
     for side, answer in enumerate((pair.chosen, pair.rejected)):
         ids = np.concatenate([pair.prompt, answer])
         targets: np.ndarray = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-        targets[len(pair.prompt) - 1 : -1] = answer
+        targets[len(pair.prompt) - 1 : -1] = answer  # the prompt's last token predicts the answer's first
         segments.append(
             {
                 "input_ids": ids,
@@ -205,7 +207,7 @@ def group_by_length(lengths: np.ndarray, batch_size: int, seed: int) -> list[np.
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     groups = [group[np.argsort(-np.asarray(lengths)[group], kind="stable")] for group in groups]
     batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-    # Shuffled again, or an epoch would go from long to short within each group.
+    # Shuffled again, or every group would go from long to short.
     batches = [batches[number] for number in generator.permutation(len(batches))]
     longest = max(range(len(batches)), key=lambda number: int(lengths[batches[number]].max()), default=0)
     return batches[longest : longest + 1] + batches[:longest] + batches[longest + 1 :]

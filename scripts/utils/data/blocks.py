@@ -71,9 +71,10 @@ class PackedBlocks(Dataset[Item]):
         document_ids = np.asarray(document_ids, dtype=np.int64)
         ends = np.asarray(corpus.document_ends)[document_ids]
         lengths = ends - np.where(document_ids > 0, np.asarray(corpus.document_ends)[document_ids - 1], 0)
-        # Where each document ends in this data set, and what to add to a place here to get the place in the file.
+        # Two kinds of places: in this data set, where the chosen documents stand without gaps, and in the cache.
+        # Blocks are cut when they are asked for, so 16 bytes a document are kept here, however long the text.
         self.document_ends = np.cumsum(lengths)
-        self.file_offsets = ends - self.document_ends
+        self.cache_offsets = ends - self.document_ends  # what to add to a place here to get the place in the cache
         total = int(self.document_ends[-1])
         self.num_tokens = total if max_blocks is None else min(total, max_blocks * block_size)
         self.num_bytes = self._count_bytes(np.asarray(corpus.document_bytes)[document_ids], lengths)
@@ -81,6 +82,7 @@ class PackedBlocks(Dataset[Item]):
     def _count_bytes(self, document_bytes: np.ndarray, lengths: np.ndarray) -> int:
         whole = int(np.searchsorted(self.document_ends, self.num_tokens, side="right"))
         num_bytes = int(document_bytes[:whole].sum(dtype=np.int64))
+        # Of the document that max_blocks cuts, if there is one, as many bytes as its share of tokens.
         rest = self.num_tokens - (int(self.document_ends[whole - 1]) if whole else 0)
         return num_bytes + (round(int(document_bytes[whole]) * rest / int(lengths[whole])) if rest else 0)
 
@@ -93,13 +95,15 @@ class PackedBlocks(Dataset[Item]):
         start = index * self.block_size
         places = np.arange(start, min(start + self.block_size, self.num_tokens))
         documents = np.searchsorted(self.document_ends, places, side="right")
+        # A document that max_blocks cuts ends there: its last token here has no target.
         ends = np.minimum(self.document_ends[documents], self.num_tokens)
-        in_file = places + self.file_offsets[documents]
-        tokens = self.corpus.tokens[in_file].astype(np.int64)
+        in_cache = places + self.cache_offsets[documents]
+        tokens = self.corpus.tokens[in_cache].astype(np.int64)
         first = np.where(documents > 0, self.document_ends[documents - 1], 0)
-        # The target of a block's last place is the first token of the next block, if the document goes on there.
+        # The target of a block's last place is the first token of the next block, if the document goes on there. Where
+        # it does not, the place itself is looked up, since the one after it may lie behind the end of the cache.
         goes_on = places + 1 < ends
-        following = self.corpus.tokens[np.where(goes_on, in_file + 1, in_file)].astype(np.int64)
+        following = self.corpus.tokens[np.where(goes_on, in_cache + 1, in_cache)].astype(np.int64)
         count = len(places)
         item = {
             "input_ids": self._row(tokens, count, 0),
@@ -108,6 +112,7 @@ class PackedBlocks(Dataset[Item]):
         }
         positions = np.arange(self.block_size)
         if not self.cross_document_attention:
+            # The rest of a document that began in the block before starts at 0 again, as what it sees does.
             positions[:count] = places - np.maximum(first, start)
             positions[count:] -= count
         item["position_ids"] = positions
@@ -143,6 +148,7 @@ class MixedBlocks(Dataset[Item]):
         _check_mix(corpora, weights, replay, replay_share)
         self.names = [*corpora, *replay]
         self.parts = [*corpora.values(), *replay.values()]
+        # All blocks are numbered through; an epoch is a list of these numbers, in which one may stand twice.
         self.offsets = np.cumsum([0, *map(len, self.parts)])
         generator = np.random.default_rng(seed)
         chosen = [
@@ -150,6 +156,7 @@ class MixedBlocks(Dataset[Item]):
             for number, (name, part) in enumerate(corpora.items())
         ]
         if replay_share > 0:
+            # Replay is `replay_share` of the whole, itself included, so this much of what is not replay.
             count = sum(map(len, chosen)) * replay_share / (1 - replay_share)
             start = self.offsets[len(corpora)]
             chosen.append(start + _draw(int(self.offsets[-1] - start), count, generator))
@@ -291,6 +298,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int | None, seed: int) -> list[
     Returns: the samples of each row. Source: Johnson 1974, bin packing within 11/9 of the best.
     """
     capacity = 2 * int(lengths.max(initial=0)) if capacity is None else capacity
+    # Shuffled before the stable sort, so that chance decides among equal lengths, and not the order of the file.
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     rows: list[list[int]] = []

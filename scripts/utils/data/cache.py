@@ -288,14 +288,14 @@ def build_cache(
     from ..text.tokenizer import tokenizer_fingerprint
 
     paths = [Path(file) for file in files]
-    hashes = hash_files(paths, settings.folder)
+    hashes = hash_files(paths, settings.folder)  # before reading; compared with those afterwards
     decided_by = [kind.KIND, kind.RULES, FORMAT, settings.on_bad_text, *encoder.settings(paths)]
     key = hash_json([hashes, tokenizer_fingerprint(tokenizer), decided_by])
 
     def build(folder: Path) -> None:
         bad_text = BadText(settings.on_bad_text)
         counters: Counter[str] = Counter(dict.fromkeys(encoder.counted, 0))
-        units = encoder.units(paths, bad_text)
+        units = encoder.units(paths, bad_text)  # lazy: files are read while workers encode
         total_bytes = sum(path.stat().st_size for path in paths)
         num_processes = choose_workers(settings.num_workers, total_bytes, encoder.parallel_bytes)
         total = total_bytes if encoder.bar["unit"] == "B" else None

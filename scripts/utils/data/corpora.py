@@ -59,17 +59,17 @@ class CorpusCache(TokenCache):
 def parse_corpora(specs: Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> dict[str, list[Path]]:
     """Turn "name=path" and "path" (its stem is the name) into names and data files.
 
-    Args: suffixes: the kinds of files taken; files.RECORD_SUFFIXES for conversations.
+    Args: suffixes: the kinds of files taken; records.RECORD_SUFFIXES for conversations.
     Raises: InputError for data that is missing or empty, and for a name given twice; equal stems get a number.
     """
     corpora: dict[str, list[Path]] = {}
     problems = []
     for spec in specs:
         name, equals, path = spec.partition("=")
-        named = bool(equals) and not Path(spec).exists()
+        named = bool(equals) and not Path(spec).exists()  # a path may have "=" in its own name
         if not named:
             path = spec
-            stem = Path(spec).resolve().stem
+            stem = Path(spec).resolve().stem  # resolved, so that "." has a name too
             numbers = range(2, len(specs) + 2)
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in numbers)) if n not in corpora)
         elif not name or name in corpora:
@@ -184,6 +184,7 @@ class _TextEncoder(Encoder):
         """Put BOS and EOS around every document; returns the tokens and where each document ends."""
         framed: np.ndarray = lengths + (self.bos_token_id is not None) + (self.eos_token_id is not None)
         ends = np.cumsum(framed)
+        # In bulk, without a loop over documents.
         tokens = np.empty(ends[-1], dtype=self.dtype)
         inner: np.ndarray = np.ones(len(tokens), dtype=bool)
         for token_id, places in ((self.bos_token_id, ends - framed), (self.eos_token_id, ends - 1)):
@@ -249,6 +250,7 @@ def split_documents(cache: TokenCache, share: float, seed: int) -> tuple[np.ndar
         )
     draws = _uniform(np.asarray(cache.document_hashes), seed)
     held_out = draws < share
+    # In a small corpus chance may leave a side empty; then it gets one text, the nearest to the border, in all copies.
     if not held_out.any():
         held_out = draws == draws.min()
     if held_out.all():

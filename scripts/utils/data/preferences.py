@@ -193,6 +193,7 @@ def encode_answers(
     for answer in answers:
         conversation = [*messages, {"role": "assistant", "content": answer}]
         ids, labels = encode_conversation(conversation, template, tokenizer)
+        # Some templates go on after the end token, with a line break for instance, which no answer needs.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORE_INDEX), default=0)
         if ids[: len(prompt)] != prompt or end <= len(prompt):
             raise InputError(
@@ -285,6 +286,7 @@ class _PairEncoder(_DroppingEncoder):
         prompt, answers = encoded
         room = self.max_length - len(prompt)
         truncated = [len(answer) > room for answer in answers]
+        # Compared after the cut: what differs behind it only, teaches nothing.
         chosen, rejected = (answer[:room] for answer in answers)
         if chosen == rejected:
             rows.counters["identical"] += 1

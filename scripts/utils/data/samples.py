@@ -134,6 +134,7 @@ def truncate_sample(ids: list[int], trained: list[bool], length: int) -> tuple[l
     An answer of which nothing but that end would be left is no longer marked as trained.
     """
     kept, flags = ids[:length], trained[:length]
+    # The cut falls within an answer only if the tokens on both sides of it are trained.
     if trained[length - 1] and trained[length]:
         answer_end = next((i for i in range(length, len(trained)) if not trained[i]), len(trained))
         if any(flags[:-1]):
