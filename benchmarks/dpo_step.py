@@ -44,14 +44,16 @@ def pair_lengths(args):
     import numpy as np
 
     if args.data:
+        from utils.data.cache import CacheSettings
         from utils.data.preferences import load_preferences
         from utils.text.prompts import CHAT_TEMPLATES
         from utils.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)
         with tempfile.TemporaryDirectory() as cache:
-            file = load_preferences([args.data], tokenizer, CHAT_TEMPLATES["alpaca-2"], args.max_seq_length, cache)
-            return np.array(file.lengths, dtype=np.int64)
+            settings = CacheSettings(Path(cache))
+            pairs = load_preferences([args.data], tokenizer, CHAT_TEMPLATES["alpaca-2"], args.max_seq_length, settings)
+            return np.array(pairs.lengths, dtype=np.int64)
     # As the lengths of Chinese preference data spread: a short question or a long one, answers of some hundred tokens.
     rng = np.random.default_rng(0)
     prompt = np.exp(rng.normal(4.4, 1.0, 300)).clip(12, args.max_seq_length // 2)

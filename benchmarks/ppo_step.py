@@ -60,6 +60,7 @@ def make_trainer(folder: Path, output: Path, args: argparse.Namespace, layout: s
 
     from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
     from utils.core.command_line import parse_args
+    from utils.data.sources import Sources
     from utils.rlhf.objectives import FixedKL
     from utils.rlhf.ppo_trainer import PPOTrainer
     from utils.rlhf.rewards import Rewards
@@ -80,7 +81,8 @@ def make_trainer(folder: Path, output: Path, args: argparse.Namespace, layout: s
     model_args, lora_args, data_args, rollout_args, _, ppo_args, training_args = parsed
     tokenizer = load_tokenizer(folder)
     data_args.data_cache_dir = str(output / "cache")
-    prompts, _, _ = ppo.load_prompt_sets(data_args, rollout_args, training_args, tokenizer, tokenizer.chat_template)
+    sources = Sources(data_args, training_args)
+    prompts, _ = ppo.load_prompt_sets(sources, rollout_args, tokenizer, tokenizer.chat_template)
     policy = ppo.build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
     reference = ppo.build_reference(str(folder), model_args, training_args) if layout == "four" else None
     trainer = PPOTrainer(

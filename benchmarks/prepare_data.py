@@ -1,7 +1,7 @@
 """Preparing pre-training text: this project's token cache against the usual `datasets` pipeline, in one run.
 
 Text is repeated to --megabytes and prepared by both sides with the same tokenizer and number of processes:
-- ours: `utils.data.blocks.tokenize_corpus`, as pt.py calls it;
+- ours: `utils.data.corpora.tokenize_corpus`, as pt.py calls it;
 - theirs: load_dataset("text"), a batched map with the transformers tokenizer (input_ids, attention_mask, labels), a
   batched map that groups into blocks of --block_size, save_to_disk; as Chinese-LLaMA-Alpaca-2 does.
 Each repetition runs in a fresh process with empty caches. The clock starts when libraries are imported and the
@@ -182,9 +182,11 @@ def load_ours(folder: str) -> Any:
 
 
 def prepare_ours(tokenizer: Any, args: argparse.Namespace) -> int:
+    from utils.data.cache import CacheSettings
     from utils.data.corpora import tokenize_corpus
 
-    return len(tokenize_corpus(args.text, tokenizer, Path(args.output) / "cache", num_workers=args.processes).tokens)
+    settings = CacheSettings(Path(args.output) / "cache", num_workers=args.processes)
+    return len(tokenize_corpus(args.text, tokenizer, settings).tokens)
 
 
 def load_theirs(folder: str) -> Any:

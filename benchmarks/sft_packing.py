@@ -57,6 +57,7 @@ def main() -> None:
 
     from utils.data.batches import Collator
     from utils.data.blocks import PackedSamples, PaddedSamples
+    from utils.data.cache import CacheSettings
     from utils.data.samples import load_sft_samples
     from utils.models.lm_loss import install_loss_head
     from utils.text.prompts import CHAT_TEMPLATES
@@ -65,7 +66,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
         template = CHAT_TEMPLATES["alpaca-2"]
-        samples = load_sft_samples([args.data], tokenizer, template, args.max_seq_length, cache)
+        samples = load_sft_samples([args.data], tokenizer, template, args.max_seq_length, CacheSettings(Path(cache)))
         packed, padded = PackedSamples(samples, args.max_seq_length), PaddedSamples(samples)
         torch.manual_seed(0)
         config = LlamaConfig(

@@ -90,7 +90,7 @@ def main(
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
-    from utils.data.batches import load_pair_sets
+    from utils.data.sources import load_pair_sets
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter, build_training_model
     from utils.rlhf.dpo_trainer import DPOTrainer, PreferenceCollator

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,14 @@ from utils.core.arguments import (
 )
 from utils.core.command_line import run
 from utils.core.errors import InputError
-from utils.core.records import RECORD_SUFFIXES
 from utils.rlhf.arguments import PPOArguments, RolloutArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from utils.data.preferences import PromptCache
+    from utils.data.samples import SampleCache
+    from utils.data.sources import Rows, Sources
     from utils.rlhf.rewards import Rewards
     from utils.training.arguments import RunArguments
 
@@ -62,6 +65,7 @@ def main(
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
+    from utils.data.sources import RECORD_FILES, Sources
     from utils.models.training_model import check_training_request
     from utils.rlhf.objectives import AdaptiveKL, FixedKL
     from utils.rlhf.ppo_trainer import PPOTrainer
@@ -91,11 +95,10 @@ def main(
     all_args = (model_args, lora_args, data_args, rollout_args, reward_args, ppo_args)
     training_run = open_run(training_args, *all_args)
     tokenizer.chat_template = template
-    prompts, eval_prompts, keys = load_prompt_sets(data_args, rollout_args, training_args, tokenizer, template)
-    tuning_set = load_tuning_set(data_args, rollout_args, ppo_args, training_args, tokenizer, template)
-    if tuning_set is not None:
-        keys["sft"] = tuning_set.key
-    inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    sources = Sources(data_args, training_args, f"{RECORD_FILES} of prompts", rollout_args.max_dropped_share)
+    prompts, eval_prompts = load_prompt_sets(sources, rollout_args, tokenizer, template)
+    tuning_set = load_tuning_set(sources, rollout_args, ppo_args, tokenizer, template)
+    inputs = {"data": sources.keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start_run(training_run, inputs, training_args.process_index == 0)
 
     model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
@@ -184,51 +187,39 @@ def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBas
 
 
 def load_prompt_sets(
-    data_args: DataArguments,
-    rollout_args: RolloutArguments,
-    training_args: RunArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    """Training prompts, held-out prompts by name, and the keys of their caches."""
-    from utils.data.batches import cache_keys, load_named_files
-    from utils.data.corpora import split_documents
+    sources: Sources, rollout_args: RolloutArguments, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+    """Training prompts, and held-out prompts by name, as ids."""
     from utils.data.preferences import load_prompts
+    from utils.data.sources import log_statistics
 
-    limits = (rollout_args.max_prompt_length, rollout_args.max_dropped_share)
-    prompts, validation = load_named_files(
-        load_prompts, "prompts", data_args, training_args, tokenizer, template, *limits
-    )
-    logger.info("first prompt:\n%s", tokenizer.decode(prompts[0], skip_special_tokens=False))
-    training: list[list[int]] = [row.tolist() for row in prompts]
-    held_out = {name: [row.tolist() for row in group] for name, group in validation.items()}
-    if data_args.validation_split and not validation:
-        train_ids, held_out_ids = split_documents(prompts, data_args.validation_split, training_args.seed)
-        held_out["heldout"] = [training[number] for number in held_out_ids]
-        training = [training[number] for number in train_ids]
-    return training, held_out, cache_keys(prompts, validation)
+    length, settings = rollout_args.max_prompt_length, sources.settings
+    load = partial(load_prompts, tokenizer=tokenizer, template=template, max_prompt_length=length, settings=settings)
+    train, validation = sources.load_records(load)
+    log_statistics("prompts", train.cache)
+    logger.info("first prompt:\n%s", tokenizer.decode(train.cache[0], skip_special_tokens=False))
+
+    def read(rows: Rows[PromptCache]) -> list[list[int]]:
+        return [rows.cache[number].tolist() for number in rows.ids.tolist()]
+
+    return read(train), {name: read(rows) for name, rows in validation.items()}
 
 
 def load_tuning_set(
-    data_args: DataArguments,
+    sources: Sources,
     rollout_args: RolloutArguments,
     ppo_args: PPOArguments,
-    training_args: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-) -> Any:
+) -> SampleCache | None:
     """The samples of --sft_data, cut to a prompt's and an answer's length together; None without."""
-    from utils.data.corpora import parse_corpora
     from utils.data.samples import load_sft_samples
 
     if not ppo_args.sft_data:
         return None
-    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
-    files = [file for group in parse_corpora(ppo_args.sft_data, RECORD_SUFFIXES).values() for file in group]
-    length = rollout_args.max_prompt_length + rollout_args.max_new_tokens
-    with training_args.main_process_first(local=False, desc="tokenising"):
-        workers = data_args.preprocessing_num_workers
-        return load_sft_samples(files, tokenizer, template, length, cache, num_workers=workers)
+    length, settings = rollout_args.max_prompt_length + rollout_args.max_new_tokens, sources.settings
+    load = partial(load_sft_samples, tokenizer=tokenizer, template=template, max_seq_length=length, settings=settings)
+    return sources.load_together("sft", ppo_args.sft_data, load)
 
 
 # ---------------------------------------------------------------- models

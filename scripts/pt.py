@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,46 +110,35 @@ def load_pretraining_data(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[MixedBlocks, dict[str, PackedBlocks], dict[str, str]]:
     """Tokenise (once, into the cache) and pack the training and validation corpora."""
+    import numpy as np
+
     from utils.data.blocks import MixedBlocks, PackedBlocks
-    from utils.data.corpora import parse_corpora, split_documents, tokenize_corpus
+    from utils.data.corpora import tokenize_corpus
+    from utils.data.sources import Sources
 
-    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
     settings = pretraining_args
+    sources = Sources(data_args, training_args, "files or folders of text")
+    load = partial(
+        tokenize_corpus,
+        tokenizer=tokenizer,
+        settings=sources.settings,
+        text_column=data_args.text_column,
+        document_separator=settings.document_separator,
+    )
+    corpora = sources.load_each("train", data_args.train_data, load)
+    replays = sources.load_each("replay", settings.replay_data, load)
+    validation = sources.load_each("validation", data_args.validation_data, load)
 
-    def tokenize(specs: list[str]) -> dict[str, Any]:
-        with training_args.main_process_first(local=False, desc="tokenising"):
-            return {
-                name: tokenize_corpus(
-                    files,
-                    tokenizer,
-                    cache,
-                    text_column=data_args.text_column,
-                    document_separator=settings.document_separator,
-                    on_bad_text=data_args.on_bad_text,
-                    num_workers=data_args.preprocessing_num_workers,
-                )
-                for name, files in (parse_corpora(specs) if specs else {}).items()
-            }
-
-    def pack(corpus: Any, documents: Any, limit: int | None) -> PackedBlocks:
-        crossing = settings.cross_document_attention
-        return PackedBlocks(
-            corpus, documents, settings.block_size, cross_document_attention=crossing, max_blocks=limit
-        )
-
-    if not data_args.train_data:
-        raise InputError("pass --train_data: files or folders of text")
-    corpora, replays = tokenize(data_args.train_data), tokenize(settings.replay_data)
-    validation = tokenize(data_args.validation_data)
-    share = 0.0 if validation else data_args.validation_split
+    crossing = settings.cross_document_attention
+    pack = partial(PackedBlocks, block_size=settings.block_size, cross_document_attention=crossing)
     train, held_out = {}, {}
     for name, corpus in {**corpora, **replays}.items():
-        documents, kept_out = split_documents(corpus, share, training_args.seed)
-        train[name] = pack(corpus, documents, data_args.max_train_samples)
-        if share:
-            held_out[name] = pack(corpus, kept_out, data_args.max_eval_samples)
+        train_ids, held_out_ids = sources.hold_out(corpus)
+        train[name] = pack(corpus, train_ids, max_blocks=data_args.max_train_samples)
+        if len(held_out_ids):
+            held_out[name] = pack(corpus, held_out_ids, max_blocks=data_args.max_eval_samples)
     for name, corpus in validation.items():
-        held_out[name] = pack(corpus, range(corpus.num_documents), data_args.max_eval_samples)
+        held_out[name] = pack(corpus, np.arange(corpus.num_documents), max_blocks=data_args.max_eval_samples)
     if len(settings.data_weights) not in (0, len(corpora)):
         raise InputError(
             f"--data_weights: {len(settings.data_weights)} numbers for {len(corpora)} corpora; give one each"
@@ -162,8 +152,7 @@ def load_pretraining_data(
     )
     for name, blocks, tokens, part in mixed.describe():
         logger.info("data: %s: %d blocks, %d tokens an epoch, %.1f %% of all blocks", name, blocks, tokens, 100 * part)
-    files = {**corpora, **replays, **validation}
-    return mixed, held_out, {name: file.key for name, file in files.items()}
+    return mixed, held_out, sources.keys
 
 
 def compare_embedding_inits(

@@ -70,7 +70,8 @@ def main(
     """Run the stage, or score a file; returns the metrics."""
     if reward_args.score:
         return score_file(model_args, lora_args, reward_args, training_args)
-    from utils.data.batches import PairCollator, load_pair_sets
+    from utils.data.batches import PairCollator
+    from utils.data.sources import load_pair_sets
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter
     from utils.rlhf.reward_model import TASK_TYPE, check_reward_request, set_pad_token

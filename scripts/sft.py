@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg
 from utils.core.command_line import run
 from utils.core.errors import InputError
-from utils.core.records import RECORD_SUFFIXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from utils.data.blocks import PaddedSamples
+    from utils.data.samples import SampleCache
+    from utils.data.sources import Rows
     from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("sft")
@@ -90,52 +92,27 @@ def load_tuning_data(
     training_args: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
+) -> tuple[PaddedSamples, dict[str, PaddedSamples], dict[str, str]]:
     """Tokenise (once, into the cache), log statistics and the first example, and pack or pad."""
     from utils.data.blocks import PackedSamples, PaddedSamples, describe_sample
-    from utils.data.corpora import parse_corpora, split_documents
     from utils.data.samples import load_sft_samples
+    from utils.data.sources import Sources
 
-    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
+    sources = Sources(data_args, training_args)
+    length = tuning_args.max_seq_length
+    settings = sources.settings
+    load = partial(load_sft_samples, tokenizer=tokenizer, template=template, max_seq_length=length, settings=settings)
+    train, validation = sources.load_records(load)
 
-    def load(files: list[Path], limit: int | None) -> Any:
-        with training_args.main_process_first(local=False, desc="tokenising"):
-            return load_sft_samples(
-                files,
-                tokenizer,
-                template,
-                tuning_args.max_seq_length,
-                cache,
-                on_bad_text=data_args.on_bad_text,
-                num_workers=data_args.preprocessing_num_workers,
-                max_samples=limit,
-            )
-
-    def arrange(samples: Any, ids: Any) -> Any:
+    def arrange(rows: Rows[SampleCache]) -> PaddedSamples:
         if tuning_args.packing:
-            return PackedSamples(samples, tuning_args.max_seq_length, ids, seed=training_args.seed)
-        return PaddedSamples(samples, ids)
+            return PackedSamples(rows.cache, length, rows.ids, seed=training_args.seed)
+        return PaddedSamples(*rows)
 
-    if not data_args.train_data:
-        raise InputError("pass --train_data: json, jsonl or parquet files or folders")
-    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
-    samples = load(files, data_args.max_train_samples)
-    validation = {
-        name: load(group, data_args.max_eval_samples)
-        for name, group in (
-            parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
-        ).items()
-    }
-    share = 0.0 if validation else data_args.validation_split
-    train_ids, held_out_ids = split_documents(samples, share, training_args.seed)
-    train_set = arrange(samples, train_ids)
-    eval_sets = {name: arrange(group, None) for name, group in validation.items()}
-    if share:
-        eval_sets["heldout"] = arrange(samples, held_out_ids)
-    logger.info("data: %s; %d rows for training", samples.counters, len(train_set))
+    train_set = arrange(train)
+    logger.info("data: %s; %d rows for training", train.cache.counters, len(train_set))
     logger.info("first row, trained text between ⟦ and ⟧:\n%s", describe_sample(train_set[0], tokenizer))
-    keys = {"train": samples.key, **{name: group.key for name, group in validation.items()}}
-    return train_set, eval_sets, keys
+    return train_set, {name: arrange(rows) for name, rows in validation.items()}, sources.keys
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Data: caches of tokens, corpora, samples and preference pairs, packed, mixed and batched.
 
-  cache        memory-mapped files of tokens, keyed by content and settings; complete or absent, built once
+  cache        memory-mapped files of tokens, keyed by content and settings; complete or absent, built once, by one
+               builder for every kind of cache
   corpora      which files, their text tokenised once into token caches, and the validation split
   samples      conversations tokenised once, with what is trained marked, into token caches
-  blocks       corpora and samples cut into rows whose documents do not see each other, mixing, collating
+  blocks       corpora and samples cut into rows whose documents do not see each other; mixing, packing
   preferences  Preference pairs and prompts for reward models, PPO and DPO: records -> messages -> token caches
-  batches      both answers of a pair in one row, behind the one prompt they share
+  batches      rows padded to the longest, both answers of a pair in one row, and which rows make a batch
+  sources      the arguments of a run -> the caches of its data, what is trained on and what is held out
 
-Others import: cache, corpora, samples, blocks, preferences, batches.
+Others import: cache, corpora, samples, blocks, preferences, batches, sources.
 """

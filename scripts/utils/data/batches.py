@@ -1,19 +1,15 @@
-"""Batches of preference pairs: both answers of a pair in one row, behind the one prompt they share.
+"""Batches: rows padded to the longest, both answers of a pair in one row, and which rows make a batch.
 
-The answers do not see each other. One forward pass serves both, the prompt is computed once, and a row is padded to
-the longest pair of its batch, not to the longest answer twice. That takes an attention kernel with masks of any form
-(sdpa); with others each answer has its own copy of the prompt, and both are segments of the row (position_ids restart,
-see utils.data.blocks).
+A pair's answers stand behind the one prompt they share and do not see each other. One forward pass serves both, the
+prompt is computed once, and a row is padded to the longest pair of its batch, not to the longest answer twice. That
+takes an attention kernel with masks of any form (sdpa); with others each answer has its own copy of the prompt, and
+both are segments of the row (position_ids restart, see utils.data.blocks).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,21 +17,42 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..core.errors import InputError
-from ..core.records import RECORD_SUFFIXES
 from ..text.prompts import IGNORE_INDEX
 from .blocks import Item
-from .corpora import parse_corpora, split_documents
-from .preferences import Pair, PairCache, PromptCache, group_by_length, load_preferences
+from .preferences import Pair, PairCache
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+BATCHES_PER_GROUP = 50  # more: batches of more equal lengths, but an order that depends less on chance
 
-    from ..core.arguments import DataArguments
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+# ---------------------------------------------------------------- rows of text and samples
 
-logger = logging.getLogger(__name__)
+
+class Collator:
+    """Items -> a batch of (B, T) int64 tensors, rows padded on the right to the longest; no attention_mask.
+
+    Padding is a segment of its own: positions from 0, no targets.
+    """
+
+    def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
+        """Args: flatten: one row (1, sum of lengths), which flash_attention_2 needs to see where segments begin."""
+        self.pad_token_id, self.flatten = pad_token_id, flatten
+
+    def __call__(self, items: Sequence[Item]) -> Item:
+        names = ("input_ids", "position_ids", "labels", "shift_labels")
+        if self.flatten:
+            return {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in names}
+        length = max(len(item["input_ids"]) for item in items)
+        batch = {name: torch.full((len(items), length), IGNORE_INDEX, dtype=torch.int64) for name in names}
+        batch["input_ids"].fill_(self.pad_token_id)
+        for row, item in enumerate(items):
+            count = len(item["input_ids"])
+            for name in names:
+                batch[name][row, :count] = item[name]
+            batch["position_ids"][row, count:] = torch.arange(length - count)
+        return batch
+
+
+# ---------------------------------------------------------------- preference pairs
 
 
 @dataclass(frozen=True)
@@ -108,10 +125,12 @@ class PairCollator:
             batch[name] = torch.from_numpy(table)
         if self.shares_prompts:
             segment = batch.pop("segment")
+            # The prompt (0) is seen by all, by padding (3) too: a row of the mask without any True would make NaN.
             seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
             batch["attention_mask"] = (seen & torch.ones(length, length, dtype=torch.bool).tril()).unsqueeze(1)
         answer = batch["answer"].flatten()
         places = torch.arange(len(answer))[answer >= 0]
+        # The largest place of each answer, wherever its row is: one call for rows of one pair and for flattened ones.
         last = torch.zeros(2 * len(examples), dtype=torch.int64)
         batch["last"] = last.scatter_reduce(0, answer[answer >= 0], places, "amax")
         batch["numbers"] = torch.tensor([example.number for example in examples])
@@ -129,7 +148,7 @@ def _row(pair: Pair, place: int) -> dict[str, np.ndarray]:
     for side, answer in enumerate((pair.chosen, pair.rejected)):
         ids = np.concatenate([pair.prompt, answer])
         targets: np.ndarray = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-        targets[len(pair.prompt) - 1 : -1] = answer
+        targets[len(pair.prompt) - 1 : -1] = answer  # the prompt's last token predicts the answer's first
         segments.append(
             {
                 "input_ids": ids,
@@ -166,8 +185,36 @@ def sum_by_answer(values: Tensor, answer: Tensor, num_answers: int) -> Tensor:
     return sums.index_add(0, answer.flatten()[inside], values.flatten()[inside])
 
 
+# ---------------------------------------------------------------- which rows make a batch
+
+
+def group_by_length(lengths: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]:
+    """Batches of rows of about the same length, in random order: shuffled, sorted within groups of some batches.
+
+    The batch with the longest row comes first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: (n,) tokens of each row, for a pair what one forward pass sees of it.
+        batch_size: rows of a batch over all processes; one batch may have fewer.
+        seed: another one each epoch.
+    Returns: (rows,) int64 each; every row is in one of them.
+    """
+    if batch_size < 1:
+        raise InputError(f"a batch of {batch_size} rows: need at least 1")
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(lengths))
+    size = batch_size * BATCHES_PER_GROUP
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    groups = [group[np.argsort(-np.asarray(lengths)[group], kind="stable")] for group in groups]
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    # Shuffled again, or every group would go from long to short.
+    batches = [batches[number] for number in generator.permutation(len(batches))]
+    longest = max(range(len(batches)), key=lambda number: int(lengths[batches[number]].max()), default=0)
+    return batches[longest : longest + 1] + batches[:longest] + batches[longest + 1 :]
+
+
 class LengthGroupedOrder(Sampler[int]):
-    """Rows in batches of about the same length, another order every epoch; see preferences.group_by_length."""
+    """Rows in batches of about the same length, another order every epoch; see group_by_length."""
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
         """Args: lengths: (n,) tokens of each row; batch_size: rows of a forward pass, over all processes."""
@@ -187,105 +234,3 @@ class LengthGroupedOrder(Sampler[int]):
         batches.sort(key=lambda batch: len(batch) < self.batch_size)
         for batch in batches:
             yield from batch.tolist()
-
-
-# ---------------------------------------------------------------- from arguments to sets
-
-File = TypeVar("File", bound=PromptCache)
-
-
-def load_named_files(
-    load: Callable[..., File],
-    what: str,
-    data_args: DataArguments,
-    training_args: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-    max_dropped_share: float,
-) -> tuple[File, dict[str, File]]:
-    """Tokenise the training and evaluation data that the arguments name, once, into the cache; log what it is.
-
-    Args: load: preferences.load_preferences or load_prompts; training_args: training.RunArguments.
-    Returns: the training file, and those for evaluation by name.
-    Raises: InputError.
-    """
-    if not data_args.train_data:
-        raise InputError(f"pass --train_data: json, jsonl or parquet files or folders of {what}")
-    cache = Path(data_args.data_cache_dir or Path(training_args.output_dir).absolute().parent / ".token_cache")
-
-    def load_group(files: list[Path], limit: int | None) -> File:
-        with training_args.main_process_first(local=False, desc="tokenising"):
-            return load(
-                files,
-                tokenizer,
-                template,
-                max_length,
-                cache,
-                on_bad_text=data_args.on_bad_text,
-                num_workers=data_args.preprocessing_num_workers,
-                max_samples=limit,
-                max_dropped_share=max_dropped_share,
-            )
-
-    files = [file for group in parse_corpora(data_args.train_data, RECORD_SUFFIXES).values() for file in group]
-    training = load_group(files, data_args.max_train_samples)
-    named = parse_corpora(data_args.validation_data, RECORD_SUFFIXES) if data_args.validation_data else {}
-    validation = {name: load_group(group, data_args.max_eval_samples) for name, group in named.items()}
-    logger.info("%s: %s", what, json.dumps(training.statistics(), ensure_ascii=False))
-    return training, validation
-
-
-def load_pair_sets(
-    data_args: DataArguments,
-    training_args: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_seq_length: int,
-    max_dropped_share: float = 0.1,
-) -> tuple[PairSet, dict[str, PairSet], dict[str, str]]:
-    """The training set, the evaluation sets by name, and the caches' keys, which say what a run learns from.
-
-    Arguments and errors as load_named_files has them.
-    """
-    settings = (data_args, training_args, tokenizer, template, max_seq_length, max_dropped_share)
-    pairs, validation = load_named_files(load_preferences, "preference pairs", *settings)
-    share = 0.0 if validation else data_args.validation_split
-    train_ids, held_out_ids = split_documents(pairs, share, training_args.seed)
-    eval_sets = {name: PairSet(group) for name, group in validation.items()}
-    if share:
-        eval_sets["heldout"] = PairSet(pairs, held_out_ids)
-    first = pairs[0]
-    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt, first.chosen, first.rejected)]
-    logger.info("first pair\n  prompt   %s\n  chosen   %s\n  rejected %s", *texts)
-    return PairSet(pairs, train_ids), eval_sets, cache_keys(pairs, validation)
-
-
-def cache_keys(training: PromptCache, validation: Mapping[str, PromptCache]) -> dict[str, str]:
-    """What identifies the data of a run, by the names of its parts."""
-    return {"train": training.key, **{name: group.key for name, group in validation.items()}}
-
-
-class Collator:
-    """Items -> a batch of (B, T) int64 tensors, rows padded on the right to the longest; no attention_mask.
-
-    Padding is a segment of its own: positions from 0, no targets.
-    """
-
-    def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
-        """Args: flatten: one row (1, sum of lengths), which flash_attention_2 needs to see where segments begin."""
-        self.pad_token_id, self.flatten = pad_token_id, flatten
-
-    def __call__(self, items: Sequence[Item]) -> Item:
-        names = ("input_ids", "position_ids", "labels", "shift_labels")
-        if self.flatten:
-            return {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in names}
-        length = max(len(item["input_ids"]) for item in items)
-        batch = {name: torch.full((len(items), length), IGNORE_INDEX, dtype=torch.int64) for name in names}
-        batch["input_ids"].fill_(self.pad_token_id)
-        for row, item in enumerate(items):
-            count = len(item["input_ids"])
-            for name in names:
-                batch[name][row, :count] = item[name]
-            batch["position_ids"][row, count:] = torch.arange(length - count)
-        return batch

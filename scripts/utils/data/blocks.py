@@ -1,4 +1,4 @@
-"""Data sets for training: corpora and samples cut into rows whose documents do not see each other, mixing, collating.
+"""Data sets for training: corpora and samples cut into rows whose documents do not see each other; mixing, packing.
 
 Every item is a dict of int64 tensors of one length T:
     input_ids
@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from ..core.errors import InputError
 from ..text.prompts import IGNORE_INDEX
-from .cache import CorpusCache, SampleCache
+from .corpora import CorpusCache
+from .samples import SampleCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,13 +47,12 @@ class PackedBlocks(Dataset[Item]):
 
     def __init__(
         self,
-        file: CorpusCache,
+        corpus: CorpusCache,
         document_ids: np.ndarray,
         block_size: int,
         *,
         cross_document_attention: bool = False,
         max_blocks: int | None = None,
-        pad_token_id: int = 0,
     ) -> None:
         """
         Args:
@@ -65,22 +65,24 @@ class PackedBlocks(Dataset[Item]):
         if block_size < 2:
             raise InputError(f"--block_size {block_size}: need at least 2 tokens")
         if len(document_ids) == 0:
-            raise InputError(f"{file.meta['sources'][0]}: no document left for this data set")
-        self.file, self.block_size, self.pad_token_id = file, block_size, pad_token_id
+            raise InputError(f"{corpus.meta['sources'][0]}: no document left for this data set")
+        self.corpus, self.block_size = corpus, block_size
         self.cross_document_attention = cross_document_attention
         document_ids = np.asarray(document_ids, dtype=np.int64)
-        ends = np.asarray(file.document_ends)[document_ids]
-        lengths = ends - np.where(document_ids > 0, np.asarray(file.document_ends)[document_ids - 1], 0)
-        # Where each document ends in this data set, and what to add to a place here to get the place in the file.
+        ends = np.asarray(corpus.document_ends)[document_ids]
+        lengths = ends - np.where(document_ids > 0, np.asarray(corpus.document_ends)[document_ids - 1], 0)
+        # Two kinds of places: in this data set, where the chosen documents stand without gaps, and in the cache.
+        # Blocks are cut when they are asked for, so 16 bytes a document are kept here, however long the text.
         self.document_ends = np.cumsum(lengths)
-        self.file_offsets = ends - self.document_ends
+        self.cache_offsets = ends - self.document_ends  # what to add to a place here to get the place in the cache
         total = int(self.document_ends[-1])
         self.num_tokens = total if max_blocks is None else min(total, max_blocks * block_size)
-        self.num_bytes = self._count_bytes(np.asarray(file.document_bytes)[document_ids], lengths)
+        self.num_bytes = self._count_bytes(np.asarray(corpus.document_bytes)[document_ids], lengths)
 
     def _count_bytes(self, document_bytes: np.ndarray, lengths: np.ndarray) -> int:
         whole = int(np.searchsorted(self.document_ends, self.num_tokens, side="right"))
         num_bytes = int(document_bytes[:whole].sum(dtype=np.int64))
+        # Of the document that max_blocks cuts, if there is one, as many bytes as its share of tokens.
         rest = self.num_tokens - (int(self.document_ends[whole - 1]) if whole else 0)
         return num_bytes + (round(int(document_bytes[whole]) * rest / int(lengths[whole])) if rest else 0)
 
@@ -93,21 +95,24 @@ class PackedBlocks(Dataset[Item]):
         start = index * self.block_size
         places = np.arange(start, min(start + self.block_size, self.num_tokens))
         documents = np.searchsorted(self.document_ends, places, side="right")
+        # A document that max_blocks cuts ends there: its last token here has no target.
         ends = np.minimum(self.document_ends[documents], self.num_tokens)
-        in_file = places + self.file_offsets[documents]
-        tokens = self.file.tokens[in_file].astype(np.int64)
+        in_cache = places + self.cache_offsets[documents]
+        tokens = self.corpus.tokens[in_cache].astype(np.int64)
         first = np.where(documents > 0, self.document_ends[documents - 1], 0)
-        # The target of a block's last place is the first token of the next block, if the document goes on there.
+        # The target of a block's last place is the first token of the next block, if the document goes on there. Where
+        # it does not, the place itself is looked up, since the one after it may lie behind the end of the cache.
         goes_on = places + 1 < ends
-        following = self.file.tokens[np.where(goes_on, in_file + 1, in_file)].astype(np.int64)
+        following = self.corpus.tokens[np.where(goes_on, in_cache + 1, in_cache)].astype(np.int64)
         count = len(places)
         item = {
-            "input_ids": self._row(tokens, count, self.pad_token_id),
+            "input_ids": self._row(tokens, count, 0),
             "labels": self._row(np.where(places == first, IGNORE_INDEX, tokens), count, IGNORE_INDEX),
             "shift_labels": self._row(np.where(goes_on, following, IGNORE_INDEX), count, IGNORE_INDEX),
         }
         positions = np.arange(self.block_size)
         if not self.cross_document_attention:
+            # The rest of a document that began in the block before starts at 0 again, as what it sees does.
             positions[:count] = places - np.maximum(first, start)
             positions[count:] -= count
         item["position_ids"] = positions
@@ -143,6 +148,7 @@ class MixedBlocks(Dataset[Item]):
         _check_mix(corpora, weights, replay, replay_share)
         self.names = [*corpora, *replay]
         self.parts = [*corpora.values(), *replay.values()]
+        # All blocks are numbered through; an epoch is a list of these numbers, in which one may stand twice.
         self.offsets = np.cumsum([0, *map(len, self.parts)])
         generator = np.random.default_rng(seed)
         chosen = [
@@ -150,6 +156,7 @@ class MixedBlocks(Dataset[Item]):
             for number, (name, part) in enumerate(corpora.items())
         ]
         if replay_share > 0:
+            # Replay is `replay_share` of the whole, itself included, so this much of what is not replay.
             count = sum(map(len, chosen)) * replay_share / (1 - replay_share)
             start = self.offsets[len(corpora)]
             chosen.append(start + _draw(int(self.offsets[-1] - start), count, generator))
@@ -220,12 +227,12 @@ class PaddedSamples(Dataset[Item]):
 
     num_bytes = 0  # bits per byte are not reported for answers
 
-    def __init__(self, file: SampleCache, sample_ids: np.ndarray | None = None) -> None:
+    def __init__(self, samples: SampleCache, sample_ids: np.ndarray | None = None) -> None:
         """Args: sample_ids: (n,) which samples; all by default."""
-        self.file = file
-        ids = np.arange(file.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
-        self.sample_ends = np.asarray(file.document_ends)[ids]
-        self.sample_starts = np.where(ids > 0, np.asarray(file.document_ends)[ids - 1], 0)
+        self.samples = samples
+        ids = np.arange(samples.num_samples) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
+        self.sample_ends = np.asarray(samples.document_ends)[ids]
+        self.sample_starts = np.where(ids > 0, np.asarray(samples.document_ends)[ids - 1], 0)
         # Row r holds the samples order[row_ends[r - 1]:row_ends[r]].
         self.order = np.arange(len(ids))
         self.row_ends = np.arange(1, len(ids) + 1)
@@ -244,10 +251,10 @@ class PaddedSamples(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        samples = self.order[self.row_ends[index - 1] if index else 0 : self.row_ends[index]]
-        spans = [slice(self.sample_starts[sample], self.sample_ends[sample]) for sample in samples]
-        tokens = np.concatenate([self.file.tokens[span] for span in spans]).astype(np.int64)
-        trained = np.concatenate([self.file.trained[span] for span in spans])
+        numbers = self.order[self.row_ends[index - 1] if index else 0 : self.row_ends[index]]
+        spans = [slice(self.sample_starts[number], self.sample_ends[number]) for number in numbers]
+        tokens = np.concatenate([self.samples.tokens[span] for span in spans]).astype(np.int64)
+        trained = np.concatenate([self.samples.trained[span] for span in spans])
         positions = np.concatenate([np.arange(span.stop - span.start) for span in spans])
         trained = trained & (positions > 0)  # nothing in the same sample predicts its first token
         labels = np.where(trained, tokens, IGNORE_INDEX)
@@ -264,7 +271,7 @@ class PackedSamples(PaddedSamples):
     """Whole samples packed into rows of at most max_seq_length tokens; each is a segment of its own."""
 
     def __init__(
-        self, file: SampleCache, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
+        self, samples: SampleCache, max_seq_length: int | None, sample_ids: np.ndarray | None = None, *, seed: int = 0
     ) -> None:
         """
         Args:
@@ -272,7 +279,7 @@ class PackedSamples(PaddedSamples):
             seed: which of equally long samples go together.
         Raises: InputError if a sample is longer than a row.
         """
-        super().__init__(file, sample_ids)
+        super().__init__(samples, sample_ids)
         lengths = self.sample_ends - self.sample_starts
         if max_seq_length is not None and len(lengths) and lengths.max() > max_seq_length:
             raise InputError(f"a sample has {lengths.max()} tokens, more than --max_seq_length {max_seq_length}")
@@ -291,6 +298,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int | None, seed: int) -> list[
     Returns: the samples of each row. Source: Johnson 1974, bin packing within 11/9 of the best.
     """
     capacity = 2 * int(lengths.max(initial=0)) if capacity is None else capacity
+    # Shuffled before the stable sort, so that chance decides among equal lengths, and not the order of the file.
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     rows: list[list[int]] = []
@@ -313,7 +321,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int | None, seed: int) -> list[
     return rows
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- looking at a row
 
 
 def describe_sample(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,24 +2,33 @@
 
 A cache is a folder with one flat file an array and meta.json, which records their sizes; a damaged one is built again.
 Tokens take 2 bytes each (4 where the vocabulary is larger than 65,536), documents 16.
+
+A kind of cache is a subclass of TokenCache, and an Encoder that says how documents are made of files; build_cache does
+the rest for all kinds. The key holds all that decides the arrays: the files' content, the tokenizer, the settings, and
+the version of the rules (RULES), because a changed rule must not meet an old cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import atomic_folder, hash_file, locked, named_write_errors, read_json, remove, write_json
+from ..core.files import atomic_folder, hash_file, hash_json, locked, named_write_errors, read_json, remove, write_json
 from ..core.machine import available_cores
-from ..core.records import BadText
+from ..core.records import BadText, iter_records
+from ..core.workers import ordered_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,19 +44,40 @@ Arrays = dict[str, np.ndarray]
 OnBadText = Literal["error", "skip"]
 
 
-# ---------------------------------------------------------------- the cache of a corpus
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where the caches of a run are kept, and how they are built.
+
+    Attributes:
+        num_workers: processes that tokenise; None takes the available cores. Small inputs are done in this process.
+        max_dropped_share: warn if a larger share of the records of preference data is dropped.
+    """
+
+    folder: Path
+    on_bad_text: OnBadText = "error"
+    num_workers: int | None = None
+    max_dropped_share: float = 0.1
+
+
+# ---------------------------------------------------------------- a cache on disk
 
 
 class TokenCache:
-    """Documents or samples on disk as token ids, memory-mapped.
+    """Documents, samples or pairs on disk as token ids, memory-mapped.
 
     Attributes:
+        KIND: how the folders of these caches begin.
+        RULES: the version of the code that turns files into the arrays; raise it when the same input gives others.
         tokens: (num_tokens,) uint16 or uint32, all documents one after another.
         document_ends: (num_documents,) int64, where each ends in `tokens`.
         document_hashes: (num_documents,) uint32, a checksum of each; equal documents have equal ones.
         skipped: rows left out because their text was not valid.
-        key: the hash of content, tokenizer and settings.
+        counters: what the encoder counted, by name.
+        key: the hash of content, tokenizer, settings and rules.
     """
+
+    KIND: ClassVar[str]
+    RULES: ClassVar[int]
 
     def __init__(self, folder: str | Path) -> None:
         """Raises: InputError if the folder is not a complete cache."""
@@ -55,6 +85,7 @@ class TokenCache:
         self.meta: dict[str, Any] = read_json(self.folder / META)
         self.key: str = self.meta["key"]
         self.skipped: int = self.meta["skipped"]
+        self.counters: dict[str, int] = self.meta["counters"]
         self.tokens = self._map("tokens")
         self.document_ends = self._map("document_ends")
         self.document_hashes = self._map("document_hashes")
@@ -75,44 +106,18 @@ class TokenCache:
         return type(self), (self.folder,)
 
 
-class CorpusCache(TokenCache):
-    """A tokenised corpus; see TokenCache.
-
-    Attributes:
-        document_bytes: (num_documents,) uint32, UTF-8 bytes of each document's text.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
-        self.document_bytes = self._map("document_bytes")
-
-
-class SampleCache(TokenCache):
-    """Tokenised conversations, each a document; see TokenCache.
-
-    Attributes:
-        trained: (num_tokens,) bool, where the label is the token itself and not IGNORE_INDEX.
-        counters: samples, truncated, dropped_no_label, skipped_bad_text, tokens, label_tokens.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
-        self.trained = self._map("trained")
-        self.counters: dict[str, int] = self.meta["counters"]
-
-    @property
-    def num_samples(self) -> int:
-        return self.num_documents
-
-
-File = TypeVar("File", bound=TokenCache)
+Cache = TypeVar("Cache", bound=TokenCache)
 
 
 class CacheWriter:
-    """Appends arrays to the files of a new cache folder; documents' ends are made absolute."""
+    """Appends arrays to the files of a new cache folder; documents' ends are made absolute.
+
+    Names (arrays of Python strings) are written as their numbers, uint16, and stand in meta.json in that order.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.names: dict[str, dict[str, int]] = {}
         self.counts: dict[str, list[Any]] = {}
         self.stack = contextlib.ExitStack()
         self.streams: dict[str, Any] = {}
@@ -130,6 +135,8 @@ class CacheWriter:
     def add(self, arrays: Arrays) -> None:
         arrays = {**arrays, "document_ends": arrays["document_ends"] + self.num_tokens}
         for name, array in arrays.items():
+            if array.dtype == object:
+                array = self._number(name, array)
             if name not in self.streams:
                 path = self.folder / f"{name}.bin"
                 self.streams[name] = self.stack.enter_context(path.open("wb"))
@@ -137,14 +144,27 @@ class CacheWriter:
             self.streams[name].write(array.tobytes())  # (array.tofile would hide the reason when the disk is full)
             self.counts[name][1] += len(array)
 
+    def _number(self, column: str, values: np.ndarray) -> np.ndarray:
+        names = self.names.setdefault(column, {})
+        numbers = [names.setdefault(value, len(names)) for value in values]
+        if len(names) > 1 << 16:
+            raise InputError(
+                f"more than {1 << 16} different values in the field 'source'; name data sets there, not rows"
+            )
+        return np.array(numbers, dtype=np.uint16)
+
     def finish(self, key: str, sources: Sequence[Path], **meta: Any) -> None:
         """Write what describes the arrays, last of all."""
         self.stack.close()
-        names = [str(path) for path in sources]
-        write_json(self.folder / META, {"key": key, **meta, "sources": names, "arrays": self.counts})
+        names = {column: list(numbers) for column, numbers in self.names.items()}
+        files = [str(path) for path in sources]
+        write_json(self.folder / META, {"key": key, **meta, "names": names, "sources": files, "arrays": self.counts})
 
 
-def open_or_build(kind: type[File], folder: Path, build: Callable[[Path], None]) -> File:
+# ---------------------------------------------------------------- one builder at a time
+
+
+def _open_or_build(kind: type[Cache], folder: Path, build: Callable[[Path], None]) -> Cache:
     """Open a complete cache, or let one process of all that come here build it while the others wait."""
     if found := _open(kind, folder):
         return found
@@ -157,7 +177,7 @@ def open_or_build(kind: type[File], folder: Path, build: Callable[[Path], None])
     return kind(folder)
 
 
-def _open(kind: type[File], folder: Path) -> File | None:
+def _open(kind: type[Cache], folder: Path) -> Cache | None:
     if not folder.is_dir():
         return None
     try:
@@ -169,10 +189,10 @@ def _open(kind: type[File], folder: Path) -> File | None:
     return found
 
 
-def _describe(file: TokenCache) -> str:
-    size = sum(item.stat().st_size for item in file.folder.iterdir())
-    tokens = len(file.tokens)
-    return f"{file.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"
+def _describe(cache: TokenCache) -> str:
+    size = sum(item.stat().st_size for item in cache.folder.iterdir())
+    tokens = len(cache.tokens)
+    return f"{cache.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
@@ -183,7 +203,126 @@ def _remove_abandoned(cache_dir: Path) -> None:
                 remove(partial)
 
 
-# ---------------------------------------------------------------- what builders share
+# ---------------------------------------------------------------- building one
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an encoder made of a unit of input.
+
+    Attributes:
+        progress: the unit's share of the work, for the bar: bytes, or records.
+        arrays: those of a cache with these documents alone, or several of them; none if no document was kept.
+        skipped, locations: as BadText has them, of invalid text that the encoder met.
+    """
+
+    progress: int
+    arrays: list[Arrays] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    locations: list[str] = field(default_factory=list)
+
+
+class Encoder(ABC):
+    """How files become documents of one kind of cache; a frozen dataclass that travels to each worker once."""
+
+    bar: ClassVar[dict[str, Any]]  # tqdm's settings: the unit of Part.progress
+    counted: ClassVar[tuple[str, ...]] = ()  # counters that start at 0
+
+    @property
+    @abstractmethod
+    def parallel_bytes(self) -> int:
+        """Bytes of input from which on worker processes save more than their start costs."""
+
+    @abstractmethod
+    def settings(self, files: Sequence[Path]) -> list[Any]:
+        """All that decides the arrays beside the files' content and the tokenizer, JSON-like; part of the key."""
+
+    @abstractmethod
+    def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[Any]:
+        """The files in pieces of work, in order."""
+
+    @abstractmethod
+    def encode(self, unit: Any) -> Part:
+        """Called in a worker. Raises: InputError for a broken record (file:line)."""
+
+    def check(self, counters: Counter[str], files: Sequence[Path]) -> None:  # noqa: B027 (nothing to check is usual)
+        """Log what was cut or dropped. Raises: InputError if nothing is left of the records there are."""
+
+
+def build_cache(
+    kind: type[Cache],
+    encoder: Encoder,
+    files: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CacheSettings,
+) -> Cache:
+    """Open the cache of these files, or build it.
+
+    Raises: InputError for bad text unless skipped, a broken record, a file that changes meanwhile, or if nothing is
+        found; OSError when the disk is full, with nothing left behind.
+    """
+    from tqdm import tqdm  # here, because workers import this module and have no use for it
+
+    from ..text.tokenizer import tokenizer_fingerprint
+
+    paths = [Path(file) for file in files]
+    hashes = hash_files(paths, settings.folder)  # before reading; compared with those afterwards
+    decided_by = [kind.KIND, kind.RULES, FORMAT, settings.on_bad_text, *encoder.settings(paths)]
+    key = hash_json([hashes, tokenizer_fingerprint(tokenizer), decided_by])
+
+    def build(folder: Path) -> None:
+        bad_text = BadText(settings.on_bad_text)
+        counters: Counter[str] = Counter(dict.fromkeys(encoder.counted, 0))
+        units = encoder.units(paths, bad_text)  # lazy: files are read while workers encode
+        total_bytes = sum(path.stat().st_size for path in paths)
+        num_processes = choose_workers(settings.num_workers, total_bytes, encoder.parallel_bytes)
+        total = total_bytes if encoder.bar["unit"] == "B" else None
+        with (
+            CacheWriter(folder) as writer,
+            # Closed whatever happens: an error here must not leave workers behind.
+            contextlib.closing(ordered_map(_encode_unit, encoder, units, num_processes)) as parts,
+            tqdm(total=total, desc="tokenizing", **encoder.bar) as bar,
+        ):
+            for part in parts:
+                for arrays in part.arrays:
+                    writer.add(arrays)
+                counters.update(part.counters)
+                bad_text.add(part.skipped, part.locations)
+                bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
+                bar.update(part.progress)
+            encoder.check(counters, paths)
+            _check_sources(paths, hashes, settings.folder, writer.num_tokens, bad_text)
+            writer.finish(key, paths, skipped=bad_text.skipped, counters=dict(counters))
+
+    return _open_or_build(kind, settings.folder / f"{kind.KIND}-{key[:20]}", build)
+
+
+def _encode_unit(encoder: Encoder, unit: Any) -> Part:
+    """A function of the module, because workers are sent it by name."""
+    return encoder.encode(unit)
+
+
+def _check_sources(
+    files: Sequence[Path], hashes: list[list[str]], cache_dir: Path, num_tokens: int, bad_text: BadText
+) -> None:
+    """Log what was skipped. Raises: InputError if nothing was found, or a file changed while it was read."""
+    names = describe_files(files)
+    if bad_text.skipped:
+        logger.warning(
+            "%s: skipped %d rows whose text is not valid, the first at %s",
+            names,
+            bad_text.skipped,
+            ", ".join(bad_text.locations),
+        )
+    if not num_tokens:
+        raise InputError(f"no text in {names}: the files are empty, or hold only blank lines and skipped rows")
+    if hash_files(files, cache_dir) != hashes:
+        raise InputError(f"{names}: changed while being read; run the same command again once nothing writes there")
+
+
+def describe_files(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def choose_workers(num_workers: int | None, total_bytes: int = 1, parallel_bytes: int = 0) -> int:
@@ -196,26 +335,48 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
     return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
-def describe_sources(files: Sequence[Path]) -> str:
-    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+# ---------------------------------------------------------------- caches of conversations, pairs and prompts
 
 
-def check_sources(
-    files: Sequence[Path], hashes: list[list[str]], cache_dir: Path, num_tokens: int, bad_text: BadText
-) -> None:
-    """Log what was skipped. Raises: InputError if nothing was found, or a file changed while it was read."""
-    names = describe_sources(files)
-    if bad_text.skipped:
-        logger.warning(
-            "%s: skipped %d rows whose text is not valid, the first at %s",
-            names,
-            bad_text.skipped,
-            ", ".join(bad_text.locations),
-        )
-    if not num_tokens:
-        raise InputError(f"no text in {names}: the files are empty, or hold only blank lines and skipped rows")
-    if hash_files(files, cache_dir) != hashes:
-        raise InputError(f"{names}: changed while being read; run the same command again once nothing writes there")
+PARALLEL_BYTES = 8 << 20
+RECORDS_PER_UNIT = 500
+
+
+class Record(NamedTuple):
+    location: str  # file:line, for messages
+    source: str  # the file's name, for records that name none
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordEncoder(Encoder):
+    """What the encoders of records share.
+
+    Attributes:
+        template: the jinja text of the chat template, see prompts.resolve_template.
+        max_length: tokens of a row.
+        max_samples: only so many records are read, the first ones of all files together; None: all.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_length: int
+    max_samples: int | None = None
+
+    bar: ClassVar[dict[str, Any]] = {"unit": " records"}
+
+    @property
+    def parallel_bytes(self) -> int:
+        return PARALLEL_BYTES
+
+    def settings(self, files: Sequence[Path]) -> list[Any]:
+        return [self.template, self.max_length, self.max_samples]
+
+    def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[list[Record]]:
+        every = (Record(place, path.stem, record) for path in files for place, record in iter_records(path, bad_text))
+        records = itertools.islice(every, self.max_samples)
+        while unit := list(itertools.islice(records, RECORDS_PER_UNIT)):
+            yield unit
 
 
 # ---------------------------------------------------------------- keys

@@ -1,36 +1,31 @@
-"""Documents for pre-training: which files, their text tokenised once into token caches, and the validation split.
+"""Corpora for pre-training: which files, their text tokenised once into token caches, and the validation split.
 
 Large corpora are tokenised by several processes; memory does not grow with their size.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import hash_json
 from ..core.records import TEXT_SUFFIXES, BadText, iter_document_batches, list_data_files
-from ..core.workers import ordered_map
 from .cache import (
-    FORMAT,
     Arrays,
-    CacheWriter,
-    CorpusCache,
+    CacheSettings,
+    Encoder,
     OnBadText,
+    Part,
     TokenCache,
-    check_sources,
+    build_cache,
     choose_workers,
-    hash_files,
-    open_or_build,
     token_dtype,
 )
 
@@ -43,23 +38,38 @@ PARALLEL_BYTES = {"sentencepiece": 8 << 20, "tokenizers": 64 << 20}
 UNIT_BYTES = 1 << 20  # of a txt file given to a worker at a time
 
 
+class CorpusCache(TokenCache):
+    """A tokenised corpus; see TokenCache.
+
+    Attributes:
+        document_bytes: (num_documents,) uint32, UTF-8 bytes of each document's text.
+    """
+
+    KIND = "tokens"
+    RULES = 1
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self.document_bytes = self._map("document_bytes")
+
+
 # ---------------------------------------------------------------- which files
 
 
 def parse_corpora(specs: Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> dict[str, list[Path]]:
     """Turn "name=path" and "path" (its stem is the name) into names and data files.
 
-    Args: suffixes: the kinds of files taken; files.RECORD_SUFFIXES for conversations.
+    Args: suffixes: the kinds of files taken; records.RECORD_SUFFIXES for conversations.
     Raises: InputError for data that is missing or empty, and for a name given twice; equal stems get a number.
     """
     corpora: dict[str, list[Path]] = {}
     problems = []
     for spec in specs:
         name, equals, path = spec.partition("=")
-        named = bool(equals) and not Path(spec).exists()
+        named = bool(equals) and not Path(spec).exists()  # a path may have "=" in its own name
         if not named:
             path = spec
-            stem = Path(spec).resolve().stem
+            stem = Path(spec).resolve().stem  # resolved, so that "." has a name too
             numbers = range(2, len(specs) + 2)
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in numbers)) if n not in corpora)
         elif not name or name in corpora:
@@ -82,16 +92,65 @@ def parse_corpora(specs: Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXE
 
 
 @dataclass(frozen=True)
-class _Encoder:
-    """What a worker needs to turn texts into documents of ids; travels to it once."""
+class _Unit:
+    """A piece of work: a byte range of a txt file, or texts read already."""
+
+    num_bytes: int  # of the file, for the progress bar
+    texts: list[str] | None = None
+    path: Path | None = None
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class _TextEncoder(Encoder):
+    """Texts -> documents of ids, BOS and EOS around each."""
 
     model: bytes | None  # of sentencepiece: a worker then needs no transformers, which take 1 s and 100 MB to import
     tokenizer: PreTrainedTokenizerBase | None
     bos_token_id: int | None
     eos_token_id: int | None
     dtype: str
+    text_column: str
+    document_separator: str | None
     on_bad_text: OnBadText
-    num_threads: int = 1
+    num_threads: int = 1  # of the sentencepiece library, where no worker processes share the cores
+
+    bar: ClassVar[dict[str, Any]] = {"unit": "B", "unit_scale": True}
+
+    @property
+    def parallel_bytes(self) -> int:
+        return PARALLEL_BYTES["tokenizers" if self.model is None else "sentencepiece"]
+
+    def settings(self, files: Sequence[Path]) -> list[Any]:
+        return [self.text_column, self.document_separator]
+
+    def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[_Unit]:
+        for path in files:
+            size = path.stat().st_size
+            if path.suffix.lower() == ".txt" and self.document_separator is None:
+                # A line is a document, so the file can be cut anywhere, and workers read it themselves.
+                for start in range(0, size, UNIT_BYTES):
+                    yield _Unit(min(UNIT_BYTES, size - start), path=path, start=start)
+                continue
+            left = size
+            for texts in iter_document_batches(
+                path, text_column=self.text_column, document_separator=self.document_separator, bad_text=bad_text
+            ):
+                # How far the file has been read is not known (parquet is compressed); the end of it is exact.
+                done = min(left, sum(map(len, texts)))
+                left -= done
+                yield _Unit(done, texts=texts)
+            yield _Unit(left, texts=[])
+
+    def encode(self, unit: _Unit) -> Part:
+        bad_text = BadText(self.on_bad_text)
+        if unit.path is None:
+            batches = iter([unit.texts or []])
+        else:
+            byte_range = (unit.start, unit.start + unit.num_bytes)
+            batches = iter_document_batches(unit.path, bad_text=bad_text, byte_range=byte_range)
+        arrays = [self._encode_texts(texts) for texts in batches if texts]
+        return Part(unit.num_bytes, arrays, skipped=bad_text.skipped, locations=bad_text.locations)
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -99,7 +158,7 @@ class _Encoder:
 
         return SentencePieceProcessor(model_proto=self.model)
 
-    def encode(self, texts: list[str]) -> Arrays:
+    def _encode_texts(self, texts: list[str]) -> Arrays:
         """The arrays of a CorpusCache that holds these documents."""
         raw = [text.encode() for text in texts]
         if self.model is not None:
@@ -125,6 +184,7 @@ class _Encoder:
         """Put BOS and EOS around every document; returns the tokens and where each document ends."""
         framed: np.ndarray = lengths + (self.bos_token_id is not None) + (self.eos_token_id is not None)
         ends = np.cumsum(framed)
+        # In bulk, without a loop over documents.
         tokens = np.empty(ends[-1], dtype=self.dtype)
         inner: np.ndarray = np.ones(len(tokens), dtype=bool)
         for token_id, places in ((self.bos_token_id, ends - framed), (self.eos_token_id, ends - 1)):
@@ -135,150 +195,62 @@ class _Encoder:
         return tokens, ends
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A piece of work: a range of a txt file, or texts read already."""
-
-    num_bytes: int  # of the file, for the progress bar
-    texts: list[str] | None = None
-    path: Path | None = None
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The work done; no arrays if it held no document."""
-
-    num_bytes: int
-    arrays: list[Arrays]
-    skipped: int
-    locations: list[str]
-
-
 def tokenize_corpus(
     files: Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str | Path,
+    settings: CacheSettings,
     *,
     text_column: str = "text",
     document_separator: str | None = None,
-    on_bad_text: OnBadText = "error",
-    num_workers: int | None = None,
 ) -> CorpusCache:
-    """Tokenise files (txt, json, jsonl, parquet) into a CorpusCache below `cache_dir`, or open the one that is there.
+    """Tokenise files (txt, json, jsonl, parquet) into a CorpusCache, or open the one that is there.
 
     Every document is BOS + ids + EOS, each where the tokenizer has it; its text is encoded as text, so "<s>" in a file
     is no special token.
 
-    Args:
-        document_separator: in txt files, the exact line that ends a document; None makes every line one.
-        num_workers: processes; None takes the available cores. Small corpora are done in this process.
-    Raises: InputError for bad text (unless skipped), broken records, or when no document is found; OSError when the
-        disk is full, with nothing left behind.
+    Args: document_separator: in txt files, the exact line that ends a document; None makes every line one.
+    Raises: as build_cache.
     """
-    from tqdm import tqdm  # here, because workers import this module and have no use for it
-
-    from ..text.tokenizer import tokenizer_fingerprint
-
-    paths, cache_dir = [Path(file) for file in files], Path(cache_dir)
-    hashes = hash_files(paths, cache_dir)
-    settings = [FORMAT, text_column, document_separator, on_bad_text]
-    key = hash_json(["tokens", hashes, tokenizer_fingerprint(tokenizer), settings])
-
-    def build(folder: Path) -> None:
-        bad_text = BadText(on_bad_text)
-        total_bytes = sum(path.stat().st_size for path in paths)
-        encoder, num_processes = _plan(tokenizer, on_bad_text, total_bytes, num_workers)
-        units = _corpus_units(paths, bad_text, text_column, document_separator)
-        with (
-            CacheWriter(folder) as writer,
-            contextlib.closing(ordered_map(_tokenize_unit, encoder, units, num_processes)) as parts,
-            tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing") as bar,
-        ):
-            for part in parts:
-                for arrays in part.arrays:
-                    writer.add(arrays)
-                bad_text.add(part.skipped, part.locations)
-                bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
-                bar.update(part.num_bytes)
-            check_sources(paths, hashes, cache_dir, writer.num_tokens, bad_text)
-            writer.finish(key, paths, skipped=bad_text.skipped)
-
-    return open_or_build(CorpusCache, cache_dir / f"tokens-{key[:20]}", build)
-
-
-def _plan(
-    tokenizer: PreTrainedTokenizerBase, on_bad_text: OnBadText, total_bytes: int, num_workers: int | None
-) -> tuple[_Encoder, int]:
-    """What the workers get, and how many processes there shall be (1: this one)."""
     from ..text.tokenizer import SentencePieceTokenizer
 
     model = tokenizer.sp_model.serialized_model_proto() if isinstance(tokenizer, SentencePieceTokenizer) else None
-    enough = PARALLEL_BYTES["tokenizers" if model is None else "sentencepiece"]
-    num_processes = choose_workers(num_workers, total_bytes, enough)
-    encoder = _Encoder(
+    encoder = _TextEncoder(
         model=model,
         tokenizer=tokenizer if model is None else None,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         dtype=token_dtype(tokenizer),
-        on_bad_text=on_bad_text,
-        num_threads=choose_workers(num_workers) if num_processes == 1 else 1,
+        text_column=text_column,
+        document_separator=document_separator,
+        on_bad_text=settings.on_bad_text,
     )
-    return encoder, num_processes
-
-
-def _corpus_units(
-    files: Sequence[Path], bad_text: BadText, text_column: str, document_separator: str | None
-) -> Iterator[_Unit]:
-    for path in files:
-        size = path.stat().st_size
-        if path.suffix.lower() == ".txt" and document_separator is None:
-            for start in range(0, size, UNIT_BYTES):
-                yield _Unit(min(UNIT_BYTES, size - start), path=path, start=start)
-            continue
-        left = size
-        for texts in iter_document_batches(
-            path, text_column=text_column, document_separator=document_separator, bad_text=bad_text
-        ):
-            # How far the file has been read is not known (parquet is compressed); the end of it is exact.
-            done = min(left, sum(map(len, texts)))
-            left -= done
-            yield _Unit(done, texts=texts)
-        yield _Unit(left, texts=[])
-
-
-def _tokenize_unit(encoder: _Encoder, unit: _Unit) -> _Part:
-    bad_text = BadText(encoder.on_bad_text)
-    if unit.path is None:
-        batches = iter([unit.texts or []])
-    else:
-        byte_range = (unit.start, unit.start + unit.num_bytes)
-        batches = iter_document_batches(unit.path, bad_text=bad_text, byte_range=byte_range)
-    arrays = [encoder.encode(texts) for texts in batches if texts]
-    return _Part(unit.num_bytes, arrays, bad_text.skipped, bad_text.locations)
+    total_bytes = sum(Path(file).stat().st_size for file in files)
+    if choose_workers(settings.num_workers, total_bytes, encoder.parallel_bytes) == 1:
+        encoder = replace(encoder, num_threads=choose_workers(settings.num_workers))
+    return build_cache(CorpusCache, encoder, files, tokenizer, settings)
 
 
 # ---------------------------------------------------------------- the validation split
 
 
-def split_documents(file: TokenCache, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_documents(cache: TokenCache, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split into (training ids, validation ids), each int64 and ascending; about `share` are held out.
 
     A document's side follows from its text and the seed alone: other documents, their order and the number of files do
     not matter, and copies of a text are never on both sides. At least one document is on each side if 0 < share.
     Raises: InputError if there are fewer than two documents to split.
     """
-    ids = np.arange(file.num_documents)
+    ids = np.arange(cache.num_documents)
     if share <= 0:
         return ids, ids[:0]
     if len(ids) < 2:
         raise InputError(
-            f"{file.meta['sources'][0]}: cannot hold out a part of one document; pass --validation_data, or "
+            f"{cache.meta['sources'][0]}: cannot hold out a part of one document; pass --validation_data, or "
             "--validation_split 0"
         )
-    draws = _uniform(np.asarray(file.document_hashes), seed)
+    draws = _uniform(np.asarray(cache.document_hashes), seed)
     held_out = draws < share
+    # In a small corpus chance may leave a side empty; then it gets one text, the nearest to the border, in all copies.
     if not held_out.any():
         held_out = draws == draws.min()
     if held_out.all():

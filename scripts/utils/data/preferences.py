@@ -12,42 +12,39 @@ ones, which PPO then finds. Without it, the tokens are scored exactly as a rollo
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import zlib
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import hash_file, hash_json
-from ..core.records import BadText, iter_records
-from ..core.workers import ordered_map
 from ..text.conversations import Preference, read_preference, split_prompt
 from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt
 from .cache import (
-    FORMAT,
-    CacheWriter,
-    OnBadText,
+    Arrays,
+    CacheSettings,
+    Part,
+    Record,
+    RecordEncoder,
     TokenCache,
-    check_sources,
-    choose_workers,
-    describe_sources,
-    hash_files,
-    open_or_build,
+    build_cache,
+    describe_files,
     token_dtype,
 )
-from .samples import PARALLEL_BYTES, RECORDS_PER_UNIT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
+MIN_ANSWER = 2  # tokens an answer needs: one of text and its end
 # Why records are left out.
 DROPS = {
     "empty_prompt": "with an empty question",
@@ -61,16 +58,18 @@ class PromptCache(TokenCache):
     """Encoded prompts, memory-mapped; a data set whose items are (T,) int64 arrays. See TokenCache.
 
     Attributes:
-        document_hashes: a checksum of each prompt, so that documents.split_documents holds equal ones out together.
+        document_hashes: a checksum of each prompt, so that corpora.split_documents holds equal ones out together.
         sources: (n,) uint16, the number of each row's source in `source_names`.
         counters: records, a count for each reason in DROPS, answers_removed.
     """
 
+    KIND = "prompts"
+    RULES = 1
+
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         self.sources = self._map("sources")
-        self.source_names: list[str] = self.meta["source_names"]
-        self.counters: dict[str, int] = self.meta["counters"]
+        self.source_names: list[str] = self.meta["names"]["sources"]
 
     def __len__(self) -> int:
         return self.num_documents
@@ -126,6 +125,9 @@ class PairCache(PromptCache):
         margins: (n,) float32, NaN where none was given.
     """
 
+    KIND = "pairs"
+    RULES = 1
+
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         self.lengths = self._map("lengths").reshape(-1, 3)
@@ -175,35 +177,6 @@ def _spread(lengths: np.ndarray) -> dict[str, float]:
     return {**dict(zip(names, values, strict=True)), "mean": float(lengths.mean())}
 
 
-def group_by_length(lengths: np.ndarray, batch_size: int, seed: int, batches_per_group: int = 50) -> list[np.ndarray]:
-    """Batches of rows of about the same length, in random order: shuffled, sorted within groups of some batches.
-
-    The batch with the longest row comes first, so that a lack of memory shows at once.
-
-    Args:
-        lengths: (n,) tokens of each row, for a pair what one forward pass sees of it.
-        batch_size: rows of a batch over all processes; one batch may have fewer.
-        seed: another one each epoch.
-    Returns: (rows,) int64 each; every row is in one of them.
-    """
-    if batch_size < 1:
-        raise InputError(f"a batch of {batch_size} rows: need at least 1")
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(lengths))
-    size = batch_size * batches_per_group
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    groups = [group[np.argsort(-np.asarray(lengths)[group], kind="stable")] for group in groups]
-    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-    batches = [batches[number] for number in generator.permutation(len(batches))]
-    longest = max(range(len(batches)), key=lambda number: int(lengths[batches[number]].max()), default=0)
-    return batches[longest : longest + 1] + batches[:longest] + batches[longest + 1 :]
-
-
-logger = logging.getLogger(__name__)
-
-MIN_ANSWER = 2  # tokens an answer needs: one of text and its end
-
-
 # ---------------------------------------------------------------- messages -> ids
 
 
@@ -220,6 +193,7 @@ def encode_answers(
     for answer in answers:
         conversation = [*messages, {"role": "assistant", "content": answer}]
         ids, labels = encode_conversation(conversation, template, tokenizer)
+        # Some templates go on after the end token, with a line break for instance, which no answer needs.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORE_INDEX), default=0)
         if ids[: len(prompt)] != prompt or end <= len(prompt):
             raise InputError(
@@ -230,38 +204,67 @@ def encode_answers(
     return prompt, encoded
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """What a worker needs; travels to it once."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    max_length: int
-    dtype: str
-
-
-class _Record(NamedTuple):
-    location: str
-    source: str  # the file's name, for records that give none
-    fields: dict[str, Any]
-
-
 @dataclass
 class _Rows:
     """What some records became; one entry of each list a row."""
 
     ids: list[list[int]] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)  # checksum of each prompt
+    prompts: list[list[int]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
 
-    def add(self, ids: list[int], prompt: np.ndarray, source: str, **extra: Any) -> None:
+    def add(self, ids: list[int], prompt: list[int], source: str, **extra: Any) -> None:
         self.ids.append(ids)
-        self.prompts.append(zlib.crc32(prompt.tobytes()))
+        self.prompts.append(prompt)
         self.sources.append(source)
         for name, value in extra.items():
             self.extra.setdefault(name, []).append(value)
+
+    def arrays(self, dtype: str) -> Arrays:
+        types = {"lengths": np.int32, "truncated": np.bool_, "margins": np.float32}
+        checksums = [zlib.crc32(np.array(prompt, dtype=dtype).tobytes()) for prompt in self.prompts]
+        return {
+            "tokens": np.array([index for ids in self.ids for index in ids], dtype=dtype),
+            "document_ends": np.cumsum([len(ids) for ids in self.ids], dtype=np.int64),
+            "document_hashes": np.array(checksums, dtype=np.uint32),
+            "sources": np.array(self.sources, dtype=object),
+            **{name: np.array(values, dtype=types[name]).reshape(-1) for name, values in self.extra.items()},
+        }
+
+
+class _DroppingEncoder(RecordEncoder):
+    """Records -> rows; what makes no row is counted by its reason."""
+
+    counted: ClassVar[tuple[str, ...]] = (
+        "records",
+        *DROPS,
+        "answers_removed",
+        "truncated_chosen",
+        "truncated_rejected",
+    )
+
+    @abstractmethod
+    def add_row(self, record: Record, rows: _Rows) -> None:
+        """Add the record's row, or count why there is none."""
+
+    def settings(self, files: Sequence[Path]) -> list[Any]:
+        return [*super().settings(files), [path.stem for path in files]]  # a file's name is the source of its records
+
+    def encode(self, unit: list[Record]) -> Part:
+        rows = _Rows()
+        for record in unit:
+            rows.counters["records"] += 1
+            self.add_row(record, rows)
+        arrays = [rows.arrays(token_dtype(self.tokenizer))] if rows.ids else []
+        return Part(len(unit), arrays, dict(rows.counters))
+
+    def check(self, counters: Counter[str], files: Sequence[Path]) -> None:
+        if counters["records"] and counters["records"] == sum(counters[reason] for reason in DROPS):
+            raise InputError(
+                f"{describe_files(files)}: nothing is left of {counters['records']} records: "
+                f"{_describe_drops(counters)}; the window is {self.max_length} tokens"
+            )
 
 
 @contextlib.contextmanager
@@ -272,65 +275,58 @@ def _located(location: str) -> Iterator[None]:
         raise InputError(f"{location}: {error}") from None
 
 
-def _encode_preferences(encoder: _Encoder, records: list[_Record]) -> _Rows:
-    rows = _Rows()
-    for record in records:
-        rows.counters["records"] += 1
+class _PairEncoder(_DroppingEncoder):
+    def add_row(self, record: Record, rows: _Rows) -> None:
         preference = read_preference(record.fields, record.location)
         with _located(record.location):
-            encoded = _encode_pair(preference, encoder)
+            encoded = self._encode_pair(preference)
         if isinstance(encoded, str):
             rows.counters[encoded] += 1
-            continue
+            return
         prompt, answers = encoded
-        room = encoder.max_length - len(prompt)
+        room = self.max_length - len(prompt)
         truncated = [len(answer) > room for answer in answers]
+        # Compared after the cut: what differs behind it only, teaches nothing.
         chosen, rejected = (answer[:room] for answer in answers)
         if chosen == rejected:
             rows.counters["identical"] += 1
-            continue
+            return
         rows.counters["truncated_chosen"] += truncated[0]
         rows.counters["truncated_rejected"] += truncated[1]
         rows.add(
             [*prompt, *chosen, *rejected],
-            np.array(prompt, dtype=encoder.dtype),
+            prompt,
             preference.source or record.source,
             lengths=[len(prompt), len(chosen), len(rejected)],
             truncated=truncated,
             margins=np.nan if preference.margin is None else preference.margin,
         )
-    return rows
+
+    def _encode_pair(self, preference: Preference) -> tuple[list[int], list[list[int]]] | str:
+        """The ids of the prompt and of both answers, uncut; or why the pair is dropped."""
+        if not preference.messages[-1]["content"].strip():
+            return "empty_prompt"
+        if not (preference.chosen.strip() and preference.rejected.strip()):
+            return "empty_answer"
+        texts = (preference.chosen, preference.rejected)
+        prompt, answers = encode_answers(preference.messages, texts, self.template, self.tokenizer)
+        return "long_prompt" if len(prompt) + MIN_ANSWER > self.max_length else (prompt, answers)
 
 
-def _encode_pair(preference: Preference, encoder: _Encoder) -> tuple[list[int], list[list[int]]] | str:
-    """The ids of the prompt and of both answers, uncut; or why the pair is dropped."""
-    if not preference.messages[-1]["content"].strip():
-        return "empty_prompt"
-    if not (preference.chosen.strip() and preference.rejected.strip()):
-        return "empty_answer"
-    texts = (preference.chosen, preference.rejected)
-    prompt, answers = encode_answers(preference.messages, texts, encoder.template, encoder.tokenizer)
-    return "long_prompt" if len(prompt) + MIN_ANSWER > encoder.max_length else (prompt, answers)
-
-
-def _encode_prompts(encoder: _Encoder, records: list[_Record]) -> _Rows:
-    rows = _Rows()
-    for record in records:
-        rows.counters["records"] += 1
+class _PromptEncoder(_DroppingEncoder):
+    def add_row(self, record: Record, rows: _Rows) -> None:
         messages, answered = split_prompt(record.fields, record.location)
         rows.counters["answers_removed"] += answered
         if not messages[-1]["content"].strip():
             rows.counters["empty_prompt"] += 1
-            continue
+            return
         with _located(record.location):
-            ids = encode_prompt(messages, encoder.template, encoder.tokenizer)
-        if len(ids) > encoder.max_length:
+            ids = encode_prompt(messages, self.template, self.tokenizer)
+        if len(ids) > self.max_length:
             rows.counters["long_prompt"] += 1
-            continue
+            return
         source = record.fields.get("source")
-        source = source if isinstance(source, str) and source else record.source
-        rows.add(ids, np.array(ids, dtype=encoder.dtype), source)
-    return rows
+        rows.add(ids, ids, source if isinstance(source, str) and source else record.source)
 
 
 # ---------------------------------------------------------------- caches
@@ -341,26 +337,24 @@ def load_preferences(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_seq_length: int,
-    cache_dir: str | Path,
+    settings: CacheSettings,
     *,
-    on_bad_text: OnBadText = "error",
-    num_workers: int | None = None,
     max_samples: int | None = None,
-    max_dropped_share: float = 0.1,
 ) -> PairCache:
-    """Tokenise pairs (json, jsonl, parquet) into a PairCache below `cache_dir`, or open the one there.
+    """Tokenise pairs (json, jsonl, parquet) into a PairCache, or open the one that is there.
 
     Args:
         template: the jinja text of the chat template, see prompts.resolve_template.
         max_seq_length: tokens of a prompt and one answer; the module's head says what happens to longer ones.
         max_samples: read only this many records.
-        max_dropped_share: warn if a larger share of the records is dropped.
-    Raises: InputError for a broken or unknown record (file:line), bad text unless skipped, or if no pair is left.
+    Raises: as build_cache, and InputError if no pair is left.
     """
     if max_seq_length <= MIN_ANSWER:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least {MIN_ANSWER + 1} tokens")
-    settings = (tokenizer, template, max_seq_length, Path(cache_dir), on_bad_text, num_workers, max_samples)
-    return _load(PairCache, _encode_preferences, files, *settings, max_dropped_share)
+    encoder = _PairEncoder(tokenizer, template, max_seq_length, max_samples)
+    pairs = build_cache(PairCache, encoder, files, tokenizer, settings)
+    _log_counters(pairs, files, settings)
+    return pairs
 
 
 def load_prompts(
@@ -368,114 +362,34 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_prompt_length: int,
-    cache_dir: str | Path,
+    settings: CacheSettings,
     *,
-    on_bad_text: OnBadText = "error",
-    num_workers: int | None = None,
     max_samples: int | None = None,
-    max_dropped_share: float = 0.1,
 ) -> PromptCache:
     """Tokenise prompts into a PromptCache, as load_preferences does pairs; a prompt that is too long is dropped."""
     if max_prompt_length < 1:
         raise InputError(f"--max_prompt_length {max_prompt_length}: need at least 1 token")
-    settings = (tokenizer, template, max_prompt_length, Path(cache_dir), on_bad_text, num_workers, max_samples)
-    return _load(PromptCache, _encode_prompts, files, *settings, max_dropped_share)
+    encoder = _PromptEncoder(tokenizer, template, max_prompt_length, max_samples)
+    prompts = build_cache(PromptCache, encoder, files, tokenizer, settings)
+    _log_counters(prompts, files, settings)
+    return prompts
 
 
-File = TypeVar("File", bound=PromptCache)
-
-
-def _load(
-    kind: type[File],
-    encode: Callable[[_Encoder, list[_Record]], _Rows],
-    files: Sequence[str | Path],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-    cache_dir: Path,
-    on_bad_text: OnBadText,
-    num_workers: int | None,
-    max_samples: int | None,
-    max_dropped_share: float,
-) -> File:
-    from ..text import prompts
-    from ..text.tokenizer import tokenizer_fingerprint
-
-    paths = [Path(file) for file in files]
-    hashes = hash_files(paths, cache_dir)
-    # The rules are code: a changed rule must not meet an old cache. A file's name is the source of its records.
-    rules = [hash_file(prompts.__file__), hash_file(__file__), [path.stem for path in paths]]
-    settings = [FORMAT, rules, template, max_length, on_bad_text, max_samples]
-    key = hash_json([kind.__name__, hashes, tokenizer_fingerprint(tokenizer), settings])
-    encoder = _Encoder(tokenizer, template, max_length, token_dtype(tokenizer))
-
-    def build(folder: Path) -> None:
-        bad_text = BadText(on_bad_text)
-        workers = choose_workers(num_workers, sum(path.stat().st_size for path in paths), PARALLEL_BYTES)
-        counters: Counter[str] = Counter(dict.fromkeys([*DROPS, *_OTHER_COUNTS], 0))
-        names: dict[str, int] = {}
-        units = _record_units(paths, bad_text, max_samples)
-        with (
-            CacheWriter(folder) as writer,
-            contextlib.closing(ordered_map(encode, encoder, units, workers)) as results,
-        ):
-            for rows in results:
-                counters.update(rows.counters)
-                if rows.ids:
-                    writer.add(_to_arrays(rows, names, encoder.dtype))
-            if counters["records"] and not writer.num_tokens:
-                raise InputError(
-                    f"{describe_sources(paths)}: nothing is left of {counters['records']} records: "
-                    f"{_describe_drops(counters)}; the window is {max_length} tokens"
-                )
-            check_sources(paths, hashes, cache_dir, writer.num_tokens, bad_text)
-            meta = {"counters": dict(counters), "source_names": list(names)}
-            writer.finish(key, paths, skipped=bad_text.skipped, **meta)
-
-    file = open_or_build(kind, cache_dir / f"{kind.__name__.lower()}-{key[:20]}", build)
-    _log_counters(file, describe_sources(paths), max_dropped_share)
-    return file
-
-
-_OTHER_COUNTS = ("records", "answers_removed", "truncated_chosen", "truncated_rejected")
-
-
-def _record_units(files: Sequence[Path], bad_text: BadText, max_samples: int | None) -> Iterator[list[_Record]]:
-    every = (_Record(place, path.stem, record) for path in files for place, record in iter_records(path, bad_text))
-    records = itertools.islice(every, max_samples)
-    while unit := list(itertools.islice(records, RECORDS_PER_UNIT)):
-        yield unit
-
-
-def _to_arrays(rows: _Rows, names: dict[str, int], dtype: str) -> dict[str, np.ndarray]:
-    """The arrays of a cache; `names` numbers the sources and grows."""
-    numbers = [names.setdefault(source, len(names)) for source in rows.sources]
-    if len(names) > 1 << 16:
-        raise InputError(f"more than {1 << 16} different values in the field 'source'; name data sets there, not rows")
-    types = {"lengths": np.int32, "truncated": np.bool_, "margins": np.float32}
-    return {
-        "tokens": np.array([index for ids in rows.ids for index in ids], dtype=dtype),
-        "document_ends": np.cumsum([len(ids) for ids in rows.ids], dtype=np.int64),
-        "document_hashes": np.array(rows.prompts, dtype=np.uint32),
-        "sources": np.array(numbers, dtype=np.uint16),
-        **{name: np.array(values, dtype=types[name]).reshape(-1) for name, values in rows.extra.items()},
-    }
-
-
-def _describe_drops(counters: dict[str, int]) -> str:
+def _describe_drops(counters: Mapping[str, int]) -> str:
     parts = [f"{counters[reason]} {words}" for reason, words in DROPS.items() if counters[reason]]
     return ", ".join(parts)
 
 
-def _log_counters(file: PromptCache, name: str, max_dropped_share: float) -> None:
-    counters = file.counters
+def _log_counters(cache: PromptCache, files: Sequence[str | Path], settings: CacheSettings) -> None:
+    """Say, also of a cache that was there, what is not as the records have it."""
+    name, counters = describe_files(list(map(Path, files))), cache.counters
     records = counters["records"]
     dropped = sum(counters[reason] for reason in DROPS)
     if dropped:
-        level = logging.WARNING if dropped > max_dropped_share * records else logging.INFO
+        level = logging.WARNING if dropped > settings.max_dropped_share * records else logging.INFO
         logger.log(level, "%s: %d of %d records dropped: %s", name, dropped, records, _describe_drops(counters))
     cut = counters["truncated_chosen"], counters["truncated_rejected"]
     if any(cut):
-        logger.warning("%s: cut at the right, no end token: %d chosen and %d rejected of %d", name, *cut, len(file))
+        logger.warning("%s: cut at the right, no end token: %d chosen and %d rejected of %d", name, *cut, len(cache))
     if counters["answers_removed"]:
         logger.info("%s: the answer at the end of %d prompts is left out", name, counters["answers_removed"])

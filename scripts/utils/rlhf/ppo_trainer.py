@@ -27,7 +27,7 @@ from ..core.errors import InputError
 from ..core.files import atomic_file, read_json, write_json
 from ..data.batches import Collator
 from ..data.blocks import PackedSamples
-from ..data.cache import SampleCache
+from ..data.samples import SampleCache
 from ..generation.batching import Generator
 from ..generation.engine import Completion
 from ..models.gathering import whole_model

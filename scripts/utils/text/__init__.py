@@ -7,7 +7,7 @@
   vocabulary_report  measured on held-out text, written as json, markdown and a picture
   text_sample        documents streamed from files, and a seeded sample that fits in memory
   prompts            every template and system prompt, messages -> token ids and labels, and the stop tokens
-  conversations      records of conversations, preference pairs and prompts, in every layout -> messages and answers
+  conversations      every layout of pairs and prompts -> the conversation, the better and the worse answer
   tool_calls         how functions are told to the model and called by it, in the form that instruction tuning trains
 
 Others import: tokenizer, pieces, vocabulary, vocabulary_report, text_sample, prompts, conversations, tool_calls.

@@ -108,6 +108,13 @@ def start_run(run: Run, inputs: dict[str, Any], is_main_process: bool) -> None:
     if run.checkpoint is not None:
         recorded = read_json(run.folder / INPUTS)
         if changed := [name for name in inputs if recorded.get(name) != inputs[name]]:
+            # Older versions recorded "train" and "zh" where "train/zh" stands now, and made other keys.
+            if not all("/" in name for name in recorded.get("data", {})):
+                raise InputError(
+                    f"--output_dir {run.folder} holds an unfinished run of an older version of this program, which "
+                    "recorded its data in another way, so that nothing says whether it is the same; resume it with "
+                    "that version, pass another folder, or --restart to start over"
+                )
             raise InputError(
                 f"--output_dir {run.folder} holds an unfinished run with other {', '.join(changed)} (the contents "
                 "changed since it began); restore them to resume, pass another folder, or --restart to start over"

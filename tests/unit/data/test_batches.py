@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from utils.data.batches import Example, LengthGroupedOrder, PairCollator, model_inputs, sum_by_answer
+from utils.core.errors import InputError
+from utils.data import batches as batches_module
+from utils.data.batches import (
+    Example,
+    LengthGroupedOrder,
+    PairCollator,
+    group_by_length,
+    model_inputs,
+    sum_by_answer,
+)
 from utils.data.preferences import Pair
 from utils.models.lm_loss import install_loss_head, loss_targets
 
@@ -88,3 +97,26 @@ def test_a_shared_prompt_is_computed_once():
     assert (batch["answer"] >= 0).sum(1).tolist() == lengths
     assert batch["attention_mask"].shape == (4, 1, max(lengths), max(lengths))
     assert "attention_mask" not in PairCollator(0, "eager")(examples)
+
+
+def test_batches_are_of_like_lengths_and_hold_every_row_once(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 1000, 1003)
+    batches = group_by_length(lengths, 8, seed=1)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+    assert sorted(map(len, batches))[:2] == [3, 8] and len(batches) == 126
+    assert lengths[batches[0]].max() == lengths.max()
+    order = np.random.default_rng(2).permutation(1003)
+
+    def padding(parts):
+        return sum(int((lengths[part].max() - lengths[part]).sum()) for part in parts)
+
+    assert padding(batches) < 0.1 * padding(np.array_split(order, 126))
+    same, other = group_by_length(lengths, 8, seed=1), group_by_length(lengths, 8, seed=2)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, same, strict=True))
+    assert np.concatenate(other).tolist() != np.concatenate(batches).tolist()
+    assert group_by_length(lengths[:0], 8, seed=1) == []
+    with pytest.raises(InputError, match="at least 1"):
+        group_by_length(lengths, 0, seed=1)
+    monkeypatch.setattr(batches_module, "BATCHES_PER_GROUP", 126)
+    longest = [int(lengths[batch].max()) for batch in group_by_length(lengths, 8, seed=1)]
+    assert longest[1:] != sorted(longest[1:], reverse=True)  # one group, yet not from long to short

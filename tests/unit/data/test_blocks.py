@@ -11,11 +11,12 @@ import torch
 from utils.core.errors import InputError
 from utils.data.batches import Collator
 from utils.data.blocks import MixedBlocks, PackedBlocks, PackedSamples, PaddedSamples, describe_sample
-from utils.data.cache import CacheWriter, CorpusCache, SampleCache
-from utils.data.samples import load_sft_samples
+from utils.data.cache import CacheSettings, CacheWriter
+from utils.data.corpora import CorpusCache
+from utils.data.samples import SampleCache, load_sft_samples
 from utils.text.prompts import IGNORE_INDEX
 
-PAD = 99
+PAD = 99  # of the Collator; blocks are filled up with 0
 
 
 def make_file(folder, documents, trained=None):
@@ -65,7 +66,7 @@ def expected_blocks(documents, block_size, cross=False):
                 following = document[place + 1] if place + 1 < len(document) else IGNORE_INDEX
             else:
                 position = 0 if start + offset == len(stream) and not cross else position + 1
-                token, label, following = PAD, IGNORE_INDEX, IGNORE_INDEX
+                token, label, following = 0, IGNORE_INDEX, IGNORE_INDEX
             for name, value in zip(block, (token, position, label, following), strict=True):
                 block[name].append(value)
         blocks.append(block)
@@ -80,7 +81,7 @@ def test_blocks_are_those_of_a_plain_loop(tmp_path, seed, block_size, cross):
     file = make_file(tmp_path / "f", documents)
     ids = np.array(random.Random(seed).sample(range(40), 25))
     chosen = [documents[number] for number in ids]
-    blocks = PackedBlocks(file, ids, block_size, cross_document_attention=cross, pad_token_id=PAD)
+    blocks = PackedBlocks(file, ids, block_size, cross_document_attention=cross)
     found = rows(blocks)
     assert found == expected_blocks(chosen, block_size, cross)
     # Every token except each document's first is a target exactly once.
@@ -97,8 +98,8 @@ def test_blocks_are_those_of_a_plain_loop(tmp_path, seed, block_size, cross):
 def test_max_blocks_takes_the_first(tmp_path, max_blocks):
     documents = random_documents(3, 30, 60)
     file = make_file(tmp_path / "f", documents)
-    every = PackedBlocks(file, np.arange(30), 16, pad_token_id=PAD)
-    few = PackedBlocks(file, np.arange(30), 16, pad_token_id=PAD, max_blocks=max_blocks)
+    every = PackedBlocks(file, np.arange(30), 16)
+    few = PackedBlocks(file, np.arange(30), 16, max_blocks=max_blocks)
     assert len(few) == min(max_blocks, len(every))
     assert few.num_tokens == min(every.num_tokens, max_blocks * 16)
     assert abs(few.num_bytes - 10 * few.num_tokens) <= 1
@@ -133,7 +134,7 @@ def parts(tmp_path):
     documents = random_documents(5, 300, 40)
     file = make_file(tmp_path / "mixed", documents)
     cuts = {"a": range(100), "b": range(100, 200), "old": range(200, 300)}
-    return {name: PackedBlocks(file, np.array(list(ids)), 16, pad_token_id=PAD) for name, ids in cuts.items()}
+    return {name: PackedBlocks(file, np.array(list(ids)), 16) for name, ids in cuts.items()}
 
 
 def first_tokens(dataset) -> list[int]:
@@ -156,7 +157,7 @@ def test_mixing_weights_and_replay(parts):
         counts = [found.count(token) for token in own]
         assert sum(counts) == described[name][0]
         assert max(counts) - min(counts) <= 1  # whole passes first, the rest without repetition
-        tokens = sum(sum(id != PAD for id in row["input_ids"]) for row in rows(mixed) if row["input_ids"][0] in own)
+        tokens = sum(sum(id != 0 for id in row["input_ids"]) for row in rows(mixed) if row["input_ids"][0] in own)
         assert tokens == described[name][1]
     assert mixed.num_tokens == sum(tokens for _, tokens, _ in described.values())
     # The seed decides, and nothing else.
@@ -374,7 +375,7 @@ def test_the_first_sample_is_shown_with_what_is_trained(tmp_path, extended_token
     tokenizer = load_tokenizer(extended_tokenizer_folder)
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "猫 cat", "output": "the 狗"}\n' * 2, encoding="utf-8")
-    file = load_sft_samples([path], tokenizer, prompts.CHAT_TEMPLATES["mixtral"], 100, tmp_path / "c")
+    file = load_sft_samples([path], tokenizer, prompts.CHAT_TEMPLATES["mixtral"], 100, CacheSettings(tmp_path / "c"))
     shown = describe_sample(PackedSamples(file, 300)[0], tokenizer)
     assert shown.count("⟦") == shown.count("⟧") == 1
     prompt, answer = shown.split("⟦")

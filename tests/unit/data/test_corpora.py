@@ -23,8 +23,8 @@ from utils.core.errors import InputError
 from utils.core.records import RECORD_SUFFIXES
 from utils.data import cache as data_cache
 from utils.data import corpora as data_corpora
-from utils.data.cache import CorpusCache
-from utils.data.corpora import parse_corpora, split_documents, tokenize_corpus
+from utils.data.cache import CacheSettings
+from utils.data.corpora import CorpusCache, parse_corpora, split_documents, tokenize_corpus
 from utils.text.tokenizer import encode_text, load_tokenizer
 
 ARRAYS = ("tokens", "document_ends", "document_bytes", "document_hashes")
@@ -109,7 +109,9 @@ def test_tokens_are_those_of_a_plain_loop(tmp_path, monkeypatch, request, kind, 
     lines, records = tmp_path / "a.txt", tmp_path / "b.jsonl"
     lines.write_text("\ufeff" + "\r\n\n".join(texts[:100]), encoding="utf-8", newline="")
     records.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts[100:]), encoding="utf-8")
-    file = tokenize_corpus([lines, records], tokenizer, tmp_path / "c", text_column="body", num_workers=num_workers)
+    file = tokenize_corpus(
+        [lines, records], tokenizer, CacheSettings(tmp_path / "c", num_workers=num_workers), text_column="body"
+    )
     check_tokens(file, texts, tokenizer)
     assert file.tokens.dtype == np.uint16
     assert file.skipped == 0
@@ -118,14 +120,14 @@ def test_tokens_are_those_of_a_plain_loop(tmp_path, monkeypatch, request, kind, 
 def test_documents_of_several_lines(tmp_path, sentencepiece_tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n###\nthree\n###\n", encoding="utf-8")
-    file = tokenize_corpus([path], sentencepiece_tokenizer, tmp_path / "c", document_separator="###")
+    file = tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(tmp_path / "c"), document_separator="###")
     check_tokens(file, ["one\ntwo\n", "three"], sentencepiece_tokenizer)
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, sentencepiece_tokenizer, monkeypatch):
     monkeypatch.setattr(type(sentencepiece_tokenizer), "__len__", lambda self: (1 << 16) + 1)
     (tmp_path / "a.txt").write_text("cat", encoding="utf-8")
-    file = tokenize_corpus([tmp_path / "a.txt"], sentencepiece_tokenizer, tmp_path / "c")
+    file = tokenize_corpus([tmp_path / "a.txt"], sentencepiece_tokenizer, CacheSettings(tmp_path / "c"))
     assert file.tokens.dtype == np.uint32
     check_tokens(file, ["cat"], sentencepiece_tokenizer)
 
@@ -135,7 +137,7 @@ def test_published_tokenizer_on_chinese_text(tmp_path, shared_data):
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "chinese_llama2_55296")
     paths = [shared_data / "pt" / f"{name}.txt" for name in ("zh_d2l", "zh_songci", "en_c4")]
     lines = [line for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    file = tokenize_corpus(paths, tokenizer, tmp_path / "c", num_workers=1)
+    file = tokenize_corpus(paths, tokenizer, CacheSettings(tmp_path / "c", num_workers=1))
     assert file.document_bytes.tolist() == [len(line.encode()) for line in lines]
     size = sum(item.stat().st_size for item in file.folder.iterdir())
     assert size / len(file.tokens) <= 2.5
@@ -155,21 +157,25 @@ def test_bad_text_stops_or_is_counted(tmp_path, monkeypatch, caplog, sentencepie
     path, cache = tmp_path / "a.txt", tmp_path / "c"
     path.write_bytes(b"good one\ngood two\nb\xffd\ngood three\n\xe4\xb8\n")
     with pytest.raises(InputError, match=re.escape(f"{path}:3: invalid UTF-8")):
-        tokenize_corpus([path], sentencepiece_tokenizer, cache, num_workers=num_workers)
+        tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache, num_workers=num_workers))
     assert [item.name for item in cache.iterdir() if item.suffix not in (".lock", ".json")] == []
-    file = tokenize_corpus([path], sentencepiece_tokenizer, cache, num_workers=num_workers, on_bad_text="skip")
+    file = tokenize_corpus(
+        [path], sentencepiece_tokenizer, CacheSettings(cache, on_bad_text="skip", num_workers=num_workers)
+    )
     check_tokens(file, ["good one", "good two", "good three"], sentencepiece_tokenizer)
     assert file.skipped == 2
     assert f"skipped 2 rows whose text is not valid, the first at {path}:3, {path}:5" in caplog.text
     with pytest.raises(InputError):  # what was skipped before is not forgotten
-        tokenize_corpus([path], sentencepiece_tokenizer, cache, num_workers=num_workers)
+        tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache, num_workers=num_workers))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xff\n"])
 def test_a_corpus_without_text_is_an_error(tmp_path, sentencepiece_tokenizer, content):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(InputError, match="no text in"):
-        tokenize_corpus([tmp_path / "a.txt"], sentencepiece_tokenizer, tmp_path / "c", on_bad_text="skip")
+        tokenize_corpus(
+            [tmp_path / "a.txt"], sentencepiece_tokenizer, CacheSettings(tmp_path / "c", on_bad_text="skip")
+        )
 
 
 # ---------------------------------------------------------------- the cache
@@ -179,13 +185,13 @@ def test_a_corpus_without_text_is_an_error(tmp_path, sentencepiece_tokenizer, co
 def count_builds(monkeypatch):
     """The units of work that were really tokenised."""
     done = []
-    original = data_corpora._tokenize_unit
+    original = data_cache._encode_unit
 
     def tokenize_unit(encoder, unit):
         done.append(unit)
         return original(encoder, unit)
 
-    monkeypatch.setattr(data_corpora, "_tokenize_unit", tokenize_unit)
+    monkeypatch.setattr(data_cache, "_encode_unit", tokenize_unit)
     return done
 
 
@@ -196,7 +202,7 @@ def test_the_key_is_content_tokenizer_and_settings(
 
     def tokenize(path=path, tokenizer=sentencepiece_tokenizer, **options) -> bool:
         before = len(count_builds)
-        file = tokenize_corpus([path], tokenizer, cache, **options)
+        file = tokenize_corpus([path], tokenizer, CacheSettings(cache, **options))
         assert file.tokens.tolist() == list(itertools.chain(*expected_tokens(path.read_text().split("\n"), tokenizer)))
         return len(count_builds) > before
 
@@ -241,7 +247,7 @@ def test_an_unchanged_old_file_is_not_read_again(tmp_path, monkeypatch):
 def test_a_damaged_cache_is_built_again(tmp_path, count_builds, sentencepiece_tokenizer, damage):
     path, cache = tmp_path / "a.txt", tmp_path / "c"
     path.write_text("cat\ndog\n")
-    file = tokenize_corpus([path], sentencepiece_tokenizer, cache)
+    file = tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache))
     folder, expected = file.folder, file.tokens.tolist()
     if damage == "truncate":
         with open(folder / "tokens.bin", "r+b") as stream:
@@ -252,24 +258,26 @@ def test_a_damaged_cache_is_built_again(tmp_path, count_builds, sentencepiece_to
         (folder / "meta.json").write_text("{}")
     else:
         (folder / "meta.json").unlink()
-    assert tokenize_corpus([path], sentencepiece_tokenizer, cache).tokens.tolist() == expected
+    assert tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache)).tokens.tolist() == expected
     assert len(count_builds) == 2
 
 
 def test_one_of_several_builds_and_the_others_wait(tmp_path, monkeypatch, count_builds, sentencepiece_tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("cat\ndog\n")
-    slow = data_corpora._tokenize_unit
+    slow = data_cache._encode_unit
 
     def tokenize_slowly(encoder, unit):
         time.sleep(0.2)
         return slow(encoder, unit)
 
-    monkeypatch.setattr(data_corpora, "_tokenize_unit", tokenize_slowly)
+    monkeypatch.setattr(data_cache, "_encode_unit", tokenize_slowly)
     results = []
     threads = [
         threading.Thread(
-            target=lambda: results.append(tokenize_corpus([path], sentencepiece_tokenizer, tmp_path / "c"))
+            target=lambda: results.append(
+                tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(tmp_path / "c"))
+            )
         )
         for _ in range(3)
     ]
@@ -285,16 +293,16 @@ def test_one_of_several_builds_and_the_others_wait(tmp_path, monkeypatch, count_
 def test_a_file_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, sentencepiece_tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("cat\n")
-    original = data_corpora._tokenize_unit
+    original = data_cache._encode_unit
 
     def append_then_tokenize(encoder, unit):
         with open(path, "a") as file:
             file.write("dog\n")
         return original(encoder, unit)
 
-    monkeypatch.setattr(data_corpora, "_tokenize_unit", append_then_tokenize)
+    monkeypatch.setattr(data_cache, "_encode_unit", append_then_tokenize)
     with pytest.raises(InputError, match="changed while being read"):
-        tokenize_corpus([path], sentencepiece_tokenizer, tmp_path / "c")
+        tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(tmp_path / "c"))
 
 
 def left_behind(cache: Path) -> list[str]:
@@ -316,10 +324,12 @@ def test_a_full_disk_leaves_nothing_and_a_rerun_works(tmp_path, monkeypatch, sen
     with monkeypatch.context() as patch:
         patch.setattr(data_cache.CacheWriter, "add", fill_up)
         with pytest.raises(OSError, match="No space left") as caught:
-            tokenize_corpus([path], sentencepiece_tokenizer, cache)
+            tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache))
     assert caught.value.filename.startswith(str(cache))
     assert left_behind(cache) == []
-    check_tokens(tokenize_corpus([path], sentencepiece_tokenizer, cache), texts, sentencepiece_tokenizer)
+    check_tokens(
+        tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache)), texts, sentencepiece_tokenizer
+    )
 
 
 @pytest.mark.slow
@@ -333,10 +343,10 @@ def test_a_really_full_disk(tmp_path, sentencepiece_tokenizer):
         path = tmp_path / "a.txt"
         path.write_text("\n".join(make_texts(2, 10_000)), encoding="utf-8")
         with pytest.raises(OSError, match="No space left"):
-            tokenize_corpus([path], sentencepiece_tokenizer, cache)
+            tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache))
         assert left_behind(cache) == []
         path.write_text("cat")
-        assert tokenize_corpus([path], sentencepiece_tokenizer, cache).num_documents == 1
+        assert tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache)).num_documents == 1
     finally:
         subprocess.run(["umount", str(cache)], check=True)
 
@@ -344,12 +354,15 @@ def test_a_really_full_disk(tmp_path, sentencepiece_tokenizer):
 KILLED_PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from utils import documents
+from pathlib import Path
+from utils.data import corpora
+from utils.data.cache import CacheSettings
 from utils.text.tokenizer import load_tokenizer
 if __name__ == "__main__":
-    documents.PARALLEL_BYTES["sentencepiece"] = 0
-    documents.UNIT_BYTES = 50_000
-    documents.tokenize_corpus([sys.argv[3]], load_tokenizer(sys.argv[2]), sys.argv[4], num_workers=2)
+    corpora.PARALLEL_BYTES["sentencepiece"] = 0
+    corpora.UNIT_BYTES = 50_000
+    settings = CacheSettings(Path(sys.argv[4]), num_workers=2)
+    corpora.tokenize_corpus([sys.argv[3]], load_tokenizer(sys.argv[2]), settings)
 """
 
 
@@ -374,7 +387,9 @@ def kill_and_rerun(folder: Path, tokenizer_folder: Path, delays) -> None:
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
         again = CorpusCache(next(cache.glob("tokens-*")))
         assert not list(cache.glob(".*.partial"))
-        reference = tokenize_corpus([text], load_tokenizer(tokenizer_folder), folder / "reference", num_workers=1)
+        reference = tokenize_corpus(
+            [text], load_tokenizer(tokenizer_folder), CacheSettings(folder / "reference", num_workers=1)
+        )
         assert again.key == reference.key
         for name in ARRAYS:
             assert (again.folder / f"{name}.bin").read_bytes() == (reference.folder / f"{name}.bin").read_bytes()
@@ -411,7 +426,7 @@ def test_what_a_killed_builder_left_is_removed(tmp_path, sentencepiece_tokenizer
     abandoned = tmp_path / "c" / ".tokens-0123.partial"
     abandoned.mkdir(parents=True)
     (tmp_path / "a.txt").write_text("cat")
-    tokenize_corpus([tmp_path / "a.txt"], sentencepiece_tokenizer, tmp_path / "c")
+    tokenize_corpus([tmp_path / "a.txt"], sentencepiece_tokenizer, CacheSettings(tmp_path / "c"))
     assert not abandoned.exists()
 
 
@@ -455,7 +470,7 @@ def test_parse_corpora_reports_all_mistakes_together(tmp_path):
 def tokenize_texts(tmp_path, texts, tokenizer) -> CorpusCache:
     path = tmp_path / f"{abs(hash(tuple(texts)))}.txt"
     path.write_text("\n".join(texts), encoding="utf-8")
-    return tokenize_corpus([path], tokenizer, tmp_path / "c")
+    return tokenize_corpus([path], tokenizer, CacheSettings(tmp_path / "c"))
 
 
 def test_the_split_depends_on_text_and_seed_alone(tmp_path, sentencepiece_tokenizer):

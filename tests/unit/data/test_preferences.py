@@ -10,9 +10,10 @@ import pytest
 
 from utils.core.errors import InputError
 from utils.core.records import iter_records
-from utils.data import preferences
+from utils.data import cache
+from utils.data.cache import CacheSettings
 from utils.data.corpora import split_documents
-from utils.data.preferences import encode_answers, group_by_length, load_preferences, load_prompts
+from utils.data.preferences import encode_answers, load_preferences, load_prompts
 from utils.text import prompts
 from utils.text.conversations import Preference, read_preference, split_prompt
 from utils.text.prompts import CHAT_TEMPLATES, encode_conversation, encode_prompt
@@ -190,7 +191,7 @@ def test_ids_are_those_of_tuning_and_inference(tmp_path, request, folder, name):
     chats = [[user("a cat 猫狗")], [user("Q"), assistant("A </s>"), user("zebra?")]]
     records = [{"prompt": chat, "chosen": " 猫狗 <s> é", "rejected": "No\n, the"} for chat in chats]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    file = load_preferences([tmp_path / "a.jsonl"], tokenizer, template, 1000, tmp_path / "c")
+    file = load_preferences([tmp_path / "a.jsonl"], tokenizer, template, 1000, CacheSettings(tmp_path / "c"))
     stops = prompts.stop_token_ids(template, tokenizer)
     assert len(file) == 2
     for pair, chat, record in zip(file, chats, records, strict=True):
@@ -212,7 +213,7 @@ def test_a_template_with_another_generation_prompt_is_refused(tmp_path, tokenize
         encode_answers([user("Q")], ["A"], template, tokenizer)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q", **TEXTS}))
     with pytest.raises(InputError, match=r"a\.jsonl:1: the chat template"):
-        load_preferences([tmp_path / "a.jsonl"], tokenizer, template, 100, tmp_path / "c")
+        load_preferences([tmp_path / "a.jsonl"], tokenizer, template, 100, CacheSettings(tmp_path / "c"))
 
 
 # ---------------------------------------------------------------- files
@@ -254,15 +255,15 @@ def test_files_hold_what_a_plain_loop_reads(tmp_path, monkeypatch, tokenizer, nu
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr(preferences, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(preferences, "RECORDS_PER_UNIT", 3)
+    monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(cache, "RECORDS_PER_UNIT", 3)
     records = make_pairs(0, 20)
     del records[0]["margin"], records[4]["source"], records[5]["margin"]
     (tmp_path / "b.json").write_text(json.dumps(records[6:13], indent=1))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[13:]), tmp_path / "c.parquet")
     paths = [write(tmp_path / "a.jsonl", records[:6]), tmp_path / "b.json", tmp_path / "c.parquet"]
-    arguments = (paths, tokenizer, TEMPLATE, 1000, tmp_path / "cache")
-    file = load_preferences(*arguments, num_workers=num_workers)
+    settings = CacheSettings(tmp_path / "cache", num_workers=num_workers)
+    file = load_preferences(paths, tokenizer, TEMPLATE, 1000, settings)
     expected = []
     for record in records:
         texts = [record["chosen"], record["rejected"]]
@@ -277,15 +278,15 @@ def test_files_hold_what_a_plain_loop_reads(tmp_path, monkeypatch, tokenizer, nu
 
 def test_the_cache_is_used_until_something_changes(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", make_pairs(1, 5))
-    first = load_preferences([path], tokenizer, TEMPLATE, 1000, tmp_path / "c")
+    first = load_preferences([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"))
     stamp = (first.folder / "meta.json").stat().st_mtime_ns
-    again = load_preferences([path], tokenizer, TEMPLATE, 1000, tmp_path / "c")
+    again = load_preferences([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"))
     assert again.folder == first.folder and (again.folder / "meta.json").stat().st_mtime_ns == stamp
     others = [
-        load_preferences([path], tokenizer, TEMPLATE, 999, tmp_path / "c"),
-        load_preferences([path], tokenizer, CHAT_TEMPLATES["alpaca-2"], 1000, tmp_path / "c"),
-        load_preferences([path], tokenizer, TEMPLATE, 1000, tmp_path / "c", max_samples=3),
-        load_prompts([path], tokenizer, TEMPLATE, 1000, tmp_path / "c"),
+        load_preferences([path], tokenizer, TEMPLATE, 999, CacheSettings(tmp_path / "c")),
+        load_preferences([path], tokenizer, CHAT_TEMPLATES["alpaca-2"], 1000, CacheSettings(tmp_path / "c")),
+        load_preferences([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"), max_samples=3),
+        load_prompts([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c")),
     ]
     assert len({file.folder for file in [first, *others]}) == 5
     assert [len(file) for file in others] == [5, 5, 3, 5]
@@ -294,12 +295,12 @@ def test_the_cache_is_used_until_something_changes(tmp_path, tokenizer):
 def test_equal_prompts_are_held_out_together(tmp_path, tokenizer):
     pairs = [{"prompt": f"Q{n % 10}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
     path = write(tmp_path / "a.jsonl", pairs)
-    file = load_preferences([path], tokenizer, TEMPLATE, 1000, tmp_path / "c")
+    file = load_preferences([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"))
     training, held_out = (
         {tuple(file[i].prompt.tolist()) for i in ids.tolist()} for ids in split_documents(file, 0.4, seed=3)
     )
     assert training and held_out and not training & held_out and len(training | held_out) == 10
-    prompt_file = load_prompts([path], tokenizer, TEMPLATE, 1000, tmp_path / "c")
+    prompt_file = load_prompts([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"))
     assert prompt_file.document_hashes.tolist() == file.document_hashes.tolist()
 
 
@@ -312,7 +313,7 @@ def test_long_answers_are_cut_without_an_end_token(tmp_path, tokenizer, caplog):
         {"prompt": long, "chosen": "a", "rejected": "b"},
     ]
     path = write(tmp_path / "a.jsonl", pairs)
-    file = load_preferences([path], tokenizer, TEMPLATE, 40, tmp_path / "c")
+    file = load_preferences([path], tokenizer, TEMPLATE, 40, CacheSettings(tmp_path / "c"))
     whole, _ = encode_conversation([user("Q"), assistant(long)], TEMPLATE, tokenizer)
     first, second = file[0], file[1]
     assert [*first.prompt.tolist(), *first.chosen.tolist()] == whole[:40]
@@ -330,17 +331,17 @@ def test_the_window_is_used_to_the_last_token(tmp_path, tokenizer):
     prompt, (chosen,) = encode_answers([user("Q")], ["the cat sees"], TEMPLATE, tokenizer)
     path = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "the cat sees", "rejected": "b"}])
     exact, short = (
-        load_preferences([path], tokenizer, TEMPLATE, len(prompt) + len(chosen) - less, tmp_path / "c")
+        load_preferences([path], tokenizer, TEMPLATE, len(prompt) + len(chosen) - less, CacheSettings(tmp_path / "c"))
         for less in (0, 1)
     )
     assert (exact[0].chosen.tolist(), exact[0].truncated[0]) == (chosen, False)
     assert (short[0].chosen.tolist(), short[0].truncated[0]) == (chosen[:-1], True)
-    load_preferences([path], tokenizer, TEMPLATE, len(prompt) + 2, tmp_path / "c")
+    load_preferences([path], tokenizer, TEMPLATE, len(prompt) + 2, CacheSettings(tmp_path / "c"))
     with pytest.raises(InputError, match="1 with a prompt that fills the window"):
-        load_preferences([path], tokenizer, TEMPLATE, len(prompt) + 1, tmp_path / "c")
-    assert len(load_prompts([path], tokenizer, TEMPLATE, len(prompt), tmp_path / "c")) == 1
+        load_preferences([path], tokenizer, TEMPLATE, len(prompt) + 1, CacheSettings(tmp_path / "c"))
+    assert len(load_prompts([path], tokenizer, TEMPLATE, len(prompt), CacheSettings(tmp_path / "c"))) == 1
     with pytest.raises(InputError, match="1 with a prompt that fills the window"):
-        load_prompts([path], tokenizer, TEMPLATE, len(prompt) - 1, tmp_path / "c")
+        load_prompts([path], tokenizer, TEMPLATE, len(prompt) - 1, CacheSettings(tmp_path / "c"))
 
 
 def test_drops_are_counted_and_warned_of(tmp_path, tokenizer, caplog):
@@ -352,7 +353,9 @@ def test_drops_are_counted_and_warned_of(tmp_path, tokenizer, caplog):
     path = write(tmp_path / "a.jsonl", pairs)
     for share, level in ((0.4, "INFO"), (0.39, "WARNING")):  # the second finds the cache and warns all the same
         caplog.clear()
-        file = load_preferences([path], tokenizer, TEMPLATE, 500, tmp_path / "c", max_dropped_share=share)
+        file = load_preferences(
+            [path], tokenizer, TEMPLATE, 500, CacheSettings(tmp_path / "c", max_dropped_share=share)
+        )
         assert len(file) == 6
         assert file.counters == {
             **{"records": 10, "empty_prompt": 1, "empty_answer": 2, "long_prompt": 0, "identical": 1},
@@ -365,26 +368,26 @@ def test_drops_are_counted_and_warned_of(tmp_path, tokenizer, caplog):
 def test_nothing_left_is_an_error_and_leaves_no_cache(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "a"}])
     with pytest.raises(InputError, match=r"a\.jsonl: nothing is left of 1 records: 1 whose two answers"):
-        load_preferences([path], tokenizer, TEMPLATE, 100, tmp_path / "c")
+        load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
     path = write(tmp_path / "b.jsonl", [])
     for load in (load_preferences, load_prompts):
         with pytest.raises(InputError, match="no text in"):
-            load([path], tokenizer, TEMPLATE, 100, tmp_path / "c")
+            load([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
     assert not [item for item in (tmp_path / "c").iterdir() if item.is_dir()]
     with pytest.raises(InputError, match="--max_seq_length 2"):
-        load_preferences([path], tokenizer, TEMPLATE, 2, tmp_path / "c")
+        load_preferences([path], tokenizer, TEMPLATE, 2, CacheSettings(tmp_path / "c"))
     with pytest.raises(InputError, match="--max_prompt_length 0"):
-        load_prompts([path], tokenizer, TEMPLATE, 0, tmp_path / "c")
+        load_prompts([path], tokenizer, TEMPLATE, 0, CacheSettings(tmp_path / "c"))
 
 
 def test_broken_records_name_file_and_line(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*make_pairs(3, 2), {"prompt": "Q", "chosen": "a"}])
     with pytest.raises(InputError, match=r"a\.jsonl:3: need 'chosen' and 'rejected'"):
-        load_preferences([path], tokenizer, TEMPLATE, 100, tmp_path / "c")
+        load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
     path.write_bytes(json.dumps(make_pairs(3, 1)[0]).encode() + b'\n{"prompt": "\xff"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl:2: invalid UTF-8"):
-        load_preferences([path], tokenizer, TEMPLATE, 100, tmp_path / "c")
-    file = load_preferences([path], tokenizer, TEMPLATE, 100, tmp_path / "c", on_bad_text="skip")
+        load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
+    file = load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_text="skip"))
     assert (len(file), file.skipped, file.statistics()["skipped_bad_text"]) == (1, 1, 1)
 
 
@@ -393,7 +396,7 @@ def test_statistics_are_those_of_a_plain_count(tmp_path, tokenizer):
     for record in records[::5]:
         record["rejected"] = record["chosen"][:-1] + "b"  # as long as the chosen one
     path = write(tmp_path / "a.jsonl", records)
-    file = load_preferences([path], tokenizer, TEMPLATE, 1000, tmp_path / "c")
+    file = load_preferences([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"))
     statistics = file.statistics()
     pairs = [file[index] for index in range(31)]
     assert statistics["sources"] == {"x": 16, "y": 15}
@@ -424,38 +427,13 @@ def test_prompt_files_drop_the_answers(tmp_path, tokenizer):
     ]
     records += [{"prompt": " "}, {"prompt": "the cat " * 50}]
     path = write(tmp_path / "a.jsonl", records)
-    file = load_prompts([path], tokenizer, TEMPLATE, 60, tmp_path / "c")
+    file = load_prompts([path], tokenizer, TEMPLATE, 60, CacheSettings(tmp_path / "c"))
     expected = [encode_prompt([user(text)], TEMPLATE, tokenizer) for text in ("the cat", "Q", "Q")]
     assert [file[index].tolist() for index in range(len(file))] == expected
     statistics = file.statistics()
     assert statistics["answers_removed"] == 2 and statistics["sources"] == {"a": 2, "m": 1}
     assert statistics["dropped"] == {"empty_prompt": 1, "empty_answer": 0, "long_prompt": 1, "identical": 0}
     assert statistics["prompt"]["max"] == len(expected[0])
-
-
-# ---------------------------------------------------------------- batches
-
-
-def test_batches_are_of_like_lengths_and_hold_every_row_once():
-    lengths = np.random.default_rng(0).integers(1, 1000, 1003)
-    batches = group_by_length(lengths, 8, seed=1)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
-    assert sorted(map(len, batches))[:2] == [3, 8] and len(batches) == 126
-    assert lengths[batches[0]].max() == lengths.max()
-    order = np.random.default_rng(2).permutation(1003)
-
-    def padding(parts):
-        return sum(int((lengths[part].max() - lengths[part]).sum()) for part in parts)
-
-    assert padding(batches) < 0.1 * padding(np.array_split(order, 126))
-    same, other = group_by_length(lengths, 8, seed=1), group_by_length(lengths, 8, seed=2)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, same, strict=True))
-    assert np.concatenate(other).tolist() != np.concatenate(batches).tolist()
-    longest = [int(lengths[batch].max()) for batch in group_by_length(lengths, 8, seed=1, batches_per_group=126)]
-    assert longest[1:] != sorted(longest[1:], reverse=True)  # one group, yet not from long to short
-    assert group_by_length(lengths[:0], 8, seed=1) == []
-    with pytest.raises(InputError, match="at least 1"):
-        group_by_length(lengths, 0, seed=1)
 
 
 @pytest.mark.shared_data
@@ -471,7 +449,7 @@ def test_shared_preferences_are_all_read(tmp_path, shared_data):
     assert records == 300
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "chinese_llama2_55296")
     files = [shared_data / "preference" / "dpo_zh_demo.json"]
-    file = load_preferences(files, tokenizer, CHAT_TEMPLATES["alpaca-2"], 4096, tmp_path, num_workers=1)
+    file = load_preferences(files, tokenizer, CHAT_TEMPLATES["alpaca-2"], 4096, CacheSettings(tmp_path, num_workers=1))
     statistics = file.statistics()
     assert statistics["records"] == 300 == len(file) + sum(statistics["dropped"].values())
     assert len(file) > 290

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from utils.core.errors import InputError
-from utils.data import samples
+from utils.data import cache
+from utils.data.cache import CacheSettings
 from utils.data.samples import load_sft_samples, truncate_sample
 from utils.text import conversations, prompts
 from utils.text.prompts import IGNORE_INDEX
@@ -56,12 +57,12 @@ def read_back(file) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_samples_are_those_of_a_plain_loop(tmp_path, monkeypatch, tokenizer, num_workers):
-    monkeypatch.setattr(samples, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(samples, "RECORDS_PER_UNIT", 3)
+    monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(cache, "RECORDS_PER_UNIT", 3)
     records = make_records(0, 20)
     paths = [write_records(tmp_path / "a.jsonl", records[:10]), tmp_path / "b.json"]
     paths[1].write_text(json.dumps(records[10:], indent=1))
-    file = load_sft_samples(paths, tokenizer, TEMPLATE, 1000, tmp_path / "c", num_workers=num_workers)
+    file = load_sft_samples(paths, tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c", num_workers=num_workers))
     expected = [
         prompts.encode_conversation(conversations.read_conversation(record, ""), TEMPLATE, tokenizer)
         for record in records
@@ -107,7 +108,7 @@ def test_long_samples_are_cut_counted_and_dropped(tmp_path, tokenizer, caplog):
         {"instruction": "the cat " * 50, "output": "dog"},
     ]
     path = write_records(tmp_path / "a.jsonl", records)
-    file = load_sft_samples([path], tokenizer, TEMPLATE, 40, tmp_path / "c")
+    file = load_sft_samples([path], tokenizer, TEMPLATE, 40, CacheSettings(tmp_path / "c"))
     assert (file.counters["samples"], file.counters["truncated"], file.counters["dropped_no_label"]) == (2, 2, 1)
     full = prompts.encode_conversation(conversations.read_conversation(records[1], ""), TEMPLATE, tokenizer)
     ids, labels = read_back(file)[1]
@@ -121,7 +122,7 @@ def test_long_samples_are_cut_counted_and_dropped(tmp_path, tokenizer, caplog):
 def test_all_labels_masked_is_an_error(tmp_path, tokenizer):
     path = write_records(tmp_path / "a.jsonl", [{"instruction": "the cat " * 50, "output": "dog"}] * 3)
     with pytest.raises(InputError, match="all labels are masked: of 3 samples 3 were longer than --max_seq_length 20"):
-        load_sft_samples([path], tokenizer, TEMPLATE, 20, tmp_path / "c")
+        load_sft_samples([path], tokenizer, TEMPLATE, 20, CacheSettings(tmp_path / "c"))
     assert not [item for item in (tmp_path / "c").iterdir() if item.suffix not in (".lock", ".json")]
 
 
@@ -130,24 +131,26 @@ def test_bad_records_are_named(tmp_path, tokenizer):
         tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a", "answer": "b"}]
     )
     with pytest.raises(InputError, match=re.escape(f"{path}:2: field 'output' is missing; the record has")):
-        load_sft_samples([path], tokenizer, TEMPLATE, 100, tmp_path / "c")
+        load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
     with pytest.raises(InputError, match="no text in"):
-        load_sft_samples([write_records(tmp_path / "e.jsonl", [])], tokenizer, TEMPLATE, 100, tmp_path / "c")
+        load_sft_samples(
+            [write_records(tmp_path / "e.jsonl", [])], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c")
+        )
 
 
 def test_bad_text_is_skipped_and_counted(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "\xff", "output": "b"}\n')
     with pytest.raises(InputError, match=re.escape(f"{path}:2: invalid UTF-8")):
-        load_sft_samples([path], tokenizer, TEMPLATE, 100, tmp_path / "c")
-    file = load_sft_samples([path], tokenizer, TEMPLATE, 100, tmp_path / "c", on_bad_text="skip")
+        load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
+    file = load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_text="skip"))
     assert (file.num_samples, file.skipped, file.counters["skipped_bad_text"]) == (1, 1, 1)
 
 
 def test_the_key_is_content_template_and_settings(tmp_path, tokenizer):
     path = write_records(tmp_path / "a.jsonl", make_records(1, 6))
     folders = [
-        load_sft_samples([path], tokenizer, template, length, tmp_path / "c", max_samples=most).folder
+        load_sft_samples([path], tokenizer, template, length, CacheSettings(tmp_path / "c"), max_samples=most).folder
         for template, length, most in [
             (TEMPLATE, 1000, None),
             (TEMPLATE, 1000, None),
@@ -158,4 +161,7 @@ def test_the_key_is_content_template_and_settings(tmp_path, tokenizer):
     ]
     assert folders[0] == folders[1]
     assert len(set(folders)) == 4
-    assert load_sft_samples([path], tokenizer, TEMPLATE, 1000, tmp_path / "c", max_samples=4).num_samples == 4
+    assert (
+        load_sft_samples([path], tokenizer, TEMPLATE, 1000, CacheSettings(tmp_path / "c"), max_samples=4).num_samples
+        == 4
+    )

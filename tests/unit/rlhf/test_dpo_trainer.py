@@ -58,13 +58,15 @@ def pairs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pair_set(pairs, tiny_model_folder, tmp_path_factory):
     from utils.data.batches import PairSet
+    from utils.data.cache import CacheSettings
     from utils.data.preferences import load_preferences
     from utils.text.prompts import CHAT_TEMPLATES
     from utils.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_model_folder)
     cache = tmp_path_factory.mktemp("cache")
-    return PairSet(load_preferences([pairs], tokenizer, CHAT_TEMPLATES["llama-2"], 256, cache, num_workers=1))
+    settings = CacheSettings(cache, num_workers=1)
+    return PairSet(load_preferences([pairs], tokenizer, CHAT_TEMPLATES["llama-2"], 256, settings))
 
 
 def dpo_argv(model, data, out, *extra) -> list[str]:
