@@ -46,8 +46,8 @@ style: setup  ## mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-house:  ## the wings of scripts/utils, their lines and arrows
-	@$(PYTHON) tests/support/house.py
+house:  ## the wings of scripts/utils, their lines and arrows; draws pics/house.svg anew
+	@$(PYTHON) tests/support/house.py pics/house.svg
 
 bench: setup  ## side-by-side measurements into benchmarks/RESULTS.md
 	PYTHON=$(PY) bash benchmarks/run_all.sh

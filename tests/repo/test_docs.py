@@ -28,9 +28,10 @@ def test_the_map_names_every_wing_and_script(name):
     listed = [path.name for path in [*SCRIPTS.glob("*.py"), *(SCRIPTS / "configs").iterdir()]]
     listed += [f"{wing}/" for wing in house.wing_order()]
     assert not [file for file in listed if not re.search(rf"(?<![\w.]){re.escape(file)}(?![\w.])", text)]
-    tree = text.split("\nscripts/\n")[1].split("\nexamples/ ")[0]
-    for file in re.findall(r"[a-z_0-9.]+\.(?:py|jinja)\b", tree):
-        assert (SCRIPTS / file).is_file() or list((SCRIPTS / "utils").rglob(file)), file
+
+
+def test_the_picture_of_the_house_is_drawn_from_the_code():
+    assert house.draw_picture() == read("pics/house.svg"), "run make house"
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -164,3 +165,19 @@ def test_workflow_and_issue_forms_are_sound():
             names = [part["id"] for part in form["body"] if "id" in part]
             assert len(set(names)) == len(names)
     assert yaml.safe_load(read("CITATION.cff"))["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/architecture_EN.md"])
+def test_the_architecture_names_files_and_definitions_that_exist(name):
+    """`wing/module.py` below utils, scripts and tests by their paths; names in brackets behind a file stand in it."""
+    text, checked = read(name), 0
+    for file, names in re.findall(r"`((?:[a-z_]+/)*[a-z_A-Z]+\.(?:py|sh))`(?: \(((?:`\w+`(?:, )?)+)\))?", text):
+        if "X" in file:
+            continue
+        places = [place for place in (SCRIPTS / "utils" / file, SCRIPTS / file, ROOT / file) if place.is_file()]
+        assert places, file
+        for definition in re.findall(r"\w+", names):
+            pattern = rf"^(?:class|def|async def) {definition}\b|^{definition}\b.*="
+            assert re.search(pattern, places[0].read_text(encoding="utf-8"), re.M), f"{file}: {definition}"
+            checked += 1
+    assert checked > 10

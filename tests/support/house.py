@@ -1,7 +1,8 @@
 """The house: wings and modules of scripts/utils, who imports whom, and what breaks its rules.
 
 Every check takes the package's folder, so that a test can plant a fault in a small package and see it found.
-`python tests/support/house.py` (make house) prints the wings, their modules, lines and arrows.
+`python tests/support/house.py [PICTURE.svg]` (make house) prints the wings, their modules, lines and arrows, and draws
+the picture of the READMEs.
 """
 
 from __future__ import annotations
@@ -255,6 +256,52 @@ def draw(package: Path = UTILS) -> str:
     return "\n".join(rows)
 
 
+# The scripts by task, as the picture's roof shows them.
+TASKS = {
+    "vocabulary": ("train_tokenizer.py", "merge_tokenizers.py"),
+    "training": ("pt.py", "sft.py"),
+    "alignment": ("rm.py", "ppo.py", "dpo.py"),
+    "merge, export": ("merge_llama2_…py", "export_gguf.py", "quantize.py", "compare_formats.py"),
+    "chat": ("inference_hf.py", "gradio_demo.py", "openai_api_server.py"),
+    "evaluation": ("eval_*.py", "arena.py", "report.py", "demo.py"),
+}
+
+
+def draw_picture(package: Path = UTILS) -> str:
+    """The house as an SVG: the scripts by task under the roof, below them a floor for each wing with its rooms."""
+    modules, order = module_paths(package), wing_order(package)
+    width, floor, top = 1120, 30, 128
+    height = top + floor * len(order) + 16
+    shapes = [_box(0, 0, width, height, "#f7f8fa", "#f7f8fa")]
+    step = (width - 32) // len(TASKS)
+    for place, (task, scripts) in enumerate(TASKS.items()):
+        left = 16 + place * step
+        shapes += [_box(left + 3, 14, step - 6, 84, "#e8f1fd", "#3b7dd8"), _label(left + 13, 34, task, bold=True)]
+        shapes += [_label(left + 13, 52 + 16 * line, name) for line, name in enumerate(scripts)]
+    shapes.append(_label(24, 117, "The scripts import the wings below; a wing imports only from those below it."))
+    for place, wing in enumerate(order):
+        y = top + place * floor
+        own = [name.split(".")[1:] for name in modules if name.split(".")[0] == wing]
+        rooms = [parts[0] for parts in own if len(parts) == 1]
+        leaves = sorted({f"{parts[0]}/" for parts in own if len(parts) > 1})
+        shapes += [_box(19, y, width - 38, floor - 4, "#ffffff", "#c3ccd6"), _label(30, y + 17, wing, bold=True)]
+        shapes.append(_label(128, y + 17, " · ".join([*leaves, *rooms])))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    label = 'role="img" aria-label="the scripts by task, and the wings of scripts/utils"'
+    return "\n".join([f"{head} {label} font-family=\"'Segoe UI', sans-serif\">", *shapes, "</svg>"]) + "\n"
+
+
+def _box(x: int, y: int, width: int, height: int, fill: str, stroke: str) -> str:
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="{stroke}"/>'
+
+
+def _label(x: int, y: int, text: str, bold: bool = False) -> str:
+    style = 'font-size="13" font-weight="600" fill="#1d2733"' if bold else 'font-size="11.5" fill="#46566a"'
+    return f'<text x="{x}" y="{y}" {style}>{text}</text>'
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(draw_picture(), encoding="utf-8")
     print(draw())
-    sys.exit("\n".join(find_faults()) or 0)
+    sys.exit("\n".join(find_faults(scripts=sorted(UTILS.parent.glob("*.py")))) or 0)
