@@ -94,8 +94,7 @@ def plain_loss(model, pairs, autocast):
 
 def build(args, lengths, folder):
     """(model, trainer, batches of rows of the trainer's data set)."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from utils.core.arguments import LoraArguments
     from utils.data.batches import PairSet
@@ -104,15 +103,7 @@ def build(args, lengths, folder):
     from utils.rlhf.dpo_trainer import DPOTrainer, Objective, PreferenceCollator
     from utils.training.arguments import RunArguments
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-    )
-    base = LlamaForCausalLM(config)
+    base = random_llama(args.vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=8)
     install_loss_head(base)
     model = attach_adapter(base, LoraArguments(lora_rank=16, lora_dropout=0.0, target_modules="all"), 16)
     run = RunArguments(

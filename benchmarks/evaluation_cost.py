@@ -49,7 +49,7 @@ def make_model(args, folder: Path) -> int:
     """Save a tokenizer of the example texts and a random model; returns its parameters."""
     import torch
     import train_tokenizer as script
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
@@ -61,19 +61,13 @@ def make_model(args, folder: Path) -> int:
         )
     )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    model = random_llama(
+        tokenizer,
         hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
         num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden_size // 64),
         max_position_embeddings=args.window,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
     with torch.no_grad():  # the end is never the likeliest, so every answer has its full length
         model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder / "model")

@@ -78,24 +78,19 @@ def train_tokenizer(corpora: list[list[str]], args, folder: Path):
 
 
 def build(args, tokenizer):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
-    torch.manual_seed(args.seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return random_llama(
+        tokenizer,
+        seed=args.seed,
         hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // args.head_dim,
         max_position_embeddings=WINDOW,
         rope_theta=args.rope_theta,
         tie_word_embeddings=True,
         initializer_range=0.04,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
 
 
 def training_rows(corpora: list[list[str]], tokenizer, generator):

@@ -42,19 +42,17 @@ def main() -> None:
 
 def make_model(args, tokenizer):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    model = random_llama(
+        tokenizer,
         hidden_size=args.hidden_size,
         intermediate_size=args.hidden_size * 8 // 3 // 64 * 64,
         num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden_size // 64),
         max_position_embeddings=2048,
         initializer_range=0.04,
     )
-    return LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
+    return model.to(getattr(torch, args.dtype)).eval()
 
 
 def read_requests(args, tokenizer, subjects, max_questions=None):

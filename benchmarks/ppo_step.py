@@ -29,8 +29,7 @@ MEMORY_SIDES = {"sft": "tuning", "shared": "PPO, one backbone", "four": "PPO, fo
 def make_assistant(folder: Path, shape: dict[str, int], vocabulary: int) -> Path:
     """A model with random weights, a sentencepiece tokenizer trained on the examples, and a chat template."""
     import sentencepiece
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import load_tokenizer, save_tokenizer
@@ -48,8 +47,7 @@ def make_assistant(folder: Path, shape: dict[str, int], vocabulary: int) -> Path
         )  # fmt: skip
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = resolve_template("llama-2", tokenizer)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=1024, **shape)).save_pretrained(folder)
+    random_llama(vocabulary, max_position_embeddings=1024, **shape).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder
 

@@ -21,10 +21,10 @@ def main() -> None:
         output = Path(folder) / "formats.json"
         command = [sys.executable, str(SCRIPT), *sys.argv[1:], "--output", str(output)]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if finished.returncode:
+        print(finished.stdout)
+        if finished.returncode or not output.is_file():  # --help measures nothing
             sys.exit(finished.returncode)
         result = json.loads(output.read_text(encoding="utf-8"))
-    print(finished.stdout)
     name = Path(result["model"]).name
     record(f"Storage formats of {name}", f"{describe_run(*result['packages'])}\n\n{finished.stdout}")
 

@@ -46,27 +46,22 @@ def number_type() -> str:
 def make_model(folder: Path, tokenizer_folder: str | None) -> None:
     """A random Llama of 58M parameters with the tokenizer's rows."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from utils.text.prompts import CHAT_TEMPLATES
     from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = CHAT_TEMPLATES["alpaca-2"]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    model = random_llama(
+        tokenizer,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=9,
-        num_attention_heads=8,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config).to(getattr(torch, number_type()))
-    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {config.vocab_size} rows, {number_type()}", flush=True)
+    ).to(getattr(torch, number_type()))
+    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(tokenizer)} rows, {number_type()}", flush=True)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--no_record", action="store_true", help="do not write benchmarks/RESULTS.md")
     args = parser.parse_args()
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from utils.data.batches import Collator
     from utils.data.blocks import PackedSamples, PaddedSamples
@@ -68,15 +68,7 @@ def main() -> None:
         template = CHAT_TEMPLATES["alpaca-2"]
         samples = load_sft_samples([args.data], tokenizer, template, args.max_seq_length, CacheSettings(Path(cache)))
         packed, padded = PackedSamples(samples, args.max_seq_length), PaddedSamples(samples)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-        )
-        model = LlamaForCausalLM(config).train()
+        model = random_llama(tokenizer, hidden_size=512, intermediate_size=1376, num_hidden_layers=8).train()
         install_loss_head(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         collator = Collator(0)

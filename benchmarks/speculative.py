@@ -62,20 +62,16 @@ def make_tokenizer(args, texts: list[str], folder: Path):
 
 
 def build(args, tokenizer, layers: int):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return random_llama(
+        tokenizer,
+        seed=None,
         hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, args.hidden_size // 64),
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
 
 
 def token_rows(args, tokenizer, texts: list[str]):

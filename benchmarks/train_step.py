@@ -21,19 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     import psutil
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import random_llama
 
     from utils.models.lm_loss import install_loss_head, loss_targets
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
+    model = random_llama(
+        args.vocabulary,
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 11 // 4,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-    )
-    model = LlamaForCausalLM(config).train()
+    ).train()
     if side == "chunked":
         install_loss_head(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

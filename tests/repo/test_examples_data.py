@@ -5,20 +5,21 @@ import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-DATA = EXAMPLES / "data"
+from support.paths import ROOT
+
+DATA = ROOT / "examples" / "data"
+SOURCE = DATA / "source"
 TRAINING_FILES = ["pretrain/en_train.txt", "pretrain/zh_train.txt", "sft/train.json", "sft/multi_turn.jsonl"]
 
 
 @pytest.fixture
 def generator(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/generate_data.py` has it
+    monkeypatch.syspath_prepend(SOURCE)  # as `python examples/data/source/generate_data.py` has it
     import generate_data
 
     return generate_data
@@ -39,7 +40,7 @@ def question(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def facts_for_pretraining_only() -> dict[str, str]:
-    relations = json.loads((EXAMPLES / "facts.json").read_text(encoding="utf-8"))["zh"]
+    relations = json.loads((SOURCE / "facts.json").read_text(encoding="utf-8"))["zh"]
     return {subject: value for relation in relations for subject, value in relation["pretraining_only"].items()}
 
 
@@ -50,7 +51,8 @@ def heldout(kind: str) -> list[dict[str, Any]]:
 def test_generator_writes_the_committed_bytes(generator, tmp_path):
     sizes = generator.generate(tmp_path)
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    committed = {p.relative_to(DATA).as_posix() for p in DATA.rglob("*") if p.is_file()} - {"README.md"}
+    committed = {p.relative_to(DATA).as_posix() for p in DATA.rglob("*") if p.is_file() and SOURCE not in p.parents}
+    committed -= {"README.md"}
     assert written == committed == set(sizes)
     assert [name for name in sorted(sizes) if (tmp_path / name).read_bytes() != (DATA / name).read_bytes()] == []
 
@@ -110,7 +112,7 @@ def test_no_heldout_question_is_trained_on():
 def test_unseen_wordings_ask_trained_facts_and_are_labelled_truthfully():
     train = read_rows("sft/train.json")
     answers, asked = {row["output"] for row in train}, {row["instruction"] for row in train}
-    by_language = json.loads((EXAMPLES / "facts.json").read_text(encoding="utf-8"))
+    by_language = json.loads((SOURCE / "facts.json").read_text(encoding="utf-8"))
     used: dict[str, bool] = {}  # question -> whether training asks another fact in the same wording
     for relation in (relation for relations in by_language.values() for relation in relations):
         for wording in relation["questions"] + relation["new_questions"]:
@@ -184,7 +186,7 @@ PROMPTS = {split: f"rlhf/prompts{split}.jsonl" for split in ("", "_heldout")}
 
 
 def values() -> dict[str, Any]:
-    return json.loads((EXAMPLES / "values.json").read_text(encoding="utf-8"))
+    return json.loads((SOURCE / "values.json").read_text(encoding="utf-8"))
 
 
 def all_actions() -> dict[str, tuple[str, str]]:
@@ -334,7 +336,7 @@ def test_readme_shows_lines_of_the_files():
 @pytest.mark.parametrize("name", ["README", "README_EN", "docs/data", "docs/data_EN", "docs/rlhf", "docs/rlhf_EN"])
 def test_documents_show_different_lines_of_the_preference_data(name):
     files = {line for names in (PAIRS, PROMPTS) for file in names.values() for line in read_lines(file)}
-    document = (EXAMPLES.parent / f"{name}.md").read_text(encoding="utf-8")
+    document = (ROOT / f"{name}.md").read_text(encoding="utf-8")
     shown = [line for line in document.splitlines() if line.startswith('{"prompt"')]
     assert len(shown) >= 2
     assert [line for line in shown if line not in files] == []
@@ -351,7 +353,7 @@ def read_choices() -> dict[str, list[dict[str, str]]]:
 
 
 def test_choices_have_one_true_sentence_that_training_says_and_an_unseen_question():
-    relations = json.loads((EXAMPLES / "facts.json").read_text(encoding="utf-8"))["zh"]
+    relations = json.loads((SOURCE / "facts.json").read_text(encoding="utf-8"))["zh"]
     true = {
         relation["statements"][0].replace("{s}", subject).replace("{o}", value)
         for relation in relations

@@ -2,10 +2,8 @@
 
   errors        The one exception for mistakes in what the user gives, and how several are reported together
   files         output that is complete or absent, one run at a time, JSON, and hashes
-  records       A JSON file read value by value, with only the part in work in memory, and errors that know line and
-                column
-  arguments     the dataclasses scripts share, one parser (command line > YAML/JSON file > default), and old
-                spellings
+  records       files of records and of documents, read as streams, with errors that name file and line
+  arguments     the dataclasses that scripts share, each checking its own values
   command_line  flags and config files into dataclasses, what a run records of them, and how a script ends
   old_flags     the spellings of the forerunners and of older libraries, and what they mean today
   machine       cores and memory this process may use, what it used, and whether Ctrl-C reaches it

@@ -1,20 +1,13 @@
-"""Arguments: the dataclasses scripts share, one parser (command line > YAML/JSON file > default), and old spellings.
-
-A config file is only a saved command line: `python scripts/sft.py config.yaml --learning_rate 1e-4`.
-"""
+"""Arguments: the dataclasses that scripts share, each checking its own values; command_line fills them."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import InputError, raise_problems
-
-logger = logging.getLogger(__name__)
-
 
 GUIDED_DRAFTS = (
     "guidance_scale does not go with speculative decoding: drafts would have to be guided too, by two more passes for "
@@ -30,9 +23,6 @@ def arg(default: Any = None, *, help: str) -> Any:
 def list_arg(default: Sequence[Any] = (), *, help: str) -> Any:
     """A field that takes several values on the command line and a list in a config file."""
     return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-
-
-# ---------------------------------------------------------------- dataclasses shared by scripts
 
 
 @dataclass
@@ -306,12 +296,3 @@ class SpeculationArguments:
             raise InputError("beam search checks no drafts; leave out --num_beams, or the flags of speculation")
         if self.drafts and settings.guidance_scale > 1:
             raise InputError(GUIDED_DRAFTS)
-
-
-# ---------------------------------------------------------------- parsing
-
-
-# ---------------------------------------------------------------- the record of a run
-
-
-# ---------------------------------------------------------------- running a script

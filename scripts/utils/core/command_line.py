@@ -1,4 +1,8 @@
-"""The command line: flags and config files into dataclasses, what a run records of them, and how a script ends."""
+"""The command line: flags and config files into dataclasses, what a run records of them, and how a script ends.
+
+A config file is only a saved command line: `python scripts/sft.py config.yaml --learning_rate 1e-4`; what the command
+line says counts more than the file, and the file more than defaults.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ from .old_flags import DROPPED, NTK_FLAGS, RENAMED, REPLACED_SWITCHES, translate
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-from .arguments import InferenceArguments
+
+    from .arguments import InferenceArguments
 
 RUN_CONFIG = "run_config.yaml"
 RECORDED_PACKAGES = (
@@ -39,12 +44,7 @@ RECORDED_PACKAGES = (
 )
 
 
-def select_gpus(args: InferenceArguments) -> None:
-    """Let this process see only the GPUs asked for; before torch first looks for them."""
-    if args.only_cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif args.gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+# ---------------------------------------------------------------- parsing
 
 
 def build_parser(types: Sequence[type], description: str | None = None) -> ArgumentParser:
@@ -132,9 +132,14 @@ def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> lis
         if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
+        # As words, for the parser to convert: YAML reads 1e-4 as a string, which would stay one.
         words = [json.dumps(item) if isinstance(item, (bool, dict)) else str(item) for item in values]
+        # By "=", since a value may begin with dashes.
         flags += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
     return flags
+
+
+# ---------------------------------------------------------------- the record of a run
 
 
 def describe_arguments(*arguments: Any) -> dict[str, Any]:
@@ -178,6 +183,17 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+# ---------------------------------------------------------------- running a script
+
+
+def select_gpus(args: InferenceArguments) -> None:
+    """Let this process see only the GPUs asked for; before torch first looks for them."""
+    if args.only_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif args.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
 
 
 def run(

@@ -1,4 +1,4 @@
-"""A JSON file read value by value, with only the part in work in memory, and errors that know line and column."""
+"""Files of records and of documents, read as streams: txt, json, jsonl, parquet; errors name file and line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from .errors import InputError
 CHUNK_CHARACTERS = 1 << 20  # read at a time; a longer value makes the buffer grow
 LOOKAHEAD = 16  # characters a cut token (an escape, a literal, a number) may reach back from the end of the buffer
 SPACE = re.compile(r"[ \t\r\n]*")
+
+
+# ---------------------------------------------------------------- JSON, value by value
 
 
 class JsonStreamError(ValueError):
@@ -44,6 +47,8 @@ def iter_json_values(file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 
 class _JsonStream:
+    """A file as a buffer that is refilled: a list of a million records is never in memory as a whole."""
+
     def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.decoder = json.JSONDecoder()
@@ -104,6 +109,8 @@ class _JsonStream:
         self._count_lines(self.position)
         raise JsonStreamError(message, self.line, self.position - self.line_start + 1)
 
+
+# ---------------------------------------------------------------- files of documents
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -265,6 +272,9 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+# ---------------------------------------------------------------- files of records
 
 
 def iter_records(

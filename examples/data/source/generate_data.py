@@ -2,11 +2,11 @@
 """Write the example data of this project: English and Chinese text, instructions and held-out questions.
 
 Reads facts.json, tasks.json, stories_{zh,en}.json, (in generate_values.py) values.json and (in generate_arena.py)
-arena.json beside this file; writes --output_dir (default: data/ beside it).
+arena.json beside this file; writes --output_dir (default: the folder above).
 Seeded and made of the standard library alone: every run writes the same bytes.
 
-    python examples/generate_data.py
-    python examples/generate_data.py --output_dir /tmp/data
+    python examples/data/source/generate_data.py
+    python examples/data/source/generate_data.py --output_dir /tmp/data
 """
 
 import argparse
@@ -398,7 +398,7 @@ def generate(output_dir: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE / "data", help="folder to write")
+    parser.add_argument("--output_dir", type=Path, default=HERE.parent, help="folder to write")
     folder = parser.parse_args().output_dir
     sizes = generate(folder)
     print("\n".join(f"{size:>9,} bytes  {name}" for name, size in sizes.items()))
