@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.machine import available_cores
 from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import Checkpoint, TensorSpec, row_blocks, row_shape
 from ..weights.streams import FileHasher, prefetch
@@ -72,17 +72,17 @@ class MergedModel:
         base: Checkpoint,
         adapters: Sequence[tuple[AdapterConfig, Checkpoint]],
         tied: bool,
-        shares: Sequence[float] | None = None,
+        adapter_weights: Sequence[float] | None = None,
     ):
         """Plan the merge.
 
         Args:
             tied: the base's config says that lm_head shares the weight of embed_tokens.
-            shares: how much of each adapter's change is taken, 1 for all of it.
+            adapter_weights: how much of each adapter's change is taken, 1 for all of it.
         Raises: InputError if an adapter does not fit, listing all that is wrong with it.
         """
         self.base, self.adapters = base, adapters
-        self.shares = list(shares or [1.0] * len(adapters))
+        self.adapter_weights = list(adapter_weights or [1.0] * len(adapters))
         self.weights = {n: MergedWeight(n, i.dtype, i.shape) for n, i in base.tensors.items()}
         self.notes: list[str] = []  # decisions the user should hear of
         # |W' - W|^2 and |W|^2 of every changed weight, complete once it was streamed
@@ -297,7 +297,7 @@ class MergedModel:
         """The updates of a weight without those that a later one overwrites."""
         first = 0
         for place, (number, update) in enumerate(weight.updates):
-            if isinstance(update, Replace) and self.shares[number] == 1.0:
+            if isinstance(update, Replace) and self.adapter_weights[number] == 1.0:
                 first = place
         return weight.updates[first:]
 
@@ -339,11 +339,11 @@ class MergedModel:
         for number, group in itertools.groupby(stages, key=lambda stage: stage.adapter):
             if number != stages[0].adapter:
                 rows = rows.to(dtype).float()  # as the file would hold it that this adapter was trained on
-            before, share = rows, 1.0 if whole and number == stages[-1].adapter else self.shares[number]
+            before, weight = rows, 1.0 if whole and number == stages[-1].adapter else self.adapter_weights[number]
             for stage in group:
                 rows = self._step(stage, rows, start, stop)
-            if share != 1.0:  # rows that only the adapter has are taken whole
-                rows = torch.cat([torch.lerp(before, rows[: len(before)], share), rows[len(before) :]])
+            if weight != 1.0:  # rows that only the adapter has are taken whole
+                rows = torch.cat([torch.lerp(before, rows[: len(before)], weight), rows[len(before) :]])
         return rows
 
     def _step(self, stage: _Stage, rows: Tensor, start: int, stop: int) -> Tensor:
@@ -393,8 +393,7 @@ class MergedModel:
 
 def worker_count() -> int:
     """Threads that merge: the cores this process may use, at most 8, as many as the fastest disks can feed."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return min(len(cores), 8)
+    return min(available_cores(), 8)
 
 
 def _equal(tensors: Checkpoint, one: str, other: str) -> bool:
