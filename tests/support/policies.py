@@ -8,15 +8,8 @@ from transformers import AutoModel, LlamaForCausalLM
 
 from utils.core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from utils.models.training_model import attach_adapter, build_training_model
-from utils.rlhf.actor_critic import (
-    CRITIC_ADAPTER,
-    Critic,
-    add_critic_adapter,
-    attach_critic,
-)
-from utils.rlhf.rollouts import (
-    Rollout,
-)
+from utils.rlhf.actor_critic import CRITIC_ADAPTER, Critic, add_critic_adapter, attach_critic
+from utils.rlhf.rollouts import Rollout
 from utils.text.tokenizer import load_tokenizer
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": "q_proj,v_proj,down_proj"}
