@@ -97,7 +97,7 @@ class MergedModel:
             self._add_adapter(number)
         if self.is_reward_model:
             self.weights.pop(HEAD, None)  # a reward model scores, it predicts no tokens
-        elif self.tied and HEAD in base.tensors:
+        elif self.tied and HEAD in base.tensors:  # written twice, as the base's files have it
             self.weights[HEAD] = dataclasses.replace(self.weights[EMBEDDING])
         self._check_result()
         # Experts of a layer share their factors.
@@ -243,6 +243,7 @@ class MergedModel:
             try:
                 for block in prefetch(self._read(specs, hasher)):
                     pending.append((block, pool.submit(self._merge, block, convert)))
+                    # One block in work and one waiting for each thread; more would only take memory.
                     if len(pending) > 2 * workers:
                         yield self._take(*pending.popleft())
                 while pending:
@@ -258,6 +259,8 @@ class MergedModel:
     def _read(self, specs: Iterable[TensorSpec], hasher: FileHasher | None) -> Iterator[_Block]:
         for spec in specs:
             weight = self.weights[spec.name]
+            # Here, in the thread that reads ahead: a tensor's factors are in memory before its first block is merged,
+            # and let go with its last.
             stages = self._load(weight, spec.dtype)
             for start, stop in row_blocks(weight.shape, 4 if weight.updates else spec.dtype.itemsize):
                 yield _Block(spec, stages, start, stop, self._base_rows(weight, start, stop, hasher))
@@ -275,13 +278,14 @@ class MergedModel:
             self._check_finite(merged, old, spec)
             result = merged.to(spec.dtype)
             total = float(torch.linalg.vector_norm(old)) ** 2
-            if merged is not old:
+            if merged is not old:  # rows that are new have nothing to be compared with; `old` is not needed any more
                 changed = float(torch.linalg.vector_norm(old.sub_(merged[: len(old)]))) ** 2
         return (result if convert is None else convert(spec, result)), changed, total
 
     def _take(self, block: _Block, future: Future[tuple[Any, float, float]]) -> tuple[TensorSpec, Any]:
         result, changed, total = future.result()
         if block.stages:
+            # From a tensor's first block on anew: it may have been streamed before, for an estimate.
             before = self.squares[block.spec.name] if block.start else (0.0, 0.0)
             self.squares[block.spec.name] = before[0] + changed, before[1] + total
         return block.spec, result
@@ -297,6 +301,7 @@ class MergedModel:
         """The updates of a weight without those that a later one overwrites."""
         first = 0
         for place, (number, update) in enumerate(weight.updates):
+            # Below 1 the replaced rows are mixed with what stood there before.
             if isinstance(update, Replace) and self.adapter_weights[number] == 1.0:
                 first = place
         return weight.updates[first:]
@@ -356,7 +361,7 @@ class MergedModel:
         assert stage.values is not None
         if isinstance(update, AddBias):
             return rows + stage.values[start:stop] * update.scaling
-        indices = torch.tensor(update.indices)
+        indices = torch.tensor(update.indices)  # of the whole weight; this block has some of them, or none
         inside = (indices >= start) & (indices < stop)
         rows = rows.clone()
         rows[indices[inside] - start] = stage.values[inside]

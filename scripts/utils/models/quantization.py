@@ -147,6 +147,7 @@ def read_calibration(
         )
     sources = [_windows(file, tokenizer, length) for name in names for file in list_data_files(name)]
     rows: list[list[int]] = []
+    # In turns: a calibration that saw the first file alone would fit its language and no other.
     while sources and len(rows) < samples:
         for source in list(sources):
             row = next(source, None)
@@ -238,6 +239,7 @@ def build_recipe(scheme: Scheme) -> list[Any]:
     if scheme.method == "fp8":
         return [QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC", ignore=KEPT)]
     whole = scheme.group_size == WHOLE_ROW
+    # The forms that vLLM has fast kernels for: GPTQ's without zero points, AWQ's with them.
     weights: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": scheme.method == "gptq"}
     weights |= {"strategy": "channel"} if whole else {"strategy": "group", "group_size": scheme.group_size}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
