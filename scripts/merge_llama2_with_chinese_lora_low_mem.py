@@ -75,10 +75,10 @@ class MergeArguments:
     def __post_init__(self) -> None:
         if not self.verify_only and not self.model_name_or_path:
             raise InputError("pass the base model as --base_model and one or more adapters as --lora_model")
-        shares = self.shares
-        if shares is not None and len(shares) != len(self.adapters):
+        weights = self.weights
+        if weights is not None and len(weights) != len(self.adapters):
             raise InputError(
-                f"--adapter_weights {self.adapter_weights}: {len(shares)} numbers for {len(self.adapters)} adapters"
+                f"--adapter_weights {self.adapter_weights}: {len(weights)} numbers for {len(self.adapters)} adapters"
             )
         if self.num_parts is not None and self.output_type != "pth":
             raise InputError(f"--num_parts {self.num_parts} belongs to --output_type pth")
@@ -90,16 +90,16 @@ class MergeArguments:
         return [name.strip() for name in (self.adapter_name_or_path or "").split(",") if name.strip()]
 
     @property
-    def shares(self) -> list[float] | None:
+    def weights(self) -> list[float] | None:
         if self.adapter_weights is None:
             return None
         try:
-            shares = [float(word) for word in self.adapter_weights.split(",")]
+            weights = [float(word) for word in self.adapter_weights.split(",")]
         except ValueError:
-            shares = [math.nan]
-        if not all(map(math.isfinite, shares)):
+            weights = [math.nan]
+        if not all(map(math.isfinite, weights)):
             raise InputError(f"--adapter_weights {self.adapter_weights}: need numbers such as 1,0.5")
-        return shares
+        return weights
 
 
 def main(args: MergeArguments) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def main(args: MergeArguments) -> dict[str, Any]:
 
     started = time.monotonic()
     base, max_shard_bytes = str(args.model_name_or_path), parse_size(args.max_shard_size)
-    with open_merge(base, args.adapters, args.tokenizer_name_or_path, args.output_dir, args.shares) as inputs:
+    with open_merge(base, args.adapters, args.tokenizer_name_or_path, args.output_dir, args.weights) as inputs:
         specs = inputs.model.specs(None if args.dtype == "auto" else getattr(torch, args.dtype))
         writer = (
             MetaWriter(inputs, specs, args.num_parts)
@@ -138,7 +138,7 @@ def main(args: MergeArguments) -> dict[str, Any]:
                 report["verification"] = verify_logits(inputs, folder)
             report |= measure(writer, time.monotonic() - started)
             write_json(folder / REPORT, report)
-            write_model_card(folder, report)
+            describe_merge(folder, report)
             write_manifest(folder, writer.describe_inputs(), describe_arguments(args), hashes)
     log_summary(report, args)
     return report
@@ -242,7 +242,7 @@ def build_report(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
     return {
         "base_model": args.model_name_or_path,
         "adapters": [str(config.folder) for config, _ in model.adapters],
-        "adapter_weights": model.shares,
+        "adapter_weights": model.adapter_weights,
         "adapter_tensors": [len(checkpoint.tensors) for _, checkpoint in model.adapters],
         "output_type": args.output_type,
         "tensors": len(writer.specs),
@@ -267,23 +267,22 @@ def measure(writer: MergeWriter, seconds: float) -> dict[str, float]:
     }
 
 
-def write_model_card(folder: Path, report: dict[str, Any]) -> None:
+def describe_merge(folder: Path, report: dict[str, Any]) -> None:
     """README.md: what the model was made of."""
-    figures = ("tensors", "changed_tensors", "vocab_size", "size_gb")
+    from utils.weights.model_card import write_model_card
+
     adapters = report["adapters"]
     title = f"{Path(adapters[-1]).name}, merged" if adapters else f"{Path(report['base_model']).name}, converted"
     made_of = f" Adapters, in order: {', '.join(adapters)}." if adapters else ""
     task = "text-classification" if report["reward_model"] else "text-generation"
-    lines = [
-        *("---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [llama, merged-lora]", "---"),
-        *(f"# {title}", ""),
+    text = [
         f"Base model: `{report['base_model']}`.{made_of}",
         f"Every change is listed in {REPORT}, the settings in run_config.yaml. The base model's licence applies.",
-        *("", "| figure | value |", "|---|---|"),
-        *(f"| {name} | {report[name]} |" for name in figures),
-        *(f"\n{note[0].upper()}{note[1:]}." for note in report["notes"]),
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figures = {name: report[name] for name in ("tensors", "changed_tensors", "vocab_size", "size_gb")}
+    notes = [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
+    settings = {"pipeline_tag": task, "tags": "[llama, merged-lora]"}
+    write_model_card(folder, title, text, figures, notes, settings)
 
 
 def log_summary(report: dict[str, Any], args: MergeArguments) -> None:

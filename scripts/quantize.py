@@ -102,7 +102,7 @@ def main(args: QuantizeArguments) -> dict[str, Any]:
             report["seconds"] = round(time.monotonic() - started, 2)
             report["peak_memory_gb"] = round(peak_resident_bytes() / 1e9, 3)
             write_json(folder / REPORT, report)
-            write_model_card(folder, report)
+            describe_model(folder, report)
     log_summary(report, args.output_dir)
     return report
 
@@ -144,21 +144,20 @@ def write_model(
     }
 
 
-def write_model_card(folder: Path, report: dict[str, Any]) -> None:
+def describe_model(folder: Path, report: dict[str, Any]) -> None:
     """README.md: what the model was made of, and how it is opened."""
+    from utils.weights.model_card import write_model_card
+
     package = NEEDED.get(report["method"], "compressed-tensors")
-    figures = [name for name in report if name not in ("base_model", "method")]
-    lines = [
-        *("---", "library_name: transformers", "pipeline_tag: text-generation"),
-        *(f"tags: [llama, quantized, {report['method']}]", "---"),
-        *(f"# {Path(report['base_model']).name}, quantised ({report['method']})", ""),
+    text = [
         f"Base model: `{report['base_model']}`, whose licence applies. transformers loads this folder once "
         f"`{package}` is installed" + ("." if package == "bitsandbytes" else "; vLLM reads this format."),
         f"The figures stand in {REPORT} too, the settings in run_config.yaml.",
-        *("", "| figure | value |", "|---|---|"),
-        *(f"| {name} | {report[name]} |" for name in figures),
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    title = f"{Path(report['base_model']).name}, quantised ({report['method']})"
+    figures = {name: value for name, value in report.items() if name not in ("base_model", "method")}
+    settings = {"pipeline_tag": "text-generation", "tags": f"[llama, quantized, {report['method']}]"}
+    write_model_card(folder, title, text, figures, settings=settings)
 
 
 def log_summary(report: dict[str, Any], output: str) -> None:

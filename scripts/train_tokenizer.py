@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from utils.core.arguments import arg, list_arg
 from utils.core.command_line import describe_arguments, run, save_run_config
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_folder, hash_file, refuse_existing_output, write_json
-from utils.core.machine import interruptible
+from utils.core.machine import available_cores, interruptible
 from utils.core.records import BadText
 from utils.text.text_sample import Sample, iter_corpus, list_corpus, sample_texts
 
@@ -139,7 +138,7 @@ def train(sample: Sample, args: TokenizerArguments) -> bytes:
         "split_digits": args.split_digits,
         "max_sentencepiece_length": args.max_piece_length,
         "max_sentence_length": 4 * MAX_SENTENCE,
-        "num_threads": args.num_threads or len(os.sched_getaffinity(0)),
+        "num_threads": args.num_threads or available_cores(),
         # As Llama: text is left as it is, and every space of it is kept.
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,

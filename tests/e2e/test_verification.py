@@ -44,7 +44,10 @@ HALF = {"bf16": "bfloat16", "fp16": "float16"}
 def verify(base: Path, adapters: Path | list[Path], out: Path, tokenizer: Path | None = None, ids=None):
     adapters = [adapters] if isinstance(adapters, Path) else adapters
     with open_merge(str(base), [str(item) for item in adapters], str(tokenizer) if tokenizer else None) as inputs:
-        return lora_verify.verify_merge(inputs, out, ids)
+        with pytest.MonkeyPatch.context() as patch:
+            if ids is not None:
+                patch.setattr(lora_verify, "choose_ids", lambda _: ids)
+            return lora_verify.verify_merge(inputs, out)
 
 
 def assert_passes(base, adapters, out, expected=None, tokenizer=None) -> None:
@@ -163,10 +166,10 @@ def test_a_share_of_an_adapter(llama, tmp_path, base_tokenizer_folder):
     save_file(weights, out / "model.safetensors")
     with open_merge(str(llama), [str(tmp_path / "adapter")], str(tokenizer)) as inputs:
         plain = inputs.model
-        inputs.model = MergedModel(plain.base, plain.adapters, tied=False, shares=[0.5])
+        inputs.model = MergedModel(plain.base, plain.adapters, tied=False, adapter_weights=[0.5])
         report = lora_verify.verify_merge(inputs, out)
         assert report.passed, report.verdict
-        inputs.model = MergedModel(plain.base, plain.adapters, tied=False, shares=[0.6])
+        inputs.model = MergedModel(plain.base, plain.adapters, tied=False, adapter_weights=[0.6])
         report = lora_verify.verify_merge(inputs, out)
     assert "lm_head.weight" in report.failed and "model.layers.1.self_attn.q_proj.weight" in report.failed
 

@@ -21,7 +21,8 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..core.machine import available_bytes
 from ..gguf.llamacpp import last_error, listen, require_llama_cpp
-from ..gguf.tokenizer import check_same_tokens, load_gguf_tokenizer, read_metadata
+from ..gguf.metadata import read_metadata
+from ..gguf.tokenizer import check_same_tokens, load_gguf_tokenizer
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, scale_rope
 from ..text.tokenizer import load_tokenizer
 from .batching import BatchScheduler

@@ -1,11 +1,14 @@
-"""GGUF metadata: a model's settings as llama.cpp reads them, or a refusal of what it cannot compute.
+"""GGUF metadata: a model's settings as llama.cpp reads them, or a refusal of what it cannot compute; and read back.
 
-Metadata is held as {method of gguf.GGUFWriter: its argument}, in writing order.
+What is to be written is held as {method of gguf.GGUFWriter: its argument}, in writing order.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +19,7 @@ from ..core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
 
 # transformers' model_type -> llama.cpp's architecture, which decides tensor names and the layout of q and k.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -122,3 +126,64 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return 1.0 / ((1 - smooth) / rope["factor"] + smooth)
+
+
+# ---------------------------------------------------------------- the way back
+
+# GGUF's value types that have a fixed size, as struct writes them; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a GGUF file says about its model, without its tensors; the gguf package needs seconds for a vocabulary.
+
+    Raises: InputError if it is no GGUF file of version 2 or 3, or is truncated.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(f"{path} is no GGUF file; make one with export_gguf.py")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Header(data).read()
+            except (struct.error, KeyError, UnicodeDecodeError):
+                raise InputError(f"{path}: the GGUF header is damaged or truncated; copy the file again") from None
+
+
+class _Header:
+    """Reads one value after another.   Source: ggml's docs/gguf.md."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._position = data, 4
+
+    def read(self) -> dict[str, Any]:
+        version, _, count = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
+        if version not in (2, 3):
+            raise InputError(f"GGUF version {version}: need 2 or 3 in little-endian order; export the model again")
+        return {self._string(): self._value(self._scalar("I")) for _ in range(count)}
+
+    def _scalar(self, kind: str) -> Any:
+        (value,) = struct.unpack_from(f"<{kind}", self._data, self._position)
+        self._position += struct.calcsize(f"<{kind}")
+        return value
+
+    def _string(self) -> str:
+        (size,) = struct.unpack_from("<Q", self._data, self._position)
+        start = self._position + 8
+        self._position = start + size
+        if self._position > len(self._data):
+            raise struct.error("a string ends behind the file")
+        return self._data[start : self._position].decode()
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(_SCALARS[kind])
+        element, count = self._scalar("I"), self._scalar("Q")
+        if element == _STRING:
+            return [self._string() for _ in range(count)]
+        form = f"<{count}{_SCALARS[element]}"
+        values = list(struct.unpack_from(form, self._data, self._position))
+        self._position += struct.calcsize(form)
+        return values

@@ -1,9 +1,7 @@
-"""The tokenizer in a GGUF file, as load_tokenizer gives it: the way back from gguf_vocabulary."""
+"""The tokenizer in a GGUF file, as load_tokenizer gives it: the way back from vocabulary.py."""
 
 from __future__ import annotations
 
-import mmap
-import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,70 +19,7 @@ from .vocabulary import PRE_TOKENIZERS, SINGLE_DIGITS, SPLIT_OF_GPT2, UNUSED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# GGUF's value types that have a fixed size, as struct writes them; 8 is a string, 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _SPECIALS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-# ---------------------------------------------------------------- metadata
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What a GGUF file says about its model, without its tensors; the gguf package needs seconds for a vocabulary.
-
-    Raises: InputError if it is no GGUF file of version 2 or 3, or is truncated.
-    """
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InputError(f"{path} is no GGUF file; make one with export_gguf.py")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Header(data).read()
-            except (struct.error, KeyError, UnicodeDecodeError):
-                raise InputError(f"{path}: the GGUF header is damaged or truncated; copy the file again") from None
-
-
-class _Header:
-    """Reads one value after another.   Source: ggml's docs/gguf.md."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._position = data, 4
-
-    def read(self) -> dict[str, Any]:
-        version, _, count = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
-        if version not in (2, 3):
-            raise InputError(f"GGUF version {version}: need 2 or 3 in little-endian order; export the model again")
-        return {self._string(): self._value(self._scalar("I")) for _ in range(count)}
-
-    def _scalar(self, kind: str) -> Any:
-        (value,) = struct.unpack_from(f"<{kind}", self._data, self._position)
-        self._position += struct.calcsize(f"<{kind}")
-        return value
-
-    def _string(self) -> str:
-        (size,) = struct.unpack_from("<Q", self._data, self._position)
-        start = self._position + 8
-        self._position = start + size
-        if self._position > len(self._data):
-            raise struct.error("a string ends behind the file")
-        return self._data[start : self._position].decode()
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind != _ARRAY:
-            return self._scalar(_SCALARS[kind])
-        element, count = self._scalar("I"), self._scalar("Q")
-        if element == _STRING:
-            return [self._string() for _ in range(count)]
-        form = f"<{count}{_SCALARS[element]}"
-        values = list(struct.unpack_from(form, self._data, self._position))
-        self._position += struct.calcsize(form)
-        return values
-
-
-# ---------------------------------------------------------------- vocabulary
 
 
 def load_gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -49,13 +49,13 @@ def open_merge(
     adapters: Sequence[str] = (),
     tokenizer: str | None = None,
     output: str | Path | None = None,
-    shares: Sequence[float] | None = None,
+    adapter_weights: Sequence[float] | None = None,
 ) -> Iterator[MergeInputs]:
     """Find, check and open a base and its adapters.
 
     Args:
         base, adapters: folders or hub ids, adapters in the order they were trained; none: the base as it is.
-        shares: how much of each adapter's change is taken; default: all.
+        adapter_weights: how much of each adapter's change is taken; default: all.
         tokenizer: a folder; default: that of the last adapter that has one, else the base's.
         output: where the result goes; it must not overlap with an input.
     Raises: InputError naming what is missing, damaged or does not belong together.
@@ -78,7 +78,7 @@ def open_merge(
         for number, (adapter, _) in enumerate(opened):
             check_base(adapter, base_folder, checkpoint, config, first=number == 0)
         _check_complete(checkpoint, config)
-        model = MergedModel(checkpoint, opened, tied=bool(tied), shares=shares)
+        model = MergedModel(checkpoint, opened, tied=bool(tied), adapter_weights=adapter_weights)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
         merged = _merged_config(model, config)

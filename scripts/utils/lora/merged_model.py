@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.machine import available_cores
 from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import Checkpoint, TensorSpec, row_blocks, row_shape
 from ..weights.streams import FileHasher, prefetch
@@ -72,17 +72,17 @@ class MergedModel:
         base: Checkpoint,
         adapters: Sequence[tuple[AdapterConfig, Checkpoint]],
         tied: bool,
-        shares: Sequence[float] | None = None,
+        adapter_weights: Sequence[float] | None = None,
     ):
         """Plan the merge.
 
         Args:
             tied: the base's config says that lm_head shares the weight of embed_tokens.
-            shares: how much of each adapter's change is taken, 1 for all of it.
+            adapter_weights: how much of each adapter's change is taken, 1 for all of it.
         Raises: InputError if an adapter does not fit, listing all that is wrong with it.
         """
         self.base, self.adapters = base, adapters
-        self.shares = list(shares or [1.0] * len(adapters))
+        self.adapter_weights = list(adapter_weights or [1.0] * len(adapters))
         self.weights = {n: MergedWeight(n, i.dtype, i.shape) for n, i in base.tensors.items()}
         self.notes: list[str] = []  # decisions the user should hear of
         # |W' - W|^2 and |W|^2 of every changed weight, complete once it was streamed
@@ -97,7 +97,7 @@ class MergedModel:
             self._add_adapter(number)
         if self.is_reward_model:
             self.weights.pop(HEAD, None)  # a reward model scores, it predicts no tokens
-        elif self.tied and HEAD in base.tensors:
+        elif self.tied and HEAD in base.tensors:  # written twice, as the base's files have it
             self.weights[HEAD] = dataclasses.replace(self.weights[EMBEDDING])
         self._check_result()
         # Experts of a layer share their factors.
@@ -243,6 +243,7 @@ class MergedModel:
             try:
                 for block in prefetch(self._read(specs, hasher)):
                     pending.append((block, pool.submit(self._merge, block, convert)))
+                    # One block in work and one waiting for each thread; more would only take memory.
                     if len(pending) > 2 * workers:
                         yield self._take(*pending.popleft())
                 while pending:
@@ -258,6 +259,8 @@ class MergedModel:
     def _read(self, specs: Iterable[TensorSpec], hasher: FileHasher | None) -> Iterator[_Block]:
         for spec in specs:
             weight = self.weights[spec.name]
+            # Here, in the thread that reads ahead: a tensor's factors are in memory before its first block is merged,
+            # and let go with its last.
             stages = self._load(weight, spec.dtype)
             for start, stop in row_blocks(weight.shape, 4 if weight.updates else spec.dtype.itemsize):
                 yield _Block(spec, stages, start, stop, self._base_rows(weight, start, stop, hasher))
@@ -275,13 +278,14 @@ class MergedModel:
             self._check_finite(merged, old, spec)
             result = merged.to(spec.dtype)
             total = float(torch.linalg.vector_norm(old)) ** 2
-            if merged is not old:
+            if merged is not old:  # rows that are new have nothing to be compared with; `old` is not needed any more
                 changed = float(torch.linalg.vector_norm(old.sub_(merged[: len(old)]))) ** 2
         return (result if convert is None else convert(spec, result)), changed, total
 
     def _take(self, block: _Block, future: Future[tuple[Any, float, float]]) -> tuple[TensorSpec, Any]:
         result, changed, total = future.result()
         if block.stages:
+            # From a tensor's first block on anew: it may have been streamed before, for an estimate.
             before = self.squares[block.spec.name] if block.start else (0.0, 0.0)
             self.squares[block.spec.name] = before[0] + changed, before[1] + total
         return block.spec, result
@@ -297,7 +301,8 @@ class MergedModel:
         """The updates of a weight without those that a later one overwrites."""
         first = 0
         for place, (number, update) in enumerate(weight.updates):
-            if isinstance(update, Replace) and self.shares[number] == 1.0:
+            # Below 1 the replaced rows are mixed with what stood there before.
+            if isinstance(update, Replace) and self.adapter_weights[number] == 1.0:
                 first = place
         return weight.updates[first:]
 
@@ -339,11 +344,11 @@ class MergedModel:
         for number, group in itertools.groupby(stages, key=lambda stage: stage.adapter):
             if number != stages[0].adapter:
                 rows = rows.to(dtype).float()  # as the file would hold it that this adapter was trained on
-            before, share = rows, 1.0 if whole and number == stages[-1].adapter else self.shares[number]
+            before, weight = rows, 1.0 if whole and number == stages[-1].adapter else self.adapter_weights[number]
             for stage in group:
                 rows = self._step(stage, rows, start, stop)
-            if share != 1.0:  # rows that only the adapter has are taken whole
-                rows = torch.cat([torch.lerp(before, rows[: len(before)], share), rows[len(before) :]])
+            if weight != 1.0:  # rows that only the adapter has are taken whole
+                rows = torch.cat([torch.lerp(before, rows[: len(before)], weight), rows[len(before) :]])
         return rows
 
     def _step(self, stage: _Stage, rows: Tensor, start: int, stop: int) -> Tensor:
@@ -356,7 +361,7 @@ class MergedModel:
         assert stage.values is not None
         if isinstance(update, AddBias):
             return rows + stage.values[start:stop] * update.scaling
-        indices = torch.tensor(update.indices)
+        indices = torch.tensor(update.indices)  # of the whole weight; this block has some of them, or none
         inside = (indices >= start) & (indices < stop)
         rows = rows.clone()
         rows[indices[inside] - start] = stage.values[inside]
@@ -393,8 +398,7 @@ class MergedModel:
 
 def worker_count() -> int:
     """Threads that merge: the cores this process may use, at most 8, as many as the fastest disks can feed."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return min(len(cores), 8)
+    return min(available_cores(), 8)
 
 
 def _equal(tensors: Checkpoint, one: str, other: str) -> bool:

@@ -86,6 +86,7 @@ class LowRank:
 Update = Replace | ReplaceRows | AddBias | LowRank
 
 
+# The first that matches counts, so the general endings come last.
 _TENSOR_ROLES = (
     (re.compile(r"\.lora_A(?:\.default)?\.weight$"), "A"),
     (re.compile(r"\.lora_B(?:\.default)?\.weight$"), "B"),
@@ -132,6 +133,7 @@ class _Planner:
         self.problems: list[str] = []
 
     def plan(self) -> dict[str, list[Update]]:
+        # In this order: low-rank factors and single rows act on what a replaced or resized weight has become.
         for module, roles in self.modules.items():
             self._plan_whole(module, roles)
             self._plan_low_rank(module, roles)
@@ -185,6 +187,7 @@ class _Planner:
                 "FSDP shards were probably not gathered when the adapter was saved; save it again"
             )
         elif (weight := self._weight(module)) is not None:
+            # The scaling follows, once it is known under which name the config has it.
             self._low_rank(module, weight, LowRank(name_A, name_B, 0.0, transposed, roles.pop("magnitude", None)))
             if "lora_bias" in roles and (bias := self._weight(module, "bias")):
                 self.updates[bias].append(AddBias(roles.pop("lora_bias"), self.config.scaling_of(module)))

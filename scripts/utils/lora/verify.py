@@ -74,7 +74,6 @@ class VerificationReport:
 def verify_merge(
     inputs: MergeInputs,
     merged_folder: Path,
-    text_ids: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerificationReport:
     """Compare the logits of base + adapters with those of the merged folder, and every tensor's effect on the way.
@@ -96,7 +95,6 @@ def verify_merge(
 
     Args:
         inputs: as `open_merge` gives them, open.
-        text_ids: (tokens,) to run; default: a short text and rows from all over the vocabulary, new rows included.
         progress: called with (layers done, layers) after each decoder layer.
     Raises: InputError if the folder cannot be the merge of these inputs (other tensors, shapes or settings), or the
         model is none of the Llama family.
@@ -105,8 +103,7 @@ def verify_merge(
     with open_checkpoint(merged_folder) as merged:
         _check_folder(inputs, merged)
         comparison = Comparison(inputs, merged)
-        ids = choose_ids(inputs) if text_ids is None else text_ids
-        logits = comparison.run(ids, progress)
+        logits = comparison.run(choose_ids(inputs), progress)
         return _report(comparison, logits, time.monotonic() - started)
 
 
@@ -247,7 +244,7 @@ class _AdaptedWeight:
         return _gather(self.model.base, self.source.name, index)
 
     def _column_norm(self) -> Tensor:
-        """DoRA's norm of every column of W + dW, before the last adapter's magnitude and share: (columns,)."""
+        """DoRA's norm of every column of W + dW, before the last adapter's magnitude and weight: (columns,)."""
         total = torch.zeros(self.weight.shape[1], dtype=torch.float64)
         for start, stop in row_blocks(self.weight.shape):
             index = torch.arange(start, stop)
@@ -263,7 +260,7 @@ class _AdaptedWeight:
         Args:
             rows: the base's, (rows, columns); x: (tokens, columns).
             dtype: what rows are rounded to between two adapters; None for none.
-            whole: the last adapter counts in full, whatever its share.
+            whole: the last adapter counts in full, whatever its weight.
         Returns: (rows, columns) and (tokens, rows).
         """
         y = x @ rows.T
@@ -277,10 +274,10 @@ class _AdaptedWeight:
                 if isinstance(stage.update, Replace):
                     shapes = self.model.adapters[number][1].shapes
                     known = index < row_shape(shapes[stage.update.source])[0]
-            share = self.model.shares[number]
-            if share != 1.0 and not (whole and number == self.stages[-1].adapter):
-                shares = torch.where(known_before, share, 1.0)  # rows that only the adapter has are taken whole
-                rows, y = torch.lerp(before[0], rows, shares[:, None]), torch.lerp(before[1], y, shares)
+            weight = self.model.adapter_weights[number]
+            if weight != 1.0 and not (whole and number == self.stages[-1].adapter):
+                weights = torch.where(known_before, weight, 1.0)  # rows that only the adapter has are taken whole
+                rows, y = torch.lerp(before[0], rows, weights[:, None]), torch.lerp(before[1], y, weights)
         return rows, y
 
     def rounded(self, rows: Tensor, base: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -515,14 +512,14 @@ class _SmallModule(nn.Module):
 
 
 class _ExpertsModule(nn.Module):
-    """Mixtral's experts, one after the other: out = sum of share * w2(act(w1 x) * w3 x) over a token's experts."""
+    """Mixtral's experts, one after the other: out = sum of routing * w2(act(w1 x) * w3 x) over a token's experts."""
 
     def __init__(self, comparison: Comparison, experts: Experts, activation: Callable[[Tensor], Tensor]):
         super().__init__()
         self.comparison, self.experts, self.activation = comparison, experts, activation
 
-    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """x: (2 * tokens, hidden); chosen, shares: (2 * tokens, experts of a token) -> (2 * tokens, hidden)."""
+    def forward(self, x: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+        """x: (2 * tokens, hidden); chosen, routing: (2 * tokens, experts of a token) -> (2 * tokens, hidden)."""
         count = len(x) // 2
         output = torch.zeros_like(x)
         for number in range(self.experts.count):
@@ -531,7 +528,7 @@ class _ExpertsModule(nn.Module):
                 self._expert(number, x[[0, count]])  # compared all the same
                 continue
             both = torch.cat([token, token + count])
-            weights = shares[token, slot].repeat(2)[:, None]
+            weights = routing[token, slot].repeat(2)[:, None]
             output.index_add_(0, both, self._expert(number, x[both]) * weights)
         return output
 

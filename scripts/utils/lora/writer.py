@@ -48,7 +48,7 @@ class MergeWriter:
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         specs = [(spec.name, str(spec.dtype), spec.shape) for spec in self.specs]
         settings = [config.__dict__ | {"folder": str(config.folder)} for config, _ in self.model.adapters]
-        return hash_json([FORMAT, stats, specs, settings, self.model.shares, self.files()])
+        return hash_json([FORMAT, stats, specs, settings, self.model.adapter_weights, self.files()])
 
     def expected_memory(self) -> int:
         """Bytes of peak memory: what the process has now, the blocks on their way, and the largest factors."""
@@ -63,13 +63,13 @@ class MergeWriter:
         ]
         return peak_resident_bytes() + blocks + 4 * max(factors, default=0)
 
-    def expected_seconds(self, budget: float = 2.0) -> float:
-        """Seconds of the merge, from merging a part of it for `budget` seconds; a slow disk can make it longer."""
+    def expected_seconds(self) -> float:
+        """Seconds of the merge, from merging a part of it for two seconds; a slow disk can make it longer."""
         changed = sorted((spec for spec in self.specs if self.model.weights[spec.name].updates), key=_size)
         started, done = time.perf_counter(), 0
         for _, block in self.model.stream(reversed(changed or self.specs)):
             done += block.nbytes
-            if time.perf_counter() - started > budget:
+            if time.perf_counter() - started > 2:
                 break
         return self.num_bytes / max(done, 1) * (time.perf_counter() - started)
 

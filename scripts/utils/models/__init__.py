@@ -1,10 +1,10 @@
 """Models: loading, new rows, adapters, the loss over large vocabularies, quantising, longer windows.
 
-  loading         loading, precision, attention, quantisation, new vocabulary rows and adapters
+  loading         weights loaded or created, and in which precision, attention and quantisation
   new_rows        embeddings and head of a model whose vocabulary grew
-  training_model  checked, loaded, grown, with its adapter
-  lm_loss         Losses over the vocabulary, computed in chunks: logits of all positions never exist at once
-  gathering       Weights that DeepSpeed ZeRO-3 or FSDP spread over the processes, gathered for a while
+  training_model  the model that is trained: checked, loaded, grown, with its adapter; its size and FLOPs
+  lm_loss         losses over the vocabulary, computed in chunks: logits of all positions never exist at once
+  gathering       weights that DeepSpeed ZeRO-3 or FSDP spread over the processes, gathered for a while
   quantization    a full-precision model made smaller, saved as a folder that transformers (and vLLM) load
   rope            windows longer than the trained one, by transformers' own rope_parameters, and rotations that
                   differ by row

@@ -1,4 +1,4 @@
-"""Models: loading, precision, attention, quantisation, new vocabulary rows and adapters."""
+"""Models: weights loaded or created, and in which precision, attention and quantisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 from ..core.arguments import ExtendArguments, ModelArguments
 from ..core.errors import InputError
 from ..weights.config import check_model, folder_or_hub_id, load_config
-from .gathering import full_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,9 +140,3 @@ def causal_model(model: nn.Module) -> Any:
     """The causal language model inside a PEFT model, or the model itself."""
     # Not by peft_config: PEFT leaves that on the inner model too.
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def count_weights(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for, also where 4-bit weights are packed or ZeRO-3 has spread them."""
-    count = full_shape(parameter).numel()
-    return 2 * count if parameter.__class__.__name__ == "Params4bit" else count

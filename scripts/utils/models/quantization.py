@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.arguments import ModelArguments
 from ..core.errors import InputError
 from ..core.records import iter_document_batches, list_data_files
-from ..text.tokenizer import encode_text, encode_texts
+from ..text.tokenizer import encode_raw, encode_texts, start_ids
 from ..weights.names import ADAPTER_CONFIG
 from ..weights.reader import open_checkpoint
 from .loading import load_model
@@ -147,6 +147,7 @@ def read_calibration(
         )
     sources = [_windows(file, tokenizer, length) for name in names for file in list_data_files(name)]
     rows: list[list[int]] = []
+    # In turns: a calibration that saw the first file alone would fit its language and no other.
     while sources and len(rows) < samples:
         for source in list(sources):
             row = next(source, None)
@@ -164,7 +165,7 @@ def read_calibration(
 
 def _windows(file: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
     """Consecutive stretches of `length` ids of a file; a rest is left out."""
-    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    start = start_ids(tokenizer)
     stream: list[int] = []
     for batch in iter_document_batches(file):
         for ids in encode_texts(tokenizer, batch):
@@ -238,6 +239,7 @@ def build_recipe(scheme: Scheme) -> list[Any]:
     if scheme.method == "fp8":
         return [QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC", ignore=KEPT)]
     whole = scheme.group_size == WHOLE_ROW
+    # The forms that vLLM has fast kernels for: GPTQ's without zero points, AWQ's with them.
     weights: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": scheme.method == "gptq"}
     weights |= {"strategy": "channel"} if whole else {"strategy": "group", "group_size": scheme.group_size}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
@@ -280,8 +282,7 @@ def load_quantized(folder: str | Path) -> PreTrainedModel:
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Logits (T, V) in float32 on the CPU of every text in CHECK_TEXTS."""
-    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    rows = [(start + encode_text(tokenizer, text))[:CHECK_TOKENS] for text in CHECK_TEXTS]
+    rows = [encode_raw(text, tokenizer)[:CHECK_TOKENS] for text in CHECK_TEXTS]
     return [model(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows if row]
 
 

@@ -9,7 +9,6 @@ Shapes: B rows of a batch, T positions, D the dimensions of a head.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -250,13 +249,6 @@ def need_one_rotation(config: PreTrainedConfig, engine: str) -> None:
             f"--rope_scaling auto-ntk: {engine} has one rotation for all texts, not one for each; pass ntk or yarn "
             "with the --rope_factor you need"
         )
-
-
-def vllm_rope_arguments(config: PreTrainedConfig) -> list[str]:
-    """What makes `vllm serve` use a config that scale_rope has changed, as command-line arguments."""
-    need_one_rotation(config, "vLLM")
-    overrides = json.dumps(rope_overrides(config))
-    return ["--hf-overrides", overrides, "--max-model-len", str(config.max_position_embeddings)]
 
 
 def llama_cpp_rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:

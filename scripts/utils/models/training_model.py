@@ -1,4 +1,4 @@
-"""The model that is trained: checked, loaded, grown, with its adapter."""
+"""The model that is trained: checked, loaded, grown, with its adapter; its size and FLOPs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..weights.names import EMBEDDING, HEAD
 from ..weights.reader import check_readable, open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
+from .loading import create_model, load_model
 from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from .loading import count_weights, create_model, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,12 @@ def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
                 "vocabularies; "
                 f"pass --tokenizer_name_or_path {adapter} and the base model this adapter was trained on"
             )
+
+
+def count_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for, also where 4-bit weights are packed or ZeRO-3 has spread them."""
+    count = full_shape(parameter).numel()
+    return 2 * count if parameter.__class__.__name__ == "Params4bit" else count
 
 
 def trainable_summary(model: nn.Module) -> tuple[int, int]:

@@ -243,6 +243,16 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], num_threa
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def encode_raw(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text to be continued, as pre-training documents begin."""
+    return start_ids(tokenizer) + encode_text(tokenizer, text)
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before the ids of a text: BOS, where the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
 # ---------------------------------------------------------------- what ids stand for
 
 
@@ -436,9 +446,3 @@ def _warn_inexact(model: bytes, added_ids: tuple[int, ...]) -> None:
         100 * inexact_rate(model),
         len(SAMPLE),
     )
-
-
-def encode_raw(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text to be continued: BOS, where the tokenizer has one, as pre-training documents begin."""
-    bos = tokenizer.bos_token_id
-    return ([] if bos is None else [int(bos)]) + encode_text(tokenizer, text)

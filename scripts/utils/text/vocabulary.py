@@ -83,7 +83,7 @@ def is_base_language(surface: bytes, known: bool = True) -> bool:
     return ASCII_WORD.search(surface) is not None or (known and LATIN_TEXT.fullmatch(surface) is not None)
 
 
-def settle(
+def drop_until_stable(
     candidates: list[str], selection: Selection, failures: Callable[[list[str]], dict[str, set[str]]]
 ) -> list[str]:
     """Drop failing candidates until the first `max_new_tokens` that remain all pass.
@@ -141,7 +141,7 @@ def merge_sentencepiece(base: Any, extra: Any, selection: Selection) -> Any:
             found["in_base_language_sample"] = _pieces_in(merged, len(base.pieces), selection.base_language_sample)
         return found
 
-    return append_pieces(base, settle(kept, selection, failures))
+    return append_pieces(base, drop_until_stable(kept, selection, failures))
 
 
 def characters_first(pieces: list[str]) -> list[str]:
@@ -232,7 +232,7 @@ def extend_byte_level(base: Tokenizer, batches: Iterable[list[str]], num_new: in
             found["in_base_language_sample"] = {extended.id_to_token(index) or "" for index in used}
         return found
 
-    return _with_tokens(base, names, settle(candidates, selection, failures), merges)
+    return _with_tokens(base, names, drop_until_stable(candidates, selection, failures), merges)
 
 
 def _touches(token: str, selection: Selection) -> bool:

@@ -21,6 +21,7 @@ from ..models.lm_loss import loss_targets
 from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
 from ..text.tokenizer import save_tokenizer
+from ..weights.model_card import write_model_card
 from .arguments import RunArguments, peak_flops, peak_memory_gb
 from .plots import plot_losses
 from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
@@ -253,7 +254,8 @@ def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher
     if args.should_save:
         # finish_run last: its file marks the run finished, and one killed before that resumes and writes the rest.
         trainer.save_state()
-        write_model_card(folder, title, metrics)
+        figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()}
+        write_model_card(folder, title, ["Settings: run_config.yaml. Losses: loss.png."], figures)
         trainer.draw(folder, title)
         finish_run(
             folder, metrics, next_command(trainer.accelerator.unwrap_model(trainer.model), folder, next_launcher)
@@ -267,21 +269,3 @@ def next_command(model: Any, folder: Path, launcher: str) -> str:
         return f"MODEL={folder} bash scripts/{launcher}"
     base = model.peft_config["default"].base_model_name_or_path
     return f"MODEL={base} LORA={folder} OUT={folder}-merged bash scripts/run_merge.sh"
-
-
-def write_model_card(folder: Path, title: str, metrics: dict[str, Any]) -> None:
-    """README.md of the output folder: what this is, how it was made, what it measured."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "---",
-        f"# {title}",
-        "",
-        "Settings: run_config.yaml. Losses: loss.png.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-    ]
-    lines += [f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-              for name, value in metrics.items()]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -6,7 +6,8 @@
   writer       which safetensors files a model's tensors go into, and writing them from a stream
   meta_reader  folders of consolidated.NN.pth and params.json, read as Hugging Face models
   meta_writer  a Llama model streamed into consolidated.NN.pth and params.json, hashed on the way
+  model_card   the README.md that lies beside weights
   streams      files read ahead and written behind in threads, hashed on the way, without filling the page cache
 
-Others import: names, config, reader, writer, meta_reader, meta_writer, streams.
+Others import: names, config, reader, writer, meta_reader, meta_writer, model_card, streams.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def folder_or_hub_id(name_or_path: str) -> str:
-    """What transformers and PEFT are to open: a folder, or a hub id as it is, which they download and record."""
-    return str(find_folder(name_or_path) or name_or_path)
+    """What transformers and PEFT are to open: a folder, or a hub id, which they download and record as it is."""
+    # Not by way of Path: an adapter would record ./models/base as models/base, which elsewhere may be a hub id.
+    return os.path.expanduser(name_or_path)
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:

@@ -3,7 +3,7 @@
 Meta's code cuts a model into parts for as many GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns,
 tok_embeddings by columns (Llama 1 and 2) or rows (Llama 3); norms stand whole in every part. Its rotary embedding
 turns neighbouring rows of a head, that of transformers row i and row i + head_dim/2, so that wq and wk have their
-rows in another order. `meta_files` writes the layout.
+rows in another order. `meta_writer` writes the layout.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _read_safetensors_header(path: Path) -> list[TensorInfo]:
         if start == b"version ":
             raise InputError(f"{path} is a git-lfs pointer, not the weights; run: git lfs pull")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
+        if length > size - 8:  # else a damaged length would ask for any amount of memory
             raise InputError(
                 f"{path} is truncated or no safetensors file: {size} bytes, less than its header needs; copy it again"
             )
@@ -94,6 +94,7 @@ def _read_safetensors_header(path: Path) -> list[TensorInfo]:
         if kind not in DTYPES:
             raise InputError(f"{path}: tensor {name} has type {kind}, which cannot be read here")
         info = TensorInfo(name, DTYPES[kind], shape, path, 8 + length + begin)
+        # The format has no gaps and no overlaps: a wrong offset would be read as plausible numbers.
         if begin != end or stop - begin != info.num_bytes:
             raise InputError(f"{path} is corrupted: its header is wrong about the size of {name}; copy it again")
         end = stop
@@ -245,7 +246,7 @@ class Checkpoint:
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
         view, position = memoryview(data.numpy()), info.offset + start * size
         done = 0
-        while done < len(view):
+        while done < len(view):  # Linux reads at most 2 GiB at a time
             count = os.preadv(descriptor, [view[done:]], position + done)
             if count == 0:
                 raise InputError(f"{info.file} ended while {info.name} was read; it was changed or truncated")
@@ -274,6 +275,7 @@ class Checkpoint:
             offset = info.offset + start * row_shape(info.shape)[1] * info.dtype.itemsize
             if hasher is not None:
                 hasher.update(info.file, offset, rows.reshape(-1).view(torch.uint8).numpy())
+            # Now and then, not for every block: a call walks through all pages that the file has in the cache.
             if offset - self._dropped.get(info.file, 0) > WINDOW:
                 os.posix_fadvise(self._descriptor(info.file), 0, offset, os.POSIX_FADV_DONTNEED)
                 self._dropped[info.file] = offset

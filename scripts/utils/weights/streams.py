@@ -29,6 +29,7 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
     stopped = threading.Event()
 
     def put(entry: tuple[bool, Any]) -> None:
+        # A consumer that stopped takes nothing out of a full queue: waiting without an end would keep the thread.
         while not stopped.is_set():
             try:
                 return waiting.put(entry, timeout=0.1)
@@ -97,7 +98,7 @@ class FileWriter:
         self._raise_error()
         view = memoryview(data).cast("B")
         self.size += len(view)
-        self._hash.update(view)
+        self._hash.update(view)  # in the caller's thread, side by side with the writing
         self._queue.put(view)
 
     def close(self) -> str:
@@ -187,10 +188,10 @@ class FileHasher:
             return
         view = memoryview(data).cast("B")
         digest, position = self._open.get(file) or (hashlib.sha256(), 0)
-        if offset > position:
+        if offset > position:  # tensors that nobody asked for, or padding
             self._read(file, digest, position, offset)
             position = offset
-        if offset + len(view) > position:
+        if offset + len(view) > position:  # what was hashed already, of a tensor read twice, is left out
             digest.update(view[position - offset :])
             position = offset + len(view)
         self._open[file] = digest, position

@@ -19,7 +19,8 @@ from utils.generation.engine import Request
 from utils.generation.loading import EnginePlan
 from utils.generation.transformers_engine import TransformersEngine
 from utils.gguf import llamacpp
-from utils.gguf.tokenizer import check_same_tokens, load_gguf_tokenizer, read_metadata
+from utils.gguf.metadata import read_metadata
+from utils.gguf.tokenizer import check_same_tokens, load_gguf_tokenizer
 from utils.models.rope import scale_rope
 from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_raw, encode_text, encode_texts, load_tokenizer, save_tokenizer

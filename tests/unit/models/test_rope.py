@@ -29,12 +29,12 @@ from utils.models.rope import (
     gguf_rope_config,
     install_row_rotary,
     llama_cpp_rope_parameters,
+    need_one_rotation,
     ntk_alpha,
     rope_overrides,
     rotary_key,
     scale_rope,
     scale_settings,
-    vllm_rope_arguments,
 )
 from utils.text.tokenizer import load_tokenizer
 
@@ -495,12 +495,10 @@ def test_old_ntk_flags_are_in_the_migration_tables(name):
 def test_vllm_is_told_the_same():
     for name in ("pi", "ntk", "yarn", "pi+ntk"):
         config = scaled(name, 4)
-        flag, overrides, *rest = vllm_rope_arguments(config)
-        assert flag == "--hf-overrides" and rest == ["--max-model-len", str(4 * WINDOW)]
-        again = config_of(**json.loads(overrides))
+        again = config_of(**json.loads(json.dumps(rope_overrides(config))))
         assert torch.equal(frequencies(again), frequencies(config)) and again.max_position_embeddings == 4 * WINDOW
     with pytest.raises(InputError, match=r"auto-ntk: vLLM has one rotation for all texts.*pass ntk or yarn"):
-        vllm_rope_arguments(scaled("auto-ntk"))
+        need_one_rotation(scaled("auto-ntk"), "vLLM")
 
 
 def test_gguf_settings():

@@ -21,11 +21,11 @@ from utils.text.vocabulary import (
     append_pieces,
     base_with_added_tokens,
     count_disagreements,
+    drop_until_stable,
     extend_byte_level,
     is_base_language,
     merge_sentencepiece,
     save_extended,
-    settle,
     unreachable_pieces,
     unreachable_tokens,
 )
@@ -106,7 +106,7 @@ def test_dropping_goes_on_until_none_fails():
         return {"broken": {c for c in chosen if c == "b" or (c in "cd" and order[order.index(c) - 1] not in chosen)}}
 
     selection = Selection(max_new_tokens=3)
-    assert settle(list(order), selection, failures) == ["a", "e", "f"]
+    assert drop_until_stable(list(order), selection, failures) == ["a", "e", "f"]
     assert selection.counts == {"broken": 3, "beyond_max_new_tokens": 1, "added": 3}
 
 

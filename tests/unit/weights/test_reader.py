@@ -291,6 +291,8 @@ def test_names_that_are_no_folder(tmp_path, monkeypatch):
     assert config.local_folder(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert config.local_folder("~") == tmp_path
+    names = {"~/m": f"{tmp_path}/m", "./m/": "./m/", "owner/name": "owner/name"}
+    assert {name: config.folder_or_hub_id(name) for name in names} == names
     with pytest.raises(InputError, match="folder not found: /no/such/folder"):
         config.local_folder("/no/such/folder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
