@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import atomic_file, hash_json, read_json, write_json
+from utils.core.files import atomic_file, hash_json, read_json
 
 if TYPE_CHECKING:
     from utils.evaluation.contamination import Overlap
@@ -108,6 +108,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, Target, ask_all, check_engine
     from utils.evaluation.multiple_choice.wordings import PRESETS
     from utils.evaluation.progress import Parts
+    from utils.evaluation.result_files import write_result
 
     assert args.benchmark is not None
     folder = Path(args.output_dir)
@@ -155,7 +156,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     write_results(answers, benchmark, folder)
     if "accuracy" in result:
         plot_choices(result, folder / PICTURE, f"{benchmark.name} ({benchmark.split}), {args.num_fewshot}-shot")
-    write_json(folder / RESULT, result)
+    write_result(folder / RESULT, result)
     if not result["errors"]:
         parts.finish()
     print_table(result)

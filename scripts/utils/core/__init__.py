@@ -2,6 +2,7 @@
 
   errors        The one exception for mistakes in what the user gives, and how several are reported together
   files         atomic output, hashes, and reading txt, json, jsonl and parquet with errors that name file and line
+  typed_json    JSON values as dataclasses: what is missing, or of another type, is named with its file and field
   figures       pictures in png files, in fonts that have Chinese, without pyplot
   records       A JSON file read value by value, with only the part in work in memory, and errors that know line and
                 column
@@ -12,5 +13,5 @@
   machine       cores and memory this process may use, what it used, and whether Ctrl-C reaches it
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
 
-Others import: errors, files, figures, records, arguments, command_line, machine, workers.
+Others import: errors, files, typed_json, figures, records, arguments, command_line, machine, workers.
 """

@@ -60,6 +60,7 @@ def group_columns(entries: Sequence[Entry[F]]) -> tuple[list[Column[F]], list[Bl
     for entry in entries:
         key = hash_json([entry.kind, entry.benchmark, entry.column, entry.details])
         groups.setdefault(key, []).append(entry)
+    # Groups of one heading are marked by raised digits; the notes say in what they differ.
     headings: dict[tuple[str, str], list[list[Entry[F]]]] = {}
     for group in groups.values():
         headings.setdefault((group[0].kind, group[0].column), []).append(group)
@@ -80,6 +81,7 @@ def mark_of(rank: int) -> str:
 
 def describe_differences(named: Sequence[tuple[str, Mapping[str, Any]]]) -> Text:
     """Why columns of one heading cannot be compared."""
+    # A setting that one file does not name differs from one that it does: get() gives None for it.
     keys = dict.fromkeys(key for _, details in named for key in details)
     different = [key for key in keys if len({hash_json(details.get(key)) for _, details in named}) > 1]
     said = []
@@ -160,9 +162,10 @@ def picture_of(title: Text, groups: Mapping[str, Mapping[str, float]], label: st
     """
     if not any(groups.values()):
         return None
-    if len(groups) >= 3 and max(map(len, groups)) <= LONGEST_AXIS:
+    if len(groups) >= 3 and max(map(len, groups)) <= LONGEST_AXIS:  # two axes make a line, not an area
         return Picture(title, svg=radar_chart(groups, label))
     models = list(dict.fromkeys(model for values in groups.values() for model in values))
+    # Bars stand in clusters by model, an axis's values by name: the table is turned round.
     bars = {model: {name: values[model] for name, values in groups.items() if model in values} for model in models}
     return Picture(title, svg=bar_chart(bars, label, digits=1))
 
@@ -344,6 +347,7 @@ def perplexity_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
             )
         )
     ]
+    # Entries of a column are all of documents or all of rows: their details tell these apart.
     for column in found:
         if curves := select(column.entries, Curve):
             blocks += curve_blocks(Column(column.heading, curves))

@@ -95,7 +95,7 @@ def bits_per_byte(run: RecipeRun, language: str) -> dict[str, float]:
 def reward_accuracy(run: RecipeRun) -> float:
     """Share of held-out pairs whose better answer the reward model prefers."""
     reports = run.reward_reports.values()
-    return float(sum(report["accuracy"] * report["pairs"] for report in reports) / sum(r["pairs"] for r in reports))
+    return sum(report.accuracy * report.pairs for report in reports) / sum(report.pairs for report in reports)
 
 
 def ppo_kl(run: RecipeRun) -> float:
