@@ -268,6 +268,7 @@ def _read_longbench(path: Path, file: LongbenchResult) -> Iterator[Entry[Longben
         column=name,
         details={
             "data": {dataset: file.data.get(dataset, unknown).sha256 for dataset in sorted(file.datasets)},
+            # Scores of the first 50 samples are no scores of all, whatever the file's hash.
             "samples": {dataset: figures.samples for dataset, figures in sorted(file.datasets.items())},
             "with_inst": source.get("with_inst"),
             **_chosen(chosen, (*DECODING, "system_prompt")),
@@ -331,6 +332,7 @@ def _read_alignment(path: Path, file: AlignmentResult) -> Iterator[Entry[Alignme
         **_describe_model(settings, weights, str(settings.get("answers") or path.absolute().parent.name)),
         column="alignment",
         details={
+            # The questions as they were answered, not the files: these may have been put together otherwise.
             "data": [hash_json([[row.question, row.expected] for row in rows])],
             "judge": file.judge,
             **_chosen(settings, (*DECODING, "system_prompt")),

@@ -190,7 +190,7 @@ def overall_rows(run: RecipeRun) -> list[list[Cell]]:
             bound = f"≤ {percent(TARGETS['before'], 0)}"
         else:
             pairs = zip(run.alignment["sft"].answers, result.answers, strict=True)
-            changes = [after.aligned - before.aligned for before, after in pairs]
+            changes = [after.aligned - before.aligned for before, after in pairs]  # 1: now right, -1: no longer
             changed = f"+{changes.count(1)} −{changes.count(-1)}"
         rows.append([SIDE_TITLES[side], shown_share(result), bound, f"{result.unclear:,}", changed])
     return rows
@@ -381,6 +381,7 @@ def curve_pictures(run: RecipeRun, stage: str, curves: Mapping[str, tuple[Text, 
         if key in TRAINING_ONLY:
             lines = {name: points for name, points in lines.items() if name == "training"}
         if lines:
+            # Markdown shows the stage's png once, where HTML has a chart for each figure.
             known = not pictures and (run.folder / file).is_file()
             chart = line_chart(lines, "iteration" if stage == "ppo" else "optimizer step", axis)
             pictures.append(Picture(title, svg=chart, file=file if known else None))

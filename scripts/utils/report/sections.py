@@ -94,10 +94,12 @@ def describe_differences(named: Sequence[tuple[str, Mapping[str, Any]]]) -> Text
 def short(value: Any) -> str:
     """A setting as it is, or the beginning of its hash where it is long."""
     text = "–" if value is None else value if isinstance(value, str) else str(value)
+    # Prompts and lists of files differ somewhere in their middle; of a hash the beginning tells.
     return text if len(text) <= 24 and "\n" not in text else hash_json(value)[:8]
 
 
 def models_of(entries: Iterable[Entry[Any]]) -> list[str]:
+    # A dict where a set would do, here and below: it keeps the order, which is the user's.
     return list(dict.fromkeys(entry.model for entry in entries))
 
 
@@ -174,6 +176,7 @@ def with_picture(table: Table, picture: Picture | None) -> list[Block]:
     """Side by side, a wide table above its picture."""
     if picture is None:
         return [table]
+    # A wide table beside a picture would be squeezed until its figures break over lines.
     return [Beside(table, picture)] if len(table.header) <= MOST_BESIDE else [table, Pictures([picture])]
 
 
@@ -202,7 +205,7 @@ def choice_table(found: Sequence[Column[ChoiceResult]]) -> Table:
     header: list[Text] = []
     for column in found:
         header += [Text(column.heading, "%"), Text("科目平均", "mean over subjects")]
-        if has_clean(column):
+        if has_clean(column):  # of any model: the others have dashes
             header.append(Text("训练数据中没有的题", "questions not in training data"))
 
     def cells(model: str) -> list[Cell]:
@@ -243,7 +246,7 @@ def choice_details(column: Column[ChoiceResult]) -> list[Block]:
     by_model = column.by_model
     blocks: list[Block] = []
     names = list(dict.fromkeys(name for figures in by_model.values() for name in figures.by_category))
-    if len(names) > 1:
+    if len(names) > 1:  # of one category, the table above says it
         table = table_of(
             list(by_model),
             [Text(name, "") for name in names],
@@ -256,6 +259,7 @@ def choice_details(column: Column[ChoiceResult]) -> list[Block]:
     if len(subjects) > 1:
         rows: list[list[Cell]] = [
             [
+                # Each file has the names of its own subjects; not all files have all of them.
                 next(f.by_subject[name].name or name for f in by_model.values() if name in f.by_subject),
                 *(scored_part(figures.by_subject, name) for figures in by_model.values()),
             ]
@@ -363,6 +367,7 @@ def document_blocks(column: Column[DocumentRow]) -> list[Block]:
     for entry in column.entries:
         figures = entry.figures
         difference, between = figures.bits_per_byte_difference, figures.bits_per_byte_difference_interval
+        # Other tokens, other perplexity: the figure stands there, but must not be compared.
         mark = "" if tokenizer_of(entry) == first else " †"
         rows.append(
             [
@@ -454,6 +459,7 @@ def aligned_table(column: Column[AlignmentResult]) -> Table:
 def arena_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """Standings and pairs of each file of votes: ratings of different votes cannot be compared."""
     sections = []
+    # No columns: a rating says how strong a model is among those it met, and every file has its own.
     for rank, entry in enumerate(select(entries, ArenaResult), 1):
         figures = entry.figures
         rows: list[list[Cell]] = [
