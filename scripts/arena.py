@@ -237,6 +237,7 @@ def report(
     from utils.evaluation.arena.matchmaking import check_categories
     from utils.evaluation.arena.ratings import plot_pairs, plot_ratings
     from utils.evaluation.arena.votes import read_votes
+    from utils.evaluation.result_files import write_result
 
     log = read_votes(paths)
     check_categories(args.categories, (vote.category for vote in log.votes))
@@ -271,7 +272,7 @@ def report(
         "judges": describe_judges(chosen),
     }
     folder = Path(args.output_dir)
-    write_json(folder / RESULT, result)
+    write_result(folder / RESULT, result)
     plot_ratings(figures, folder / RATINGS)
     plot_pairs(figures, folder / PAIRS)
     print_table(figures)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.core.arguments import InferenceArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import hash_file, hash_json, write_json
+from utils.core.files import hash_file, hash_json
 from utils.core.records import list_data_files
 from utils.evaluation.arguments import GreedyArguments
 
@@ -87,6 +87,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         summarise,
     )
     from utils.evaluation.progress import refuse_finished
+    from utils.evaluation.result_files import write_result
 
     if args.answers and (model_args.model_name_or_path or model_args.adapter_name_or_path):
         raise InputError("--answers judges answers made before; pass it or a model, not both")
@@ -122,7 +123,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         "judge": args.reward_model or args.judge,
         "environment": describe_environment(),
     }
-    write_json(folder / RESULT, {**record, **figures, "answers": describe_answers(questions, answers, judgements)})
+    write_result(folder / RESULT, {**record, **figures, "answers": describe_answers(questions, answers, judgements)})
     plot_alignment(figures, folder / PICTURE, "Alignment")
     print_table(figures)
     report(figures, folder, args)

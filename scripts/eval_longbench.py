@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.core.arguments import InferenceArguments, arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import hash_file, read_json, remove, write_json
+from utils.core.files import hash_file, read_json, remove
 from utils.evaluation.arguments import GreedyArguments
 from utils.evaluation.longbench.tasks import GROUPS, HUB_ID, find_data, find_files, read_samples, select_tasks
 from utils.evaluation.progress import answer_all, refuse_finished
@@ -98,6 +98,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     """Evaluate; returns what longbench.json holds."""
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.longbench.results import plot_longbench, read_predictions, summarise
+    from utils.evaluation.result_files import write_result
 
     tasks = select_tasks(args.predict_on.split(","), args.e)
     if model_args.model_name_or_path or model_args.adapter_name_or_path:
@@ -115,7 +116,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         "environment": describe_environment(*METRIC_PACKAGES),
         **figures,
     }
-    write_json(args.result, result)
+    write_result(args.result, result)
     plot_longbench(figures, args.result.with_suffix(".png"), "LongBench-E" if args.e else "LongBench")
     print_tables(figures)
     report(result, args)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.core.arguments import InferenceArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import atomic_file, hash_json, read_json, write_json
+from utils.core.files import atomic_file, hash_json, read_json
 from utils.evaluation.arguments import GreedyArguments
 from utils.evaluation.progress import Parts, refuse_finished
 
@@ -107,6 +107,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     from utils.evaluation.multiple_choice.results import plot_choices, summarise, summarise_clean
     from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, ask_all, check_engine, open_model
     from utils.evaluation.multiple_choice.wordings import PRESETS
+    from utils.evaluation.result_files import write_result
 
     assert args.benchmark is not None
     folder = Path(args.output_dir)
@@ -155,7 +156,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     write_results(answers, benchmark, folder)
     if "accuracy" in result:
         plot_choices(result, folder / PICTURE, f"{benchmark.name} ({benchmark.split}), {args.num_fewshot}-shot")
-    write_json(folder / RESULT, result)
+    write_result(folder / RESULT, result)
     if not result["errors"]:
         parts.finish()
     print_table(result)

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from utils.core.arguments import InferenceArguments, RopeArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import atomic_file, hash_file, write_json
+from utils.core.files import atomic_file, hash_file
 
 if TYPE_CHECKING:
     from utils.evaluation.models import Candidate
     from utils.evaluation.perplexity import Documents, TextRows
-    from utils.evaluation.progress import Parts
 
 logger = logging.getLogger("eval_perplexity")
 
@@ -111,6 +110,7 @@ def main(model_args: InferenceArguments, args: EvalArguments) -> dict[str, Any]:
     from utils.data.corpora import parse_corpora
     from utils.evaluation.models import find_candidates, find_models
     from utils.evaluation.progress import Parts, refuse_finished
+    from utils.evaluation.result_files import write_result
 
     folder = Path(args.output_dir)
     refuse_finished(folder / RESULT, args.overwrite)
@@ -137,7 +137,7 @@ def main(model_args: InferenceArguments, args: EvalArguments) -> dict[str, Any]:
     parts = Parts(folder / PARTS, {**record, "settings": decides}, args.overwrite)
     evaluate = draw_curves if args.lengths else score_documents
     result = {**record, "rows": evaluate(candidates, texts, args, parts)}
-    write_json(folder / RESULT, result)
+    write_result(folder / RESULT, result)
     parts.finish()
     report(candidates, files, args)
     return result

@@ -10,6 +10,7 @@
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
   figures       pictures in png files, in fonts that have Chinese, without pyplot
   hub           whether a name is a folder or a hub id, and what a hub id names, downloaded or from the cache
+  typed_json    JSON values as dataclasses: what is missing, or of another type, is named with its file and field
 
-Others import: errors, files, records, arguments, command_line, machine, workers, figures, hub.
+Others import: errors, files, records, arguments, command_line, machine, workers, figures, hub, typed_json.
 """

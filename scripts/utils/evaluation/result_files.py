@@ -7,16 +7,15 @@ files of older versions. Scores are percents, 0 to 100; alignment's shares are 0
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
+from ..core.typed_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -365,8 +364,6 @@ class ArenaResult(ArenaFigures, ResultFile):
 
 # ---------------------------------------------------------------- reading and writing
 
-OTHER_VERSION = "broken, or another version's"
-
 KINDS: dict[str, type[ResultFile]] = {
     "multiple_choice": ChoiceResult,
     "longbench": LongbenchResult,
@@ -390,10 +387,9 @@ def read_result(path: str | Path) -> ResultFile:
     if kind not in KINDS:
         raise InputError(f"{path}: kind {kind!r} is no evaluation's; need one of {', '.join(KINDS)}")
     unknown: list[str] = []
-    result = _parse(KINDS[kind], record, str(path), unknown, KINDS[kind].remedy)
+    result = parse_json(KINDS[kind], record, str(path), KINDS[kind].remedy, unknown)
     if unknown:
         logger.warning("%s: %s: written by another version, not read", path, ", ".join(dict.fromkeys(unknown)))
-    assert isinstance(result, ResultFile)
     return result
 
 
@@ -407,49 +403,11 @@ def read_result_of(kind: type[R], path: str | Path) -> R:
 
 
 def write_result(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Write a result file as it is, once it has been seen to hold what its kind's class says, and nothing else."""
-    unknown: list[str] = []
-    _parse(KINDS[record["kind"]], record, str(path), unknown, "")
-    assert not unknown, f"{', '.join(unknown)}: not in result_files.py"
+    """Write a result file as it is. That it holds what its kind's class says, and nothing else, is an assertion.
+
+    It comes after the file is written: nobody shall lose an evaluation of hours to a field that was forgotten here.
+    """
     write_json(path, record)
-
-
-def _parse(kind: Any, value: Any, where: str, unknown: list[str], remedy: str) -> Any:
-    """A value of a file as the annotation `kind` has it; the names of fields it does not know go to `unknown`."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        kinds = [one for one in inner if one is not type(None)]
-        # Of two kinds of rows the one that shares most fields, so that a row lacking one is not taken for the other.
-        names = set(value) if isinstance(value, Mapping) else set()
-        kind = max(kinds, key=lambda one: len(names & set(get_type_hints(one)))) if len(kinds) > 1 else kinds[0]
-        return _parse(kind, value, where, unknown, remedy)
-    if dataclasses.is_dataclass(kind):
-        if missing := _missing(kind, value):
-            known = ", ".join(value) if isinstance(value, Mapping) else repr(value)[:40]
-            lacking = ", ".join(f"'{name}'" for name in missing)
-            raise InputError(f"{where}: no {lacking}; it has {known or 'nothing'}; {OTHER_VERSION}: {remedy}")
-        hints = get_type_hints(kind)
-        unknown += [name for name in value if name not in hints]
-        found = {n: _parse(hints[n], one, f"{where}, {n}", unknown, remedy) for n, one in value.items() if n in hints}
-        return cast(Any, kind)(**found)
-    plain: Any = {float: (int, float), dict: Mapping, list: (list, tuple)}.get(origin or kind, origin or kind)
-    if kind is not Any and (not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool)):
-        name = getattr(kind, "__name__", kind)
-        raise InputError(f"{where}: got {value!r:.40}, need {name}; {OTHER_VERSION}: {remedy}")
-    if origin is dict:
-        return {name: _parse(inner[1], one, f"{where}, {name}", unknown, remedy) for name, one in value.items()}
-    if origin is list:
-        return [_parse(inner[0], one, f"{where}, {rank}", unknown, remedy) for rank, one in enumerate(value, 1)]
-    return value
-
-
-def _missing(kind: Any, value: Any) -> list[str]:
-    """The fields without a default that are not there."""
-    needed = [
-        one.name
-        for one in dataclasses.fields(kind)
-        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-    ]
-    return [name for name in needed if not isinstance(value, Mapping) or name not in value]
+    unknown: list[str] = []
+    parse_json(KINDS[record["kind"]], record, str(path), "see result_files.py", unknown)
+    assert not unknown, f"{', '.join(unknown)}: not in result_files.py"

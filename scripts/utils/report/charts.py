@@ -24,6 +24,7 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
     """
     kept = {name: [point for point in points if all(map(math.isfinite, point))] for name, points in series.items()}
     points = [point for line in kept.values() for point in line]
+    # Python's min and max pass over NaN or not by its place: what is not finite must be gone before ticks are chosen.
     if not points:
         raise ValueError("line_chart: no finite point")
     x_ticks, y_ticks = (nice_ticks(min(values), max(values)) for values in zip(*points, strict=True))
@@ -49,10 +50,10 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str, digits: i
     values = [value for bars in groups.values() for value in bars.values() if math.isfinite(value)]
     if not values:
         raise ValueError("bar_chart: no finite value")
-    ticks = nice_ticks(0, max(values))
+    ticks = nice_ticks(0, max(values))  # from 0: a bar's length is its value
     parts = [_axis_labels("", y_label), _legend(names), _y_grid(ticks)]
     cluster = (WIDTH - LEFT - RIGHT) / len(groups)
-    width = min(0.84 * cluster / len(names), 44)
+    width = min(0.84 * cluster / len(names), 44)  # a gap between clusters; two bars alone do not fill the picture
     for place, (group, bars) in enumerate(groups.items()):
         middle = LEFT + cluster * (place + 0.5)
         parts.append(_text(middle, HEIGHT - BOTTOM + 17, group, "middle"))
@@ -61,19 +62,18 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str, digits: i
             if not math.isfinite(value):
                 continue
             x, y = middle + width * (rank - len(names) / 2), _place_y(value, ticks)
+            # A pixel of air on either side keeps neighbours of like colours apart.
             size = f'width="{width - 2:.1f}" height="{HEIGHT - BOTTOM - y:.1f}"'
             parts.append(f'<rect x="{x + 1:.1f}" y="{y:.1f}" {size} fill="{color}"/>')
             label = f"{value:.{digits}f}"
-            if width >= 6.5 * len(label):
+            if width >= 6.5 * len(label):  # else it would run into its neighbour's
                 parts.append(_text(x + width / 2, y - 4, label, "middle"))
     return _svg(parts, f"{y_label} of {', '.join(groups)}: {', '.join(names)}", names)
 
 
-def radar_chart(groups: Mapping[str, Mapping[str, float]], label: str, top: float | None = None) -> str:
+def radar_chart(groups: Mapping[str, Mapping[str, float]], label: str) -> str:
     """Values of 0 or more as one <svg> element: an axis for each group, a closed line for each name in it.
 
-    Args:
-        top: the outer ring; None: the first round number above all values.
     Raises: ValueError for fewer than three axes, or if no value is finite. A name without a value on some axis has
         dots alone.
     """
@@ -81,8 +81,9 @@ def radar_chart(groups: Mapping[str, Mapping[str, float]], label: str, top: floa
     finite = [value for values in groups.values() for value in values.values() if math.isfinite(value)]
     if len(groups) < 3 or not finite:
         raise ValueError("radar_chart: need three axes and a finite value")
-    ticks = nice_ticks(0, max(finite) if top is None else top, 4)
+    ticks = nice_ticks(0, max(finite), 4)
     parts = [_legend(names)]
+    # The first tick is the middle, where a ring would be a point.
     for tick in ticks[1:]:
         ring = [_spoke(rank / len(groups), tick / ticks[-1]) for rank in range(len(groups))]
         parts.append(f'<path d="{_joined(ring, closed=True)}" fill="none" stroke="{GRID}"/>')
@@ -91,6 +92,8 @@ def radar_chart(groups: Mapping[str, Mapping[str, float]], label: str, top: floa
         x, y = _spoke(rank / len(groups), 1)
         parts.append(f'<path d="M{RADAR_X} {RADAR_Y}L{x:.1f} {y:.1f}" stroke="{GRID}"/>')
         x, y = _spoke(rank / len(groups), 1.09)
+        # Names begin or end at their axis, so that none lies across the picture; at the top and the bottom they stand
+        # centred over it.
         side = "middle" if abs(x - RADAR_X) < 12 else "start" if x > RADAR_X else "end"
         parts.append(_text(x, y + (-2 if rank == 0 else 4), group, side))
     for color, name in zip(_colors(names), names, strict=True):
@@ -98,6 +101,7 @@ def radar_chart(groups: Mapping[str, Mapping[str, float]], label: str, top: floa
         places = [
             _spoke(rank / len(groups), value / ticks[-1]) for rank, value in enumerate(values) if math.isfinite(value)
         ]
+        # Without one value the line would cut across that axis, and show a score nobody measured.
         closed = len(places) == len(groups)
         if closed:
             style = f'fill="{color}" fill-opacity="0.08" stroke="{color}" stroke-width="1.8"'
@@ -132,10 +136,10 @@ def scatter_chart(groups: Mapping[str, Mapping[str, tuple[float, float]]], x_lab
         for labels in groups.values()
         for label, (x, y) in labels.items()
     }
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()]  # all dots first: no label hides one
     lines, dots, names = [], [], []
     for color, labels in zip(_colors(groups), groups.values(), strict=True):
-        for label in sorted(labels, key=lambda label: labels[label]):
+        for label in sorted(labels, key=lambda label: labels[label]):  # left to right: the same picture each time
             x, y = places[label]
             left, top, right, bottom = box = _free_box(x, y, 6.5 * len(label), taken)
             taken.append(box)
@@ -144,6 +148,7 @@ def scatter_chart(groups: Mapping[str, Mapping[str, tuple[float, float]]], x_lab
                 lines.append(f'<path d="M{x:.1f} {y:.1f}L{end[0]:.1f} {end[1]:.1f}" stroke="{color}"/>')
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
             names.append(_text(left, bottom - 3, label))
+    # In this order, as later ones are drawn over earlier ones: connecting lines under all dots, labels on top.
     return _svg([*parts, *lines, *dots, *names], f"{y_label} over {x_label}: {', '.join(places)}", groups)
 
 
@@ -153,7 +158,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 def _free_box(x: float, y: float, width: float, taken: Sequence[Box]) -> Box:
     """Where a label has room, as near to its dot as possible: beside it, or some lines above or below."""
     choices = []
-    for shift in range(0, HEIGHT, 6):
+    for shift in range(0, HEIGHT, 6):  # the nearest first
         for middle in (y - shift, y + shift):
             choices += [(left, middle - 6, left + width, middle + 7) for left in (x + 7, x - 7 - width)]
     for box in choices:
@@ -161,7 +166,7 @@ def _free_box(x: float, y: float, width: float, taken: Sequence[Box]) -> Box:
         inside = left >= LEFT and right <= WIDTH and top >= TOP - 6 and bottom <= HEIGHT - BOTTOM
         if inside and all(left >= b[2] or right <= b[0] or top >= b[3] or bottom <= b[1] for b in taken):
             return box
-    return choices[0]
+    return choices[0]  # no room anywhere: beside its dot, over what is there
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -205,6 +210,7 @@ def _legend(names: Iterable[str]) -> str:
     names = list(names)
     places, parts = _legend_places(names), []
     last = places[-1][1] if places else 0
+    # The last line stands in the top margin, those before it above the picture: its plotted area stays where it was.
     for color, name, (x, line) in zip(_colors(names), names, places, strict=True):
         y = 8 - LINE * (last - line)
         parts.append(f'<rect x="{x:.0f}" y="{y}" width="12" height="10" rx="2" fill="{color}"/>')

@@ -11,6 +11,7 @@ from ..core.command_line import RUN_CONFIG
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.records import iter_records
+from ..core.typed_json import parse_json
 from ..evaluation.result_files import AlignmentResult, read_result_of
 from ..training.plots import Curves, log_curves
 from .pages import Text
@@ -129,6 +130,52 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
+class MergeReport:
+    """What the merge script says of a merged model; size in 1e9 bytes."""
+
+    tensors: int
+    changed_tensors: int
+    vocab_size: int | None
+    size_gb: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Pairs of about the same predicted probability, and the share of them that the reward model gets right."""
+
+    predicted: float
+    observed: float
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class SourceAccuracy:
+    """Held-out pairs of one source."""
+
+    pairs: int
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardReport:
+    """What rm.py says of the reward model on a held-out set of pairs; None where a figure is not defined there."""
+
+    accuracy: float
+    pairs: int
+    margin: float
+    calibration: list[CalibrationBin]
+    calibration_error: float
+    accuracy_by_source: dict[str, SourceAccuracy]
+    chosen_mean: float | None = None
+    rejected_mean: float | None = None
+    share_chosen_longer: float | None = None
+    accuracy_chosen_longer: float | None = None
+    accuracy_chosen_shorter: float | None = None
+    length_correlation: float | None = None
+
+
+@dataclass(frozen=True)
 class PolicySample:
     """An answer to a held-out prompt that ppo.py noted at an evaluation."""
 
@@ -149,10 +196,10 @@ class RecipeRun:
     vocabulary: dict[str, Any]
     embedding_init: dict[str, dict[str, float]]  # method -> language -> bits per byte at step 0
     init_method: str
-    merges: dict[str, dict[str, Any]]
+    merges: dict[str, MergeReport]
     questions: list[dict[str, Any]]
     answers: dict[str, list[str]]  # ANSWERS -> one a question
-    reward_reports: dict[str, dict[str, Any]]  # held-out set of pairs -> what rm.py says of the reward model on it
+    reward_reports: dict[str, RewardReport]  # by held-out set of pairs
     ppo_samples: list[PolicySample]  # evaluation by evaluation
     alignment: dict[str, AlignmentResult]  # ALIGNMENT_SIDES -> alignment.json
     evaluations: list[Entry[Any]]  # questions with choices and perplexity, of EVALUATED
@@ -163,7 +210,7 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
 
     Raises: InputError that names every unfinished stage and the command that makes it, or a file that does not fit.
     """
-    refuse_unfinished(folder)
+    refuse_unfinished(folder)  # all of them at once, before the first file is read
     questions = [record for _, record in iter_records(questions_file)]
     if not any(question.get("kind") == TARGET_KIND for question in questions):
         raise InputError(
@@ -178,7 +225,7 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
         vocabulary=read_json(folder / STAGES["merged_tokenizer"].mark),
         embedding_init=read_json(folder / "pretrain" / "embedding_init.json"),
         init_method=read_settings(folder / "pretrain").get("embedding_init", "mean_of_pieces"),
-        merges={name: read_json(folder / STAGES[name].mark) for name in MERGES},
+        merges={name: read_merge(folder / STAGES[name].mark) for name in MERGES},
         questions=questions,
         answers={name: read_answers(folder / STAGES[f"answers_{name}"].mark, questions) for name in ANSWERS},
         reward_reports=read_reward_reports(folder / REWARD_REPORT),
@@ -236,6 +283,7 @@ def read_answers(path: Path, questions: Sequence[Mapping[str, Any]]) -> list[str
     if len(records) != len(questions):
         raise InputError(f"{path}: {len(records)} answers to {len(questions)} questions; remove it and make it again")
     for (location, record), question in zip(records, questions, strict=True):
+        # "Input" may have more around the question: its own input, or a template.
         if str(need(question, "instruction", "questions")).strip() not in str(need(record, "Input", location)):
             raise InputError(
                 f"{location}: not an answer to '{question['instruction']}'; remove the file and make it again"
@@ -243,15 +291,20 @@ def read_answers(path: Path, questions: Sequence[Mapping[str, Any]]) -> list[str
     return [str(need(record, "Output", location)) for location, record in records]
 
 
-def read_reward_reports(path: Path) -> dict[str, dict[str, Any]]:
+def read_merge(path: Path) -> MergeReport:
+    """merge_report.json. Raises: InputError if a figure is missing."""
+    return parse_json(MergeReport, read_json(path), str(path), f"remove {path.parent} and make it again")
+
+
+def read_reward_reports(path: Path) -> dict[str, RewardReport]:
     """What rm.py says of the reward model, by held-out set. Raises: InputError if a figure is missing."""
     reports = read_json(path)
     if not isinstance(reports, dict) or not reports:
         raise InputError(f"{path}: no held-out set in it; remove {path.parent} and make it again")
-    for name, report in reports.items():
-        for key in ("accuracy", "pairs", "margin", "calibration", "calibration_error", "accuracy_by_source"):
-            need(report, key, f"{path}, set '{name}'")
-    return reports
+    remedy = f"remove {path.parent} and make it again"
+    return {
+        name: parse_json(RewardReport, report, f"{path}, set '{name}'", remedy) for name, report in reports.items()
+    }
 
 
 def read_policy_samples(path: Path) -> list[PolicySample]:
@@ -282,6 +335,7 @@ def read_alignment(folder: Path) -> dict[str, AlignmentResult]:
 def read_evaluations(folder: Path) -> list[Entry[Any]]:
     """Multiple choice and perplexity of every stage. Raises: InputError if one is broken, or of other questions."""
     marks = [STAGES[name].mark for name in (*(f"choices_{model}" for model in EVALUATED), "perplexity")]
+    # All at once: read_results gives other names to models of one name, and refuses a model that is there twice.
     entries = read_results([str(folder / mark) for mark in marks])
     first = entries[0]
     for entry in entries[: len(EVALUATED)]:

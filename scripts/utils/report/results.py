@@ -86,7 +86,7 @@ def read_results(names: Sequence[str]) -> list[Entry[Any]]:
     entries: list[Entry[Any]] = []
     for name in names:
         model, equals, path = name.partition("=")
-        named = bool(equals) and not Path(name).exists()
+        named = bool(equals) and not Path(name).exists()  # a path may have an equals sign itself
         for file in _find_files(Path(path if named else name)):
             entries += _rename(_read_file(file), model, file) if named else _read_file(file)
     _refuse_repeated(entries)
@@ -119,6 +119,7 @@ def _refuse_repeated(entries: Sequence[Entry[Any]]) -> None:
     """Raises: InputError for two results of one model in one benchmark."""
     seen: dict[str, Entry[Any]] = {}
     for entry in entries:
+        # Not the name, nor the file: a model evaluated twice would stand twice in one column.
         key = hash_json([entry.kind, entry.benchmark, entry.column, entry.details, entry.identity])
         if key in seen:
             raise InputError(
@@ -130,6 +131,8 @@ def _refuse_repeated(entries: Sequence[Entry[Any]]) -> None:
 def _distinguish(entries: Sequence[Entry[Any]]) -> list[Entry[Any]]:
     """Other names for models that share one: in full, or with the file they are from."""
     found = list(entries)
+    # The shortest name that tells: the folder's, then its whole path, then the file the result is from. Each round
+    # looks at all names again, as a longer one may be another model's too.
     for more in (lambda entry: entry.source, lambda entry: f"{entry.model} ({entry.path})"):
         owners: dict[str, set[str]] = {}
         for entry in found:
@@ -156,19 +159,21 @@ def _only_model(models: Mapping[str, Mapping[str, Any]], path: Path) -> tuple[st
     return next(iter(models.items()))
 
 
-def _model(settings: Mapping[str, Any], weights: Mapping[str, str], label: str) -> dict[str, str]:
+def _describe_model(settings: Mapping[str, Any], weights: Mapping[str, str], label: str) -> dict[str, str]:
     """The name, the full name and the identity of a model: weights, precision and scaling."""
     bits = next((bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), settings.get("load_in_kbits", 16))
     scaling = [str(settings[key]) for key in ("rope_scaling", "rope_factor", "pi_factor") if key in settings]
+    # None of the weights is known where a server or another program answered: then its name must do.
     prints = list(weights.values())
     source = " + ".join(weights) or label
-    return _describe(Path(source.split(" + ")[-1]).name or source, source, prints or [label], bits, scaling)
+    return _identify(Path(source.split(" + ")[-1]).name or source, source, prints or [label], bits, scaling)
 
 
-def _describe(
+def _identify(
     name: str, source: str, prints: Sequence[str], bits: int | None, scaling: Sequence[str]
 ) -> dict[str, str]:
     variant = ([f"{bits}-bit"] if bits in (4, 8) else []) + list(scaling)
+    # perplexity.json has base and adapter hashed together; the others, which have each, are hashed to the same here.
     identity = hash_json([prints[0] if len(prints) == 1 else hash_json(list(prints)), variant])
     return {"model": ", ".join([name, *variant]), "source": ", ".join([source, *variant]), "identity": identity}
 
@@ -188,6 +193,7 @@ def _hashes(files: Mapping[str, str]) -> list[str]:
 def _read_choices(path: Path, file: ChoiceResult) -> Iterator[Entry[ChoiceResult]]:
     benchmark, prompts = file.benchmark, file.prompts
     label, source = _only_model(file.models, path)
+    # Every group is checked, not the total alone: a file that was put together by hand has its mistakes there.
     for group in (file, *file.by_category.values(), *file.by_subject.values()):
         _check_choices(group, path)
     shots = "all" if prompts.num_fewshot < 0 else prompts.num_fewshot
@@ -197,7 +203,7 @@ def _read_choices(path: Path, file: ChoiceResult) -> Iterator[Entry[ChoiceResult
     yield Entry(
         kind="multiple_choice",
         benchmark=benchmark.name,
-        **_model(file.settings, source.get("weights", {}), label),
+        **_describe_model(file.settings, source.get("weights", {}), label),
         column=column + ("" if prompts.preset == "default" else f", {prompts.preset}"),
         details={
             "data": _hashes(benchmark.files),
@@ -258,10 +264,11 @@ def _read_longbench(path: Path, file: LongbenchResult) -> Iterator[Entry[Longben
     yield Entry(
         kind="longbench",
         benchmark=name,
-        **_model(chosen, source.get("weights", {}), label),
+        **_describe_model(chosen, source.get("weights", {}), label),
         column=name,
         details={
             "data": {dataset: file.data.get(dataset, unknown).sha256 for dataset in sorted(file.datasets)},
+            # Scores of the first 50 samples are no scores of all, whatever the file's hash.
             "samples": {dataset: figures.samples for dataset, figures in sorted(file.datasets.items())},
             "with_inst": source.get("with_inst"),
             **_chosen(chosen, (*DECODING, "system_prompt")),
@@ -290,7 +297,7 @@ def _read_perplexity(path: Path, file: PerplexityResult) -> Iterator[Entry[Any]]
         yield Entry(
             kind="perplexity",
             benchmark=text,
-            **_describe(
+            **_identify(
                 *(first.model or label, source, [need(about, "weights", path)], first.kbits),
                 [] if first.setting == "none" else [first.setting],
             ),
@@ -322,9 +329,10 @@ def _read_alignment(path: Path, file: AlignmentResult) -> Iterator[Entry[Alignme
     yield Entry(
         kind="alignment",
         benchmark="alignment",
-        **_model(settings, weights, str(settings.get("answers") or path.absolute().parent.name)),
+        **_describe_model(settings, weights, str(settings.get("answers") or path.absolute().parent.name)),
         column="alignment",
         details={
+            # The questions as they were answered, not the files: these may have been put together otherwise.
             "data": [hash_json([[row.question, row.expected] for row in rows])],
             "judge": file.judge,
             **_chosen(settings, (*DECODING, "system_prompt")),

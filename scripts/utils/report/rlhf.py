@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..evaluation.result_files import AlignmentAnswer, AlignmentFigures
 from .charts import bar_chart, line_chart
@@ -31,6 +30,7 @@ from .recipe import (
     SIDES,
     PolicySample,
     RecipeRun,
+    RewardReport,
     curves_of,
 )
 from .results import need
@@ -190,7 +190,7 @@ def overall_rows(run: RecipeRun) -> list[list[Cell]]:
             bound = f"≤ {percent(TARGETS['before'], 0)}"
         else:
             pairs = zip(run.alignment["sft"].answers, result.answers, strict=True)
-            changes = [after.aligned - before.aligned for before, after in pairs]
+            changes = [after.aligned - before.aligned for before, after in pairs]  # 1: now right, -1: no longer
             changed = f"+{changes.count(1)} −{changes.count(-1)}"
         rows.append([SIDE_TITLES[side], shown_share(result), bound, f"{result.unclear:,}", changed])
     return rows
@@ -254,7 +254,7 @@ def reward_model_section(run: RecipeRun, summary: Summary) -> Section:
     blocks: list[Block] = [Paragraph(note)]
     for name, report in run.reward_reports.items():
         title = None if len(run.reward_reports) == 1 else Text(name, "")
-        points = [(row["predicted"], row["observed"]) for row in report["calibration"]]
+        points = [(row.predicted, row.observed) for row in report.calibration]
         lines = {"ideal": [(0.5, 0.5), (1.0, 1.0)], "reward model": points}
         chart = line_chart(lines, "predicted probability", "observed share")
         file = "rm/reward_report.png"  # it shows all sets
@@ -262,10 +262,9 @@ def reward_model_section(run: RecipeRun, summary: Summary) -> Section:
         picture = Picture(Text("校准", "Calibration"), svg=chart, file=file if shown else None)
         table = Table(columns("留出的偏好对|held-out pairs", "数值|figure"), reward_rows(report), title=title)
         blocks.append(Beside(table, picture))
-        sources = report["accuracy_by_source"]
+        sources = report.accuracy_by_source
         by_source: list[list[Cell]] = [
-            [title_of(CATEGORIES, source), f"{row['pairs']:,}", percent(row["accuracy"])]
-            for source, row in sources.items()
+            [title_of(CATEGORIES, source), f"{row.pairs:,}", percent(row.accuracy)] for source, row in sources.items()
         ]
         if len(sources) > 1:
             heading = Text("按来源", "by source")
@@ -275,21 +274,21 @@ def reward_model_section(run: RecipeRun, summary: Summary) -> Section:
     return Section("reward_model", Text("奖励模型", "Reward model"), blocks)
 
 
-def reward_rows(report: Mapping[str, Any]) -> list[list[Cell]]:
+def reward_rows(report: RewardReport) -> list[list[Cell]]:
     """The figures of one held-out set; those that are not defined there are left out."""
     rows = [
-        (Text("偏好对", "pairs"), "pairs", ","),
-        (Text("准确率", "accuracy"), "accuracy", "%"),
-        (Text("平均分差", "mean margin of the scores"), "margin", ".3f"),
-        (Text("好回答的平均分", "mean score, chosen"), "chosen_mean", ".3f"),
-        (Text("坏回答的平均分", "mean score, rejected"), "rejected_mean", ".3f"),
-        (Text("校准误差", "calibration error"), "calibration_error", ".3f"),
-        (Text("好回答更长的占比", "share of pairs whose chosen answer is longer"), "share_chosen_longer", "%"),
-        (Text("其中的准确率", "accuracy on those"), "accuracy_chosen_longer", "%"),
-        (Text("好回答更短时的准确率", "accuracy where it is shorter"), "accuracy_chosen_shorter", "%"),
-        (Text("分数与长度的相关", "correlation of score and length"), "length_correlation", ".3f"),
+        (Text("偏好对", "pairs"), report.pairs, ","),
+        (Text("准确率", "accuracy"), report.accuracy, "%"),
+        (Text("平均分差", "mean margin of the scores"), report.margin, ".3f"),
+        (Text("好回答的平均分", "mean score, chosen"), report.chosen_mean, ".3f"),
+        (Text("坏回答的平均分", "mean score, rejected"), report.rejected_mean, ".3f"),
+        (Text("校准误差", "calibration error"), report.calibration_error, ".3f"),
+        (Text("好回答更长的占比", "share of pairs whose chosen answer is longer"), report.share_chosen_longer, "%"),
+        (Text("其中的准确率", "accuracy on those"), report.accuracy_chosen_longer, "%"),
+        (Text("好回答更短时的准确率", "accuracy where it is shorter"), report.accuracy_chosen_shorter, "%"),
+        (Text("分数与长度的相关", "correlation of score and length"), report.length_correlation, ".3f"),
     ]
-    return [[title, number(report[key], form)] for title, key, form in rows if report.get(key) is not None]
+    return [[title, number(value, form)] for title, value, form in rows if value is not None]
 
 
 def ppo_section(run: RecipeRun, summary: Summary) -> Section:
@@ -382,6 +381,7 @@ def curve_pictures(run: RecipeRun, stage: str, curves: Mapping[str, tuple[Text, 
         if key in TRAINING_ONLY:
             lines = {name: points for name, points in lines.items() if name == "training"}
         if lines:
+            # Markdown shows the stage's png once, where HTML has a chart for each figure.
             known = not pictures and (run.folder / file).is_file()
             chart = line_chart(lines, "iteration" if stage == "ppo" else "optimizer step", axis)
             pictures.append(Picture(title, svg=chart, file=file if known else None))

@@ -288,8 +288,8 @@ def merge_section(run: RecipeRun) -> Section:
     rows: list[list[Cell]] = [
         [
             stage_title(name),
-            *(f"{report['tensors']:,}", f"{report['changed_tensors']:,}", f"{report['vocab_size'] or 0:,}"),
-            *(f"{report['size_gb']:.3f}", duration(report["seconds"])),
+            *(f"{report.tensors:,}", f"{report.changed_tensors:,}", f"{report.vocab_size or 0:,}"),
+            *(f"{report.size_gb:.3f}", duration(report.seconds)),
         ]
         for name, report in run.merges.items()
     ]

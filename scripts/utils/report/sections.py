@@ -60,6 +60,7 @@ def group_columns(entries: Sequence[Entry[F]]) -> tuple[list[Column[F]], list[Bl
     for entry in entries:
         key = hash_json([entry.kind, entry.benchmark, entry.column, entry.details])
         groups.setdefault(key, []).append(entry)
+    # Groups of one heading are marked by raised digits; the notes say in what they differ.
     headings: dict[tuple[str, str], list[list[Entry[F]]]] = {}
     for group in groups.values():
         headings.setdefault((group[0].kind, group[0].column), []).append(group)
@@ -80,6 +81,7 @@ def mark_of(rank: int) -> str:
 
 def describe_differences(named: Sequence[tuple[str, Mapping[str, Any]]]) -> Text:
     """Why columns of one heading cannot be compared."""
+    # A setting that one file does not name differs from one that it does: get() gives None for it.
     keys = dict.fromkeys(key for _, details in named for key in details)
     different = [key for key in keys if len({hash_json(details.get(key)) for _, details in named}) > 1]
     said = []
@@ -92,10 +94,12 @@ def describe_differences(named: Sequence[tuple[str, Mapping[str, Any]]]) -> Text
 def short(value: Any) -> str:
     """A setting as it is, or the beginning of its hash where it is long."""
     text = "–" if value is None else value if isinstance(value, str) else str(value)
+    # Prompts and lists of files differ somewhere in their middle; of a hash the beginning tells.
     return text if len(text) <= 24 and "\n" not in text else hash_json(value)[:8]
 
 
 def models_of(entries: Iterable[Entry[Any]]) -> list[str]:
+    # A dict where a set would do, here and below: it keeps the order, which is the user's.
     return list(dict.fromkeys(entry.model for entry in entries))
 
 
@@ -160,9 +164,10 @@ def picture_of(title: Text, groups: Mapping[str, Mapping[str, float]], label: st
     """
     if not any(groups.values()):
         return None
-    if len(groups) >= 3 and max(map(len, groups)) <= LONGEST_AXIS:
+    if len(groups) >= 3 and max(map(len, groups)) <= LONGEST_AXIS:  # two axes make a line, not an area
         return Picture(title, svg=radar_chart(groups, label))
     models = list(dict.fromkeys(model for values in groups.values() for model in values))
+    # Bars stand in clusters by model, an axis's values by name: the table is turned round.
     bars = {model: {name: values[model] for name, values in groups.items() if model in values} for model in models}
     return Picture(title, svg=bar_chart(bars, label, digits=1))
 
@@ -171,6 +176,7 @@ def with_picture(table: Table, picture: Picture | None) -> list[Block]:
     """Side by side, a wide table above its picture."""
     if picture is None:
         return [table]
+    # A wide table beside a picture would be squeezed until its figures break over lines.
     return [Beside(table, picture)] if len(table.header) <= MOST_BESIDE else [table, Pictures([picture])]
 
 
@@ -199,7 +205,7 @@ def choice_table(found: Sequence[Column[ChoiceResult]]) -> Table:
     header: list[Text] = []
     for column in found:
         header += [Text(column.heading, "%"), Text("科目平均", "mean over subjects")]
-        if has_clean(column):
+        if has_clean(column):  # of any model: the others have dashes
             header.append(Text("训练数据中没有的题", "questions not in training data"))
 
     def cells(model: str) -> list[Cell]:
@@ -240,7 +246,7 @@ def choice_details(column: Column[ChoiceResult]) -> list[Block]:
     by_model = column.by_model
     blocks: list[Block] = []
     names = list(dict.fromkeys(name for figures in by_model.values() for name in figures.by_category))
-    if len(names) > 1:
+    if len(names) > 1:  # of one category, the table above says it
         table = table_of(
             list(by_model),
             [Text(name, "") for name in names],
@@ -253,6 +259,7 @@ def choice_details(column: Column[ChoiceResult]) -> list[Block]:
     if len(subjects) > 1:
         rows: list[list[Cell]] = [
             [
+                # Each file has the names of its own subjects; not all files have all of them.
                 next(f.by_subject[name].name or name for f in by_model.values() if name in f.by_subject),
                 *(scored_part(figures.by_subject, name) for figures in by_model.values()),
             ]
@@ -344,6 +351,7 @@ def perplexity_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
             )
         )
     ]
+    # Entries of a column are all of documents or all of rows: their details tell these apart.
     for column in found:
         if curves := select(column.entries, Curve):
             blocks += curve_blocks(Column(column.heading, curves))
@@ -359,6 +367,7 @@ def document_blocks(column: Column[DocumentRow]) -> list[Block]:
     for entry in column.entries:
         figures = entry.figures
         difference, between = figures.bits_per_byte_difference, figures.bits_per_byte_difference_interval
+        # Other tokens, other perplexity: the figure stands there, but must not be compared.
         mark = "" if tokenizer_of(entry) == first else " †"
         rows.append(
             [
@@ -450,6 +459,7 @@ def aligned_table(column: Column[AlignmentResult]) -> Table:
 def arena_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
     """Standings and pairs of each file of votes: ratings of different votes cannot be compared."""
     sections = []
+    # No columns: a rating says how strong a model is among those it met, and every file has its own.
     for rank, entry in enumerate(select(entries, ArenaResult), 1):
         figures = entry.figures
         rows: list[list[Cell]] = [

@@ -61,6 +61,7 @@ def summarise_run(run: RecipeRun) -> Summary:
         peak_memory_gb=max(stage.peak_memory_gb for stage in run.stages.values()),
         stage_seconds={name: stage.seconds for name, stage in run.stages.items()},
         bits_per_byte={language: bits_per_byte(run, language) for language in LANGUAGES},
+        # Other kinds of questions are shown, but tuning does not promise them.
         exact_match={side: by_kind[TARGET_KIND][side] for side in SIDES},
         exact_match_by_kind=by_kind,
         vocabulary={
@@ -84,6 +85,7 @@ def summarise_run(run: RecipeRun) -> Summary:
 def bits_per_byte(run: RecipeRun, language: str) -> dict[str, float]:
     """Of held-out text: by the base, by the extended model before its first step, and after pre-training."""
     metric = f"eval_{language}_bits_per_byte"
+    # The file compares ways of setting new rows; the run began with one of them.
     extended = need(run.embedding_init, run.init_method, "embedding_init.json")
     return {
         "base": float(need(run.results["base"], metric, run.folder / STAGES["base"].mark)),
@@ -94,8 +96,9 @@ def bits_per_byte(run: RecipeRun, language: str) -> dict[str, float]:
 
 def reward_accuracy(run: RecipeRun) -> float:
     """Share of held-out pairs whose better answer the reward model prefers."""
+    # Weighted by pairs: a set of ten must not count as much as one of a thousand.
     reports = run.reward_reports.values()
-    return float(sum(report["accuracy"] * report["pairs"] for report in reports) / sum(r["pairs"] for r in reports))
+    return sum(report.accuracy * report.pairs for report in reports) / sum(report.pairs for report in reports)
 
 
 def ppo_kl(run: RecipeRun) -> float:

@@ -145,8 +145,22 @@ def test_every_unfinished_stage_is_named_with_its_command(run):
         ("answers/ppo.json", "[]", "{file}: 0 answers to 6 questions"),
         ("rm/reward_report.json", None, "stage 'rm' ran without validation pairs: no {file}; remove"),
         ("rm/reward_report.json", "{}", "{file}: no held-out set in it"),
-        ("rm/reward_report.json", '{"zh": 3}', "{file}, set 'zh': need an object with 'accuracy', got 3"),
-        ("rm/reward_report.json", '{"zh": {"accuracy": 1}}', "{file}, set 'zh': no 'pairs'; it has accuracy"),
+        (
+            "rm/reward_report.json",
+            '{"zh": 3}',
+            "{file}, set 'zh': no 'accuracy', 'pairs', 'margin', 'calibration', 'calibration_error', "
+            "'accuracy_by_source'; it has 3",
+        ),
+        (
+            "rm/reward_report.json",
+            '{"zh": {"accuracy": 1}}',
+            "{file}, set 'zh': no 'pairs', 'margin', 'calibration', 'calibration_error', 'accuracy_by_source'; it has",
+        ),
+        (
+            "assistant/merge_report.json",
+            '{"tensors": 39}',
+            "{file}: no 'changed_tensors', 'vocab_size', 'size_gb', 'sec",
+        ),
         ("ppo/samples.jsonl", None, "stage 'ppo' ran without validation prompts: no {file}; remove"),
         ("ppo/samples.jsonl", '{"set": "a", "prompt": "?", "score": 1}', "{file}:1: no 'answer'; it has set, prompt"),
         ("ppo/all_results.json", '{"steps": 1, "eval_kl": 2}', "{file}: no 'eval_<set>_kl'"),
