@@ -9,11 +9,13 @@
   models         which weights answered, what a model is called; the candidates that perplexity compares
   endpoints      models behind OpenAI-compatible servers, asked through the official client
   likelihood     texts cut so that a model whose context is limited scores each token once, and the losses of windows
+  banks          questions of files of records, each under an id of its own
   perplexity     how well a model predicts texts, by document or by the position of the predicted token
   alignment      questions about right and wrong, what an answer says to them, and the share of right ones
   contamination  which questions of a benchmark stand, in whole or in part, in files of training data
   rolling_hash   characters folded, text cut into units, and hashes of n-grams of units
   formats        what a model becomes in each way of storing it: size, perplexity, bits per byte, time of a token
 
-Others import: arguments, intervals, plots, progress, models, endpoints, perplexity, alignment, contamination.
+Others import: arguments, intervals, plots, progress, models, endpoints, likelihood, banks, perplexity, alignment,
+contamination.
 """
