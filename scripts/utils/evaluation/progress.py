@@ -29,6 +29,11 @@ def refuse_finished(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} is finished; pass another --output_dir, or --overwrite to replace it")
 
 
+def settings_beside(path: Path) -> Path:
+    """The file that says what decided the rows of another one: models, settings, and figures at last."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
 # ---------------------------------------------------------------- lines of JSON
 
 
@@ -102,7 +107,7 @@ class Predictions:
         """
         self.path, self.questions, self.flag = path, list(questions), flag
         self.rows_path = path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.partial.jsonl")
-        self.settings_path = path.with_name(f"{path.name}.settings.json")
+        self.settings_path = settings_beside(path)
         self.settings = _as_read_back(settings)
         self.rows: list[dict[str, Any]] = []
         self.metrics: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ from ...core.errors import InputError
 from ...core.files import atomic_file, read_json, remove
 from ...core.records import iter_records
 from ..intervals import Z95, wilson_interval
-from ..progress import Predictions
+from ..progress import Predictions, settings_beside
 from .metrics import score_answer, score_levenshtein
 from .tasks import GROUPS, TASKS, Sample, Task
 
@@ -76,7 +76,7 @@ def read_predictions(folder: Path, tasks: Sequence[Task]) -> tuple[dict[str, lis
     for path in [folder / f"{task.name}.jsonl" for task in tasks]:
         if not path.is_file():
             continue
-        name, beside = path.stem, path.with_name(f"{path.name}.settings.json")
+        name, beside = path.stem, settings_beside(path)
         record = read_json(beside) if beside.is_file() else {"settings": {}, "metrics": {}}  # another program's
         if "metrics" not in record:
             raise InputError(f"{path} is unfinished; run the command that made it again, it goes on")
