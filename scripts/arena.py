@@ -20,6 +20,7 @@ from utils.core.arguments import GenerationArguments, InferenceArguments, arg, l
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json, read_json, remove, write_json
+from utils.evaluation.progress import settings_beside
 from utils.web.access import WebArguments, check_port, launch, read_accounts
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def record_sources(votes: Path, players: Sequence[Player], settings: dict[str, A
     """Write beside a file of votes what its models' names stand for. Raises: InputError if one stood for another."""
     from utils.evaluation.arena.players import check_sources
 
-    path = votes.with_name(f"{votes.name}.settings.json")
+    path = settings_beside(votes)
     recorded = read_json(path)["models"] if path.is_file() else {}
     write_json(path, {"models": check_sources(recorded, players, path), "settings": settings})
 
@@ -203,7 +204,7 @@ def judge(
     }
     if args.overwrite:
         remove(path)
-        remove(path.with_name(f"{path.name}.settings.json"))
+        remove(settings_beside(path))
     votes = VoteFile(path)
     try:
         described = {"judge": judging.name, "sha256_of_judge_prompt": hash_json(prompt)}
@@ -251,8 +252,7 @@ def report(
     sources: dict[str, Any] = {}
     answering: dict[str, Any] = {}
     for path in paths:
-        beside = path.with_name(f"{path.name}.settings.json")
-        if beside.is_file():
+        if (beside := settings_beside(path)).is_file():
             recorded = read_json(beside)
             sources |= recorded["models"]
             answering[str(path)] = recorded["settings"]

@@ -83,6 +83,15 @@ def test_a_public_module_that_nobody_imports_is_found(package):
     assert faults(package) == ["low: inner is public, but nobody imports it"]
 
 
+def test_a_leaf_is_its_scripts_alone(package):
+    plant(package, "utils/high/other.py", "from .leaf.deep import use\n")
+    assert faults(package) == ["high.other:1: imports high.leaf.deep, of a leaf, which is its script's alone"]
+    (package / "high" / "other.py").unlink()
+    plant(package, "second.py", "from utils.high.leaf import deep\n")
+    scripts = [package.parent / "run.py", package.parent / "second.py"]
+    assert house.find_faults(package, scripts) == ["high.leaf: a leaf of several scripts: run.py, second.py"]
+
+
 def test_what_happens_at_import_is_found(package):
     plant(package, "utils/high/leaf/deep.py", "for number in (1, 2):\n    print(number)\n")
     plant(package, "utils/low/tools.py", "def change():\n    global use\n    os.system('ls')\n")

@@ -86,6 +86,7 @@ def find_faults(package: Path = UTILS, scripts: list[Path] | None = None) -> lis
         *_folder_faults(package),
         *_import_faults(package),
         *_face_faults(package, scripts or []),
+        *_leaf_faults(package, scripts or []),
         *_cycles(package),
     ]
 
@@ -153,6 +154,23 @@ def _face_faults(package: Path, scripts: list[Path]) -> Iterator[str]:
                 f"{place}: {leaf} is public, but nobody imports it"
                 for leaf in sorted(public_modules(folder) - used[place])
             )
+
+
+def _leaf_faults(package: Path, scripts: list[Path]) -> Iterator[str]:
+    """A folder within a wing is a leaf: one script imports it, and no module that stands elsewhere."""
+    modules = module_paths(package)
+    users: dict[str, set[str]] = defaultdict(set)
+    for name, path in [*modules.items(), *((path.name, path) for path in scripts)]:
+        for found in imports_of(path, package):
+            leaf = found.module.rpartition(".")[0]
+            if not found.own or found.module not in modules or "." not in leaf or name.startswith(f"{leaf}."):
+                continue
+            if name in modules:
+                yield f"{name}:{found.line}: imports {found.module}, of a leaf, which is its script's alone"
+            users[leaf].add(name)
+    for leaf, names in sorted(users.items()):
+        if len(found_scripts := sorted(names - set(modules))) > 1:
+            yield f"{leaf}: a leaf of several scripts: {', '.join(found_scripts)}"
 
 
 def _cycles(package: Path) -> Iterator[str]:

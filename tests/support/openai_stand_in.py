@@ -86,5 +86,5 @@ class StandIn:
 
 def answer(text):
     message = {"role": "assistant", "content": text}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    choices = [{"index": 0, "message": message, "text": text, "finish_reason": "stop"}]  # of a chat, of a completion
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, cast
+from typing import IO, Any, Literal, NoReturn, TypeVar, cast
 
 from .errors import InputError
+
+Item = TypeVar("Item")
 
 CHUNK_CHARACTERS = 1 << 20  # read at a time; a longer value makes the buffer grow
 LOOKAHEAD = 16  # characters a cut token (an escape, a literal, a number) may reach back from the end of the buffer
@@ -303,6 +305,23 @@ def iter_records(
             bad_text.handle(location, "text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)")
             continue
         yield location, record
+
+
+def text_field(record: Mapping[str, Any], name: str, location: str) -> str:
+    """A field that has to hold text, without white space around it. Raises: InputError."""
+    value = record.get(name)
+    if name == "id" and isinstance(value, int):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        found = f"is {value!r:.40}" if name in record else "is missing"
+        raise InputError(f"{location}: field '{name}' {found}, need text; the record has {', '.join(sorted(record))}")
+    return value.strip()
+
+
+def spread_evenly(items: Sequence[Item], most: int | None) -> list[Item]:
+    """At most so many of them, the first and then at equal distances; None: all."""
+    count = len(items) if most is None else min(most, len(items))
+    return [items[rank * len(items) // count] for rank in range(count)]
 
 
 def _is_unicode(value: Any) -> bool:

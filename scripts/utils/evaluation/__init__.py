@@ -16,7 +16,8 @@
   formats        what a model becomes in each way of storing it: size, perplexity, bits per byte, time of a token
   result_files   what the JSON of each evaluation holds, for the script that writes it and for whoever reads it
   arguments      how answers are drawn where they are judged
+  banks          questions of files of records, each under an id of its own
 
-Others import: intervals, plots, progress, models, endpoints, perplexity, alignment, contamination, formats,
-result_files, arguments.
+Others import: intervals, plots, progress, models, endpoints, likelihood, perplexity, alignment, contamination,
+formats, result_files, arguments, banks.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from typing import Any, Literal
 from ..core.errors import InputError
 from ..core.figures import BLUE, ORANGE, draw_bars, saved_figure
 from ..core.files import read_json
-from ..core.records import iter_records, list_data_files
-from .intervals import Z95, wilson_interval
+from ..core.records import iter_records, text_field
+from .banks import read_bank
+from .intervals import paired_difference, wilson_interval
 
 Stance = Literal["yes", "no", "unclear"]
 
@@ -41,18 +41,7 @@ def read_questions(paths: Sequence[str]) -> list[Question]:
     Fields: "id", "category", "question", "expected" ("yes" or "no"); optional: "chosen" and "rejected", a good and a
     bad answer. Raises: InputError naming file and line.
     """
-    questions: dict[str, Question] = {}
-    for path in paths:
-        for file in list_data_files(path, (".json", ".jsonl", ".parquet")):
-            for location, record in iter_records(file):
-                question = _read_question(record, location)
-                if question.id in questions:
-                    first = questions[question.id].location
-                    raise InputError(f"{location}: the id '{question.id}' is that of {first} too; ids must differ")
-                questions[question.id] = question
-    if not questions:
-        raise InputError(f"--questions {' '.join(paths)}: no question in it")
-    return list(questions.values())
+    return read_bank(paths, _read_question)
 
 
 def _read_question(record: Mapping[str, Any], location: str) -> Question:
@@ -64,17 +53,6 @@ def _read_question(record: Mapping[str, Any], location: str) -> Question:
         None if record.get(field) is None else text_field(record, field, location) for field in ("chosen", "rejected")
     )
     return Question(name, category, text, expected, chosen, rejected, location)
-
-
-def text_field(record: Mapping[str, Any], name: str, location: str) -> str:
-    """A field that has to hold text, without white space around it. Raises: InputError."""
-    value = record.get(name)
-    if name == "id" and isinstance(value, int):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        found = f"is {value!r:.40}" if name in record else "is missing"
-        raise InputError(f"{location}: field '{name}' {found}, need text; the record has {', '.join(sorted(record))}")
-    return value.strip()
 
 
 def read_answers(path: str, questions: Sequence[Question]) -> list[str]:
@@ -252,20 +230,16 @@ def compare(earlier: Mapping[str, bool], now: Mapping[str, bool]) -> dict[str, A
 
     Returns: the difference (now - earlier), its 95 % interval for paired shares, how many questions became aligned and
         how many no longer are, and the two-sided exact p-value of McNemar's test.
-    Source: Newcombe 1998 (interval, method 1: Wald); McNemar 1947, in the exact form, a sign test.
     """
-    total = len(now)
     gained = sum(now[name] and not earlier[name] for name in now)
     lost = sum(earlier[name] and not now[name] for name in now)
-    difference, changed = (gained - lost) / total, gained + lost
-    half = Z95 * math.sqrt(max(changed - (gained - lost) ** 2 / total, 0)) / total
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
+    difference, interval, p_value = paired_difference(gained, lost, len(now))
     return {
         "difference": difference,
-        "interval": [max(difference - half, -1.0), min(difference + half, 1.0)],
+        "interval": list(interval),
         "gained": gained,
         "lost": lost,
-        "p_value": min(1.0, 2 * tail),
+        "p_value": p_value,
     }
 
 

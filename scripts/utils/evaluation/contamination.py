@@ -1,6 +1,6 @@
 """Contamination: which questions of a benchmark stand, in whole or in part, in files of training data.
 
-A question and a file share a stretch if so many units in a row agree (rolling_hash: words, or Chinese characters);
+A question and a file share an n-gram if so many units in a row agree (rolling_hash: words, or Chinese characters);
 case, width, punctuation and spaces do not matter. Data is read as a stream, whatever its layout: txt files as one text
 from line to line, of json, jsonl and parquet files all texts in a record. Memory grows with the questions alone.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.records import BadText, iter_records, list_data_files
-from .rolling_hash import BOUNDARY, StretchHashes, Units, cut_units, join_texts
+from .rolling_hash import BOUNDARY, RollingHash, Units, cut_units, join_texts
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ NUM_WORDS, NUM_CHARACTERS = 13, 20
 # A question of fewer units than that must agree as a whole; one of fewer than these is too short to tell.
 SHORTEST_WORDS, SHORTEST_CHARACTERS = 8, 12
 LINE_END = "\n"
-MAX_PLACES = 50  # in a benchmark; stretches that it has more often are its formulas, and no sign of anything
+MAX_PLACES = 50  # in a benchmark; n-grams that it has more often are its formulas, and no sign of anything
 MAX_HITS = 5  # kept of each question
 BLOCK = 1 << 18  # characters of data that are looked at together: arrays that fit into a processor's cache
-FILTER_BITS = 6  # the filter is open to one stretch in 2**6 that no question has
+FILTER_BITS = 6  # the filter is open to one n-gram in 2**6 that no question has
 LARGEST_FILTER = 27  # bits: 128 MiB
 
 
@@ -39,11 +39,11 @@ LARGEST_FILTER = 27  # bits: 128 MiB
 
 @dataclass(frozen=True)
 class Hit:
-    """A stretch that a question shares with the data, as long as it can be.
+    """An n-gram that a question shares with the data, as long as it can be.
 
     Attributes:
         location: file:line where it starts, of a record its first line, in parquet files its row.
-        text: the stretch, as the question spells it.
+        text: the n-gram, as the question spells it.
         share: of the question's units, 0-1.
     """
 
@@ -57,10 +57,10 @@ class Overlap:
     """What a question shares with the data.
 
     Attributes:
-        hits: the longest stretches, longest first, at most `max_hits`.
+        hits: the longest n-grams, longest first, at most `max_hits`.
         num_hits: how many there are in all.
         share: of the question's units that stand in any of them, 0-1.
-        too_short: the question is too short to tell, or has no stretch but formulas of the benchmark.
+        too_short: the question is too short to tell, or has no n-gram but formulas of the benchmark.
     """
 
     hits: list[Hit]
@@ -131,7 +131,7 @@ class _Block:
     Attributes:
         locations: of its records, each of which ends in a BOUNDARY; none: it is a part of a txt file.
         line: of a txt file, the number of the first line.
-        is_last: nothing follows that a stretch could go on into.
+        is_last: nothing follows that an n-gram could go on into.
     """
 
     text: str
@@ -192,7 +192,7 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Index:
-    """All stretches of one length that questions have, and where.
+    """All n-grams of one length that questions have, and where.
 
     Attributes:
         hashes: (K,) ascending.
@@ -203,17 +203,19 @@ class _Index:
     places: np.ndarray
 
     def look_up(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All pairs (number of a hash, place in a question) of equal stretches."""
+        """All pairs (number of a hash, place in a question) of equal n-grams."""
+        # A hash stands as often as there are places; its run is [first, first + count).
         first = np.searchsorted(self.hashes, hashes)
         counts = np.searchsorted(self.hashes, hashes, "right") - first
         numbers: np.ndarray = np.repeat(np.arange(len(hashes)), counts)
+        # 0, 1, ... within each run, without a loop over the runs.
         within = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
         return numbers, self.places[np.repeat(first, counts) + within]
 
 
 @dataclass
 class _Found:
-    """Stretches of a question: the longest ones, smallest first, and how many there are."""
+    """N-grams of a question: the longest ones, smallest first, and how many there are."""
 
     num_hits: int = 0
     longest: list[tuple[int, int, int, str]] = field(default_factory=list)  # units, -number, first unit, location
@@ -222,7 +224,7 @@ class _Found:
 class _Search:
     """Questions, looked for in blocks of data.
 
-    Units of all questions stand in one array, with a BOUNDARY behind each question, so no stretch reaches into two.
+    Units of all questions stand in one array, with a BOUNDARY behind each question, so no n-gram reaches into two.
     """
 
     def __init__(self, texts: Sequence[str], num_words: int, num_characters: int, max_hits: int) -> None:
@@ -245,14 +247,14 @@ class _Search:
         self._covered: np.ndarray = np.zeros(len(self._questions), bool)
         self._found = [_Found() for _ in texts]
         self._indices = self._build_indices(np.where(is_short, 0, wanted))
-        # What a block leaves for the next one of its file: longer than any stretch, so that each is seen whole.
+        # What a block leaves for the next one of its file: longer than any n-gram, so that each is seen whole.
         self._kept = int(self._sizes.max(initial=0)) + 1
         self._tail: _Block | None = None
         self._num_tail = 0  # its units
 
     def _build_indices(self, wanted: np.ndarray) -> dict[int, _Index]:
-        """{length: its index}, and the filter that all stretches of data pass first, by their beginnings."""
-        hashes = StretchHashes(self._units.values)
+        """{length: its index}, and the filter that all n-grams of data pass first, by their beginnings."""
+        hashes = RollingHash(self._units.values)
         place: np.ndarray = np.arange(len(self._questions)) - self._starts[self._questions]
         room = self._sizes[self._questions] - place  # units from here to the question's end
         told: np.ndarray = np.zeros(len(self._sizes), bool)
@@ -261,15 +263,18 @@ class _Search:
         for length in sorted({int(length) for length in wanted} - {0}):
             places = np.flatnonzero((wanted[self._questions] == length) & (room >= length))
             found = hashes.at(places, length)
+            # A benchmark's formulas ("which of the following is ...") would match everywhere, and say nothing.
             _, numbers, counts = np.unique(found, return_inverse=True, return_counts=True)
             rare = counts[numbers] <= MAX_PLACES
             found, places = found[rare], places[rare]
             order = np.argsort(found, kind="stable")
             indices[length] = _Index(found[order], places[order])
+            # One filter for all lengths: every n-gram begins with one of SHORTEST_WORDS, the shortest there is.
             first.append(hashes.at(places, SHORTEST_WORDS))
             told[self._questions[places]] = True
         self.too_short = ~told
         self._beginnings = np.unique(np.concatenate(first)) if first else np.zeros(0, np.uint64)
+        # By the highest bits of a hash; nearly all data fails here, at the price of one look-up.
         bits = min(max(len(self._beginnings) - 1, 1).bit_length() + FILTER_BITS, LARGEST_FILTER)
         self._shift = np.uint64(64 - bits)
         self._filter: np.ndarray = np.zeros(1 << bits, bool)
@@ -294,11 +299,12 @@ class _Search:
             self._tail = replace(block, text=units.text[start:], line=line)
 
     def _runs(self, values: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """(first unit, number of units, place in a question) of all stretches, each as long as it can be."""
-        hashes = StretchHashes(values)
+        """(first unit, number of units, place in a question) of all n-grams, each as long as it can be."""
+        hashes = RollingHash(values)
         beginnings = hashes.every(SHORTEST_WORDS)
         candidates = np.flatnonzero(self._filter[beginnings >> self._shift])
         if len(candidates) and len(self._beginnings):
+            # What passed the filter by chance goes before the n-grams are looked up length by length.
             ranks = np.searchsorted(self._beginnings, beginnings[candidates])
             same = self._beginnings[np.minimum(ranks, len(self._beginnings) - 1)] == beginnings[candidates]
             candidates = candidates[same]
@@ -309,8 +315,8 @@ class _Search:
             found.append(np.stack([places - possible[numbers], possible[numbers], np.full(len(numbers), length)]))
         if not found or not (pairs := np.concatenate(found, axis=1)).size:
             return
-        # On one diagonal (place in the question - place in the data) stretches that meet are one. A diagonal may pass
-        # through several questions, but not without a gap: no stretch has a BOUNDARY.
+        # On one diagonal (place in the question - place in the data) n-grams that meet are one. A diagonal may pass
+        # through several questions, but not without a gap: no n-gram has a BOUNDARY.
         diagonal, first, length = pairs[:, np.lexsort((pairs[1], pairs[0]))]
         new: np.ndarray = np.ones(len(first), bool)
         new[1:] = (diagonal[1:] != diagonal[:-1]) | (first[1:] > (first + length)[:-1])
@@ -321,11 +327,11 @@ class _Search:
         )
 
     def _extend(self, values: np.ndarray, runs: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-        """Stretches (diagonal, first unit, end) as long as they can be, into formulas too, each once."""
+        """N-grams (diagonal, first unit, end) as long as they can be, into formulas too, each once."""
         ours, last = self._units.values, (0, -1)
         for diagonal, first, end in runs:
             if last[0] == diagonal and first <= last[1]:
-                continue  # a stretch before reaches as far
+                continue  # an n-gram before reaches as far
             question = self._questions[first + diagonal]
             start = int(self._starts[question])
             stop = start + int(self._sizes[question])
@@ -340,6 +346,7 @@ class _Search:
         self._covered[place : place + length] = True
         found = self._found[self._questions[place]]
         found.num_hits += 1
+        # A heap with the shortest on top; of equal ones the later, so that the first found stay.
         entry = (length, -found.num_hits, place, location)
         heapq.heappush(found.longest, entry)
         if len(found.longest) > self._max_hits:

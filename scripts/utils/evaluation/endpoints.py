@@ -15,7 +15,7 @@ from ..text.prompts import Message
 
 logger = logging.getLogger(__name__)
 
-RENAMED = {"max_tokens": "max_completion_tokens"}  # what to call a parameter that a server refuses
+RENAMED = {"max_tokens": "max_completion_tokens"}  # in a chat: what to call a parameter that a server refuses
 RETRIES = 5  # further tries, at growing intervals, when the server is busy, fails or cannot be reached
 TIMEOUT = 600  # seconds for an answer
 # Settings that the protocol has; a server's own defaults decide the others.
@@ -128,8 +128,9 @@ class Endpoint:
         """Ask; a parameter that the server refuses goes by its other name, or is left out from then on."""
         import openai
 
+        renamed = RENAMED if "messages" in question else {}
         while True:
-            sent = {RENAMED.get(name, name) if name in self._refused else name: options[name] for name in options}
+            sent = {renamed.get(name, name) if name in self._refused else name: options[name] for name in options}
             sent = {name: value for name, value in sent.items() if name not in self._refused}
             try:
                 return create(model=self.model, **question, **sent)

@@ -1,4 +1,4 @@
-"""Windows: texts cut so that a model whose context is limited scores each token once, and the losses of windows.
+"""Likelihood: texts cut so that a model whose context is limited scores each token once, and the losses of windows.
 
 Losses are negative log-likelihoods in nats, those of a token given the tokens before it in its window.
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 4096  # scored at once; logits are made in smaller pieces, see utils.models.lm_loss
+NARROW = "its weights are damaged, or float16 is too narrow for it; try --dtype bfloat16 or float32"
 Progress = Callable[[int], object]  # is told how many more tokens have been scored
 
 
@@ -50,6 +51,7 @@ def cut_windows(ids: Sequence[int], start: Sequence[int], length: int, stride: i
             most: windows share no token that is scored.
     Raises: ValueError for lengths and strides that leave tokens out.
     """
+    # With BOS that is all the room; without, windows share one token, the context of the next one's first.
     stride = length - 1 if stride is None else stride
     if not 1 <= stride < length:
         raise ValueError(f"cut_windows: stride {stride} and length {length}")
@@ -58,7 +60,7 @@ def cut_windows(ids: Sequence[int], start: Sequence[int], length: int, stride: i
     done = 0 if start else 1
     for begin in range(0, len(ids), stride):
         end = min(begin + room, len(ids))
-        if done < end:
+        if done < end:  # where strides are short, a window before may have reached the end already
             windows.append(Window([*start, *ids[begin:end]], len(start) + done - begin))
             done = end
     return windows
@@ -85,6 +87,7 @@ class LikelihoodScorer:
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | None = None) -> None:
         """Args: batch_tokens: about so many are computed at once; BATCH_TOKENS by default."""
+        # In this order: the loss head reads the matrix of a plain lm_head.
         _unwrap_head(model)
         install_loss_head(model)
         self._model, self._batch_tokens = model, batch_tokens or BATCH_TOKENS
@@ -105,12 +108,14 @@ class LikelihoodScorer:
         """(B, T) float64, 0 where nothing is scored."""
         length = max(len(window.ids) for window in windows)
         ids = torch.zeros(len(windows), length, dtype=torch.long)
-        targets = torch.full_like(ids, IGNORE_INDEX)
+        targets = torch.full_like(ids, IGNORE_INDEX)  # padding and context are computed, but get no logits
         for row, window in enumerate(windows):
             tokens = torch.as_tensor(window.ids, dtype=torch.long)
             ids[row, : len(tokens)] = tokens
+            # Place t predicts the token at t + 1.
             targets[row, window.first - 1 : len(tokens) - 1] = tokens[window.first :]
         if rotary := find_row_rotary(self._model):
+            # By each window's own length: what it is padded to must not change its figures.
             rotary.rotate([len(window.ids) for window in windows])
         return _target_losses(self._model, ids, targets)
 
@@ -154,6 +159,7 @@ def token_losses(model: PreTrainedModel, ids: Tensor, batch_tokens: int | None =
 
     The model has its LossHead (losses.install_loss_head). Raises: InputError if one is no number.
     """
+    # Rows of one length need no sorting; the last place of a row predicts nothing, and is cut off again.
     parts = ids.split(max(1, (batch_tokens or BATCH_TOKENS) // ids.shape[1]))
     last = torch.full_like(ids[:, :1], IGNORE_INDEX)
     targets = torch.cat([ids[:, 1:], last], dim=1).split(len(parts[0]))
@@ -169,16 +175,20 @@ def _target_losses(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tens
     """
     with loss_targets(model, targets.to(model.device)):
         losses: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    if not bool(torch.isfinite(losses).all()):
-        raise InputError(
-            "the model's losses are not finite: its weights are damaged, or float16 is too narrow for it; "
-            "try --dtype bfloat16 or float32"
-        )
+    check_finite(losses, "the model's losses")
+    # float64: hundreds of thousands of losses are summed.
     return losses.double().cpu()
+
+
+def check_finite(values: Tensor, what: str, reason: str = NARROW) -> None:
+    """Raises: InputError saying so if one of them is infinite, or no number."""
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{what} are not finite: {reason}")
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """The numbers of rows of like length, the longest first, about `batch_tokens` at a time."""
+    # The longest first: whether memory suffices shows at once, and the first row of a batch is its width.
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
@@ -214,8 +224,8 @@ class LlamaCppScorer:
 
     def _losses(self, ids: Sequence[int], first: int) -> Tensor:
         """Of the tokens from number `first` on, float64."""
+        # The last token predicts nothing that is scored, so it is not computed.
         logits = torch.from_numpy(compute_logits(self._model, ids[:-1])[first - 1 :])
         losses = torch.nn.functional.cross_entropy(logits, torch.as_tensor(ids[first:]), reduction="none").double()
-        if not bool(torch.isfinite(losses).all()):
-            raise InputError("llama.cpp's losses are not finite: the GGUF file is damaged")
+        check_finite(losses, "llama.cpp's losses", "the GGUF file is damaged")
         return losses

@@ -1,8 +1,8 @@
 """Perplexity: how well a model predicts texts, by document or by the position of the predicted token.
 
 Documents are cut into windows that score each of their tokens once (likelihood.py). For curves by position, texts are
-rows of one length; each is a stretch of one document with BOS before it. A windows.Scorer knows the losses of tokens;
-everything else is made of those.
+rows of one length; each is a stretch of one document with BOS before it. A likelihood.Scorer knows the losses of
+tokens; everything else is made of those.
 
 Shapes: N rows, L their length in tokens; D documents. Tokens of a row are counted from 1; the first one, BOS, is given
 and not scored.
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.records import iter_document_batches
+from ..core.records import iter_document_batches, spread_evenly
 from ..text.tokenizer import encode_texts, token_byte_lengths
-from .intervals import student_quantile
+from .intervals import ratio_spread, sum_spread
 from .likelihood import Window, cut_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MIN_DOCUMENTS = 10  # an interval from fewer would be a guess
 LARGEST_EXPONENT = 700.0  # exp(710) is no float64
 GROUP_TOKENS = 1 << 16  # of documents that are scored together: what a killed run has to do again
 
@@ -65,7 +64,7 @@ class Documents:
                 begin, size = number + 1, 0
 
     def windows(self, group: range, length: int, stride: int | None) -> list[list[Window]]:
-        """Of each document of a group, see windows.cut_windows."""
+        """Of each document of a group, see likelihood.cut_windows."""
         return [cut_windows(self.ids[number].tolist(), self.start, length, stride) for number in group]
 
 
@@ -94,8 +93,7 @@ def read_documents(
                 ids.append(np.array(found, np.int32))
                 scored.append(len(found) - len(given))
                 num_bytes.append(len(text.encode()) - sum(surfaces[given].tolist()))
-    count = len(ids) if max_documents is None else min(max_documents, len(ids))
-    kept = [rank * len(ids) // count for rank in range(count)]
+    kept = spread_evenly(range(len(ids)), max_documents)
     if not any(scored[number] for number in kept):
         raise InputError(f"no text to score in {', '.join(map(str, files))}")
     return Documents(
@@ -147,28 +145,11 @@ def compare_documents(
     sizes = [documents.num_bytes, base_documents.num_bytes]
     ratios = [float(one.sum() / size.sum()) for one, size in zip(bits, sizes, strict=True)]
     parts = [(one - ratio * size) / size.sum() for one, ratio, size in zip(bits, ratios, sizes, strict=True)]
-    difference, spread = ratios[0] - ratios[1], _spread(parts[0] - parts[1])
+    difference, spread = ratios[0] - ratios[1], sum_spread(parts[0] - parts[1])
     return {
         "bits_per_byte_difference": difference,
         "bits_per_byte_difference_interval": None if spread is None else [difference - spread, difference + spread],
     }
-
-
-def ratio_spread(values: np.ndarray, weights: np.ndarray) -> float | None:
-    """Half of the 95 % interval of sum(values) / sum(weights) over documents; None if there are too few of them.
-
-    Source: Cochran 1977, "Sampling Techniques", chapter 6 (the variance of a ratio); here with Student's t.
-    """
-    ratio = values.sum() / weights.sum()
-    return _spread((values - ratio * weights) / weights.sum())
-
-
-def _spread(parts: np.ndarray) -> float | None:
-    """Half of the 95 % interval of a sum of independent parts whose mean is 0."""
-    count = len(parts)
-    if count < MIN_DOCUMENTS:
-        return None
-    return student_quantile(count - 1) * math.sqrt(count / (count - 1) * float((parts**2).sum()))
 
 
 def _exp(mean: float) -> float:
@@ -222,8 +203,7 @@ def read_rows(
             "texts (--document_separator joins the lines of a txt file), smaller --lengths, or none to score whole "
             "documents"
         )
-    count = len(ids) if max_rows is None else min(max_rows, len(ids))
-    kept = [rank * len(ids) // count for rank in range(count)]
+    kept = spread_evenly(range(len(ids)), max_rows)
     return TextRows(torch.tensor([ids[rank] for rank in kept]), torch.tensor([num_bytes[rank] for rank in kept]))
 
 
@@ -231,7 +211,7 @@ def perplexity_by_length(losses: Mapping[int, Tensor], num_bytes: Tensor) -> lis
     """A row for every length: perplexity and bits a byte of the tokens after the length before, and of all to here.
 
     Args:
-        losses: of windows.Scorer.row_losses.
+        losses: of likelihood.Scorer.row_losses.
         num_bytes: (N, L), of the rows' tokens.
     """
     rows = []

@@ -29,6 +29,11 @@ def refuse_finished(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} is finished; pass another --output_dir, or --overwrite to replace it")
 
 
+def settings_beside(path: Path) -> Path:
+    """The file that says what decided the rows of another one: models, settings, and figures at last."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
 # ---------------------------------------------------------------- lines of JSON
 
 
@@ -102,7 +107,7 @@ class Predictions:
         """
         self.path, self.questions, self.flag = path, list(questions), flag
         self.rows_path = path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.partial.jsonl")
-        self.settings_path = path.with_name(f"{path.name}.settings.json")
+        self.settings_path = settings_beside(path)
         self.settings = _as_read_back(settings)
         self.rows: list[dict[str, Any]] = []
         self.metrics: dict[str, Any] | None = None
@@ -116,7 +121,7 @@ class Predictions:
                 if not overwrite:
                     raise
             if overwrite and self.is_complete:
-                self.rows = []
+                self.rows = []  # a .json list stays until the new one is whole
         if self.is_complete:
             if self.settings_path.is_file():
                 self.metrics = read_json(self.settings_path).get("metrics")
@@ -157,6 +162,7 @@ class Predictions:
                 raise InputError(f"{existing}: answer {number} is to {old!r:.60}, this run asks {new!r:.60}; {remedy}")
         if len(inputs) > len(self.questions):
             raise InputError(f"{existing} has {len(inputs)} answers, this run asks {len(self.questions)}; {remedy}")
+        # Without settings it is another program's file, which some setting differs from, unless there are none.
         recorded = read_json(self.settings_path)["settings"] if self.settings_path.is_file() else {}
         if changed := _changed(recorded, self.settings):
             changes = "; ".join(f"{name} {recorded.get(name)} -> {self.settings.get(name)}" for name in changed)
@@ -214,7 +220,7 @@ def answer_all(
     """
     from tqdm import tqdm
 
-    resumed = {id(file): len(file.rows) for file in files}
+    resumed = {id(file): len(file.rows) for file in files}  # rows grow, so this is kept
 
     def finish(file: Predictions) -> None:
         counts = {"answers": len(file.rows), "resumed": resumed[id(file)]}
@@ -234,6 +240,7 @@ def answer_all(
 
         def take(most: int) -> None:
             """Write the oldest answers, waiting for them, until at most so many are under way."""
+            # In order, though a later answer may be there before: a file without gaps is what a run can go on from.
             while len(waiting) > most:
                 file, wait = waiting.popleft()
                 completion = wait()
@@ -266,6 +273,7 @@ class Parts:
         self._values: dict[str, Any] = {}
         settings = _as_read_back(settings)
         if path.is_file():
+            # The first line is read before anything is cut off: the file may be another run's, which goes on some day.
             recorded, values, whole = self._read()
             if recorded == settings:
                 _cut(path, whole)
@@ -291,7 +299,7 @@ class Parts:
 
     def get(self, *name: str | int) -> Any:
         """The value of a part, None if it is not there."""
-        return self._values.get(json.dumps(name))
+        return self._values.get(json.dumps(name))  # as the file has it: a list of texts and numbers
 
     def add(self, value: Any, *name: str | int) -> None:
         """Write a part."""

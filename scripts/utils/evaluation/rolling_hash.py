@@ -1,4 +1,4 @@
-"""N-grams of any text, fast: characters folded, text cut into units, and hashes of stretches of units.
+"""N-grams of any text, fast: characters folded, text cut into units, and hashes of n-grams of units.
 
 A unit is a word, or a character of a script that is written without spaces (Chinese, Japanese, Thai ...) or in
 syllables (Hangul). Spaces and punctuation are no part of any unit, so that texts that differ in them alone are equal.
@@ -162,11 +162,11 @@ def cut_units(text: str) -> Units:
 
 
 def join_texts(texts: list[str]) -> str:
-    """Texts with a BOUNDARY after each: their units in one array, with no stretch from one into the next."""
+    """Texts with a BOUNDARY after each: their units in one array, with no n-gram from one into the next."""
     return "".join(text.replace(BOUNDARY, " ") + BOUNDARY for text in texts)
 
 
-# ---------------------------------------------------------------- hashes of stretches
+# ---------------------------------------------------------------- hashes of n-grams
 
 
 @functools.cache
@@ -183,11 +183,11 @@ def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
     return _powers_of_size(1 << max(16, (size - 1).bit_length()))
 
 
-class StretchHashes:
-    """Hashes of all stretches of units, each at once: equal for equal stretches.
+class RollingHash:
+    """Hashes of all n-grams of units, each at once: equal for equal n-grams.
 
     Source: Rabin and Karp 1987, with prefix sums and division by powers modulo 2**64. Units are random numbers, so
-    different stretches agree in one of 2**64 cases.
+    different n-grams agree in one of 2**64 cases.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -197,10 +197,10 @@ class StretchHashes:
         np.cumsum(values * powers[: len(values)], out=self._sums[1:])
 
     def every(self, length: int) -> np.ndarray:
-        """(U - length + 1,) of the stretches of so many units that start at each unit; none if there are fewer."""
+        """(U - length + 1,) of the n-grams of so many units that start at each unit; none if there are fewer."""
         count = max(0, len(self._sums) - length)
         return (self._sums[length:] - self._sums[:count]) * self._inverses[:count]
 
     def at(self, places: np.ndarray, length: int) -> np.ndarray:
-        """Of the stretches that start at these units."""
+        """Of the n-grams that start at these units."""
         return (self._sums[places + length] - self._sums[places]) * self._inverses[places]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
 from fastapi.middleware import Middleware
 
-from .texts import LANGUAGES, translate
+from .texts import LANGUAGES, TEXTS, translate
 
 JOINER = "\u2060"  # takes no room, and keeps marks beside it from being read as markup
 MAX_FILE_SIZE = "4mb"
@@ -159,6 +159,7 @@ class TranslatedPage:
     """A page whose components get their texts in the language chosen at its top."""
 
     blocks: gr.Blocks
+    words: Mapping[str, tuple[str, str]] = TEXTS  # all texts by name, Chinese and English
 
     def __init__(self, language: str) -> None:
         """`language`: "zh", "en", or "auto": what the browser asks for."""
@@ -171,9 +172,12 @@ class TranslatedPage:
 
     def _add(self, kind: type, texts: dict[str, str], **options: Any) -> Any:
         """A component with texts ({attribute: name of the text}), which change with the language."""
-        component = kind(**options, **{name: translate(text, self._start_language) for name, text in texts.items()})
+        component = kind(**options, **{name: self._word(text, self._start_language) for name, text in texts.items()})
         self.texts.append((component, texts))
         return component
+
+    def _word(self, name: str, language: str) -> str:
+        return translate(name, language, self.words)
 
     def _lay_out_header(self, title: str) -> None:
         with gr.Row(elem_id="header"):
@@ -195,7 +199,7 @@ class TranslatedPage:
 
     def _translations(self, language: str) -> list[Any]:
         updates: list[dict[str, Any]] = [
-            {name: translate(text, language) for name, text in texts.items()} for _, texts in self.texts
+            {name: self._word(text, language) for name, text in texts.items()} for _, texts in self.texts
         ]
         return [gr.update(**update) for update in updates]
 

@@ -123,39 +123,6 @@ def test_the_example_questions_own_answers_are_told_apart():
 # ---------------------------------------------------------------- figures
 
 
-def solve_wilson(successes, total, above):
-    """The share p above (or below) the observed one with |observed - p| = z sqrt(p (1 - p) / n), by bisection."""
-    observed, z = successes / total, 1.959963984540054
-    low, high = (observed, 1.0) if above else (0.0, observed)
-    for _ in range(200):
-        middle = (low + high) / 2
-        inside = abs(observed - middle) < z * math.sqrt(middle * (1 - middle) / total)
-        if inside == above:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-@pytest.mark.parametrize(("successes", "total"), [(0, 7), (7, 7), (1, 29), (81, 263), (8, 10), (190, 200), (1, 1)])
-def test_wilson_interval(successes, total):
-    expected = [solve_wilson(successes, total, above) for above in (False, True)]
-    assert wilson_interval(successes, total) == pytest.approx(expected, abs=1e-6)
-
-
-def test_wilson_interval_of_published_examples():
-    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
-    for (successes, total), interval in {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605)}.items():
-        assert wilson_interval(successes, total) == pytest.approx(interval, abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-
-
-@pytest.mark.parametrize(("successes", "total"), [(1, 0), (3, 2), (-1, 2)])
-def test_no_interval_of_no_share(successes, total):
-    with pytest.raises(ValueError, match="wilson"):
-        wilson_interval(successes, total)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_compare_against_plain_loops(seed):
     rng = random.Random(seed)

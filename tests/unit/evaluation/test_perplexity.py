@@ -17,14 +17,12 @@ from support.paths import EXAMPLES
 from utils.core.arguments import RopeArguments
 from utils.core.errors import InputError
 from utils.evaluation import likelihood, perplexity
-from utils.evaluation.intervals import student_quantile
 from utils.evaluation.likelihood import LikelihoodScorer, Window, cut_windows, token_losses
 from utils.evaluation.perplexity import (
     Documents,
     compare_documents,
     document_figures,
     perplexity_by_length,
-    ratio_spread,
     read_documents,
     read_rows,
 )
@@ -308,24 +306,6 @@ def test_pairs_are_told_apart_where_single_intervals_are_not():
     assert 0 < low < high
     single = [document_figures(values, documents)["bits_per_byte_interval"] for values in (lm_loss, worse)]
     assert single[1][0] < single[0][1]
-
-
-def test_intervals_hold_what_they_promise():
-    """Of 2,000 samples of documents of all sizes, about 95 % have an interval around the true ratio."""
-    rng = np.random.default_rng(2)
-    inside = 0
-    for _ in range(2000):
-        weights = rng.lognormal(3, 0.7, 40)
-        values = weights * rng.normal(2, 0.5, 40)
-        ratio, half = values.sum() / weights.sum(), ratio_spread(values, weights)
-        inside += abs(ratio - 2) < half
-    assert 0.92 < inside / 2000 < 0.97
-
-
-def test_quantiles_of_student():
-    table = {9: 2.262157, 10: 2.228139, 19: 2.093024, 30: 2.042272, 100: 1.983972, 10**6: 1.959966}
-    for freedom, quantile in table.items():
-        assert student_quantile(freedom) == pytest.approx(quantile, rel=2e-4)
 
 
 # ---------------------------------------------------------------- texts

@@ -7,6 +7,7 @@
   ratings      how strong models are, by who beat whom. Bradley-Terry and Elo with bootstrap intervals, win rates,
                pairs
   judging      a model behind an OpenAI-compatible server says which of two answers is better, in both orders
+  texts        what the page says, in Chinese and English
   page         two models without names answer side by side, a vote, who they were; and a page of results
 
 Others import: votes, matchmaking, players, ratings, judging, page.

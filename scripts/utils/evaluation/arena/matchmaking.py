@@ -7,13 +7,13 @@ import random
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ...core.errors import InputError
-from ...core.records import RECORD_SUFFIXES, iter_records, list_data_files
-from ..alignment import text_field
+from ...core.records import text_field
+from .. import banks
 from .votes import Vote, VoteFile
 
 TYPED = "typed"  # category of questions that are not from the bank
@@ -38,21 +38,15 @@ def read_bank(paths: Sequence[str], categories: Sequence[str] = ()) -> list[Ques
 
     Fields: "id", "category", "question"; optional: "reference". Raises: InputError naming file and line.
     """
-    places: dict[str, str] = {}
-    bank: list[Question] = []
-    for path in paths:
-        for file in list_data_files(path, RECORD_SUFFIXES):
-            for location, record in iter_records(file):
-                name, category, text = (text_field(record, key, location) for key in ("id", "category", "question"))
-                if name in places:
-                    raise InputError(f"{location}: the id '{name}' is that of {places[name]} too; ids must differ")
-                places[name] = location
-                reference = None if record.get("reference") is None else text_field(record, "reference", location)
-                bank.append(Question(text, category, name, reference))
-    if not bank:
-        raise InputError(f"--questions {' '.join(paths)}: no question in it")
+    bank = banks.read_bank(paths, _read_question)
     check_categories(categories, (question.category for question in bank))
     return [question for question in bank if not categories or question.category in categories]
+
+
+def _read_question(record: Mapping[str, Any], location: str) -> Question:
+    name, category, text = (text_field(record, key, location) for key in ("id", "category", "question"))
+    reference = None if record.get("reference") is None else text_field(record, "reference", location)
+    return Question(text, category, name, reference)
 
 
 def check_categories(categories: Sequence[str], known: Iterable[str]) -> None:

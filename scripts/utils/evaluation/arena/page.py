@@ -19,11 +19,11 @@ from ...core.errors import InputError
 from ...generation.engine import Answer, Delta
 from ...web.base import LATEX_DELIMITERS, TranslatedPage, escape_answer, escape_question
 from ...web.chat import Reply, add_delta, next_news, put_news
-from ...web.texts import TEXTS, translate
 from ..endpoints import EndpointError
 from .matchmaking import Arena, PendingBattle
 from .players import Player
 from .ratings import Verdict, pair_rates
+from .texts import TEXTS, translate
 from .votes import Vote
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class Visit:
 
 class ArenaPage(TranslatedPage):
     """The page of some players; what visitors see is in their own sessions, votes are the arena's."""
+
+    words = TEXTS
 
     def __init__(
         self,

@@ -50,18 +50,21 @@ def bradley_terry(wins: ndarray) -> ndarray:
     Source: Bradley and Terry 1952; by Newton's method, the step limited, on the log-posterior, which is concave.
     """
     battles = wins + np.swapaxes(wins, -1, -2)
+    # In natural units of log-odds, of all rounds of a bootstrap at once; points only at the end.
     strengths = np.zeros(wins.shape[:-1])
     diagonal = np.arange(wins.shape[-1])
     for _ in range(200):
         likely = _logistic(strengths[..., :, None] - strengths[..., None, :])
         share = _logistic(strengths)
         slope = (wins - battles * likely).sum(-1) + PRIOR * (0.5 - share)
+        # Minus the Hessian: rows sum to 0, which has no inverse, but for the prior on the diagonal.
         curvature = -battles * likely * (1 - likely)
         curvature[..., diagonal, diagonal] -= curvature.sum(-1) - PRIOR * share * (1 - share)
         step = np.linalg.solve(curvature, slope[..., None])[..., 0]
-        strengths += np.clip(step, -2, 2)
+        strengths += np.clip(step, -2, 2)  # far from the solution Newton's step may overshoot
         if np.abs(step).max(initial=0) < 1e-10:
             break
+    # Only differences mean anything; the mean is a convention.
     return MEAN + POINTS * (strengths - strengths.mean(-1, keepdims=True))
 
 
@@ -76,6 +79,7 @@ def elo(left: ndarray, right: ndarray, scores: ndarray, num_models: int, k: floa
     Returns: (..., M). Source: Elo 1978.
     """
     ratings = np.full((math.prod(left.shape[:-1]), num_models), MEAN)
+    # Battle after battle, since each needs the ratings before it, but in all rounds of a bootstrap at once.
     rows = np.arange(len(ratings))
     columns = (array.reshape(len(rows), -1).T for array in (left, right, scores))
     for one, other, score in zip(*columns, strict=True):
@@ -89,6 +93,7 @@ def elo(left: ndarray, right: ndarray, scores: ndarray, num_models: int, k: floa
 def count_wins(left: ndarray, right: ndarray, scores: ndarray, num_models: int) -> ndarray:
     """(..., N) battles -> (..., M, M), as bradley_terry takes them."""
     rounds = math.prod(left.shape[:-1])
+    # Every (round, row, column) is a cell with a number of its own: one bincount is quicker than np.add.at.
     start: ndarray = np.arange(rounds).reshape(*left.shape[:-1], 1) * num_models**2
     size, cells = rounds * num_models**2, (start + left * num_models + right).ravel()
     mirrored = (start + right * num_models + left).ravel()
@@ -104,7 +109,7 @@ def bootstrap(
     Drawing shuffles them too, so the spread of Elo ratings holds what their order does to them.
     """
     rng = np.random.default_rng(seed)
-    block = max(1, BLOCK // len(left))
+    block = max(1, BLOCK // len(left))  # rounds at a time: memory does not grow with their number
     found: list[tuple[ndarray, ndarray]] = []
     for start in range(0, rounds, block):
         drawn = rng.integers(len(left), size=(min(block, rounds - start), len(left)))
@@ -135,6 +140,7 @@ def summarise(battles: Sequence[Outcome], *, rounds: int = 1000, k: float = 16.0
     drawn, drawn_elos = bootstrap(left, right, scores, len(names), rounds=rounds, k=k, seed=seed)
     models = []
     for name, place in number.items():
+        # Round by round: the ratings of two models are correlated, so their intervals may overlap and one still lead.
         lead = np.quantile(drawn - drawn[:, place, None], 0.025, axis=0)
         models.append(
             {
@@ -167,6 +173,7 @@ def count_results(battles: Sequence[Outcome], name: str) -> dict[str, Any]:
         if name in battle[:2]:
             seen["battles"] += 1
             side = "left" if battle.left == name else "right"
+            # A lost battle is counted under the other side's name, whichever that was.
             seen["wins" if battle.verdict == side else f"{battle.verdict}"] += 1
     wins, losses = seen["wins"], seen["left"] + seen["right"]
     counts = {"battles": seen["battles"], "wins": wins, "losses": losses}
@@ -189,7 +196,7 @@ def count_pairs(battles: Sequence[Outcome], names: Sequence[str]) -> list[dict[s
     pairs = []
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
-            keys = [(first, second), (second, first)]
+            keys = [(first, second), (second, first)]  # whoever stood on the left
             wins, losses, ties, both_bad = (
                 sum(seen[key[0], key[1], result] for key in keys) for result in (first, second, "tie", "both_bad")
             )
@@ -206,7 +213,7 @@ def find_groups(names: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> lis
         first, second = (group[name] for name in pair["models"])
         if first is not second:
             first |= second
-            group |= dict.fromkeys(second, first)
+            group |= dict.fromkeys(second, first)  # one set, shared by all its members
     sets = {id(members): members for members in group.values()}.values()
     return [[name for name in names if name in members] for members in sets]
 

@@ -22,7 +22,7 @@ from typing import Any
 from .tasks import NUMBERED, Task
 
 Classes = Sequence[str] | None
-Metric = Callable[[str, str, Classes], float]
+Metric = Callable[[str, str], float]  # prediction, right answer
 
 _CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿"
@@ -35,24 +35,24 @@ _COMMENT_MARKS = ("`", "#", "//")
 
 def score_answer(task: Task, prediction: str, answers: Sequence[str], all_classes: Classes) -> float:
     """The score against the nearest of the right answers."""
-    return _best(METRICS[task.metric], task, prediction, answers, all_classes)
+    return _best(find_metric(task.metric, all_classes), task, prediction, answers)
 
 
 def score_levenshtein(task: Task, prediction: str, answers: Sequence[str], all_classes: Classes) -> float:
     """The same for a code task, measured as upstream's code does where python-Levenshtein is installed."""
-    return _best(functools.partial(code_similarity, ratio=levenshtein_ratio), task, prediction, answers, all_classes)
+    return _best(functools.partial(code_similarity, ratio=levenshtein_ratio), task, prediction, answers)
 
 
-def _best(metric: Metric, task: Task, prediction: str, answers: Sequence[str], all_classes: Classes) -> float:
+def _best(metric: Metric, task: Task, prediction: str, answers: Sequence[str]) -> float:
     if task.first_line:
         prediction = prediction.lstrip("\n").split("\n")[0]
-    return max(metric(prediction, answer, all_classes) for answer in answers)
+    return max(metric(prediction, answer) for answer in answers)
 
 
 # ---------------------------------------------------------------- words in common
 
 
-def qa_f1(prediction: str, answer: str, all_classes: Classes = None) -> float:
+def qa_f1(prediction: str, answer: str) -> float:
     """F1 of the words, without case, punctuation and articles."""
     return _f1(*(re.sub(r"\b(?:a|an|the)\b", " ", _bare(text)).split() for text in (prediction, answer)))
 
@@ -61,7 +61,7 @@ def _bare(text: str) -> str:
     return text.lower().translate(_DROPPED)
 
 
-def qa_f1_zh(prediction: str, answer: str, all_classes: Classes = None) -> float:
+def qa_f1_zh(prediction: str, answer: str) -> float:
     """F1 of jieba's words, without case, punctuation and white space."""
     words = [
         ["".join(word.lower().translate(_DROPPED_ZH).split()) for word in segment(text)]
@@ -102,7 +102,7 @@ def segment(text: str) -> list[str]:
 # ---------------------------------------------------------------- sequences in common
 
 
-def rouge_l(prediction: str, answer: str, all_classes: Classes = None) -> float:
+def rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L of the `rouge` package (sentences end at full stops, words at white space); 0 where a text is empty."""
     from rouge import Rouge
 
@@ -127,14 +127,12 @@ def _deep_recursion(depth: int) -> Iterator[None]:
         sys.setrecursionlimit(before)
 
 
-def rouge_l_zh(prediction: str, answer: str, all_classes: Classes = None) -> float:
+def rouge_l_zh(prediction: str, answer: str) -> float:
     """ROUGE-L of jieba's words."""
     return rouge_l(" ".join(segment(prediction)), " ".join(segment(answer)))
 
 
-def code_similarity(
-    prediction: str, answer: str, all_classes: Classes = None, ratio: Callable[[str, str], int] | None = None
-) -> float:
+def code_similarity(prediction: str, answer: str, ratio: Callable[[str, str], int] | None = None) -> float:
     """Likeness of the first line that is no comment and no fence, in whole percents as 0-1."""
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in _COMMENT_MARKS)), "")
@@ -158,26 +156,26 @@ def levenshtein_ratio(one: str, other: str) -> int:
 # ---------------------------------------------------------------- numbers and classes
 
 
-def count(prediction: str, answer: str, all_classes: Classes = None) -> float:
+def count(prediction: str, answer: str) -> float:
     """How many of the numbers in the prediction are the answer."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
-def retrieval(prediction: str, answer: str, all_classes: Classes = None, before: str = "Paragraph ") -> float:
+def retrieval(prediction: str, answer: str, before: str = "Paragraph ") -> float:
     """How many of the numbers in the prediction are the one of the answer, such as "Paragraph 3"."""
     found = re.search(rf"{before}(\d+)", answer)
     return count(prediction, found[1]) if found else 0.0
 
 
-def classification(prediction: str, answer: str, all_classes: Classes = None) -> float:
+def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> float:
     """1 where the answer is the only class that the prediction names, 1/n where it is one of n, else 0.
 
     A class whose name is a part of the answer's does not count; but upstream takes such names out of the list while it
     walks along it, so the one after a name taken out stays. What it would do where no class is named, choose the most
     similar, its code never does. Both are kept: they are in every published figure.
     """
-    named = [name for name in all_classes or () if name in prediction]
+    named = [name for name in all_classes if name in prediction]
     for name in named:
         if name in answer and name != answer:
             named.remove(name)
@@ -189,9 +187,15 @@ METRICS: dict[str, Metric] = {
     "qa_f1_zh": qa_f1_zh,
     "rouge_l": rouge_l,
     "rouge_l_zh": rouge_l_zh,
-    "classification": classification,
     "retrieval": retrieval,
     "retrieval_zh": functools.partial(retrieval, before=NUMBERED["retrieval_zh"]),
     "count": count,
     "code_similarity": code_similarity,
 }
+
+
+def find_metric(name: str, all_classes: Classes) -> Metric:
+    """What measures answers; classification alone needs to know the classes there are."""
+    if name == "classification":
+        return functools.partial(classification, all_classes=all_classes or ())
+    return METRICS[name]

@@ -17,7 +17,7 @@ from ...core.figures import draw_bars, saved_figure
 from ...core.files import read_json, remove
 from ...core.records import iter_records
 from ..intervals import Z95, wilson_interval
-from ..progress import Predictions
+from ..progress import Predictions, settings_beside
 from .metrics import score_answer, score_levenshtein
 from .tasks import GROUPS, TASKS, Sample, Task
 
@@ -77,7 +77,7 @@ def read_predictions(folder: Path, tasks: Sequence[Task]) -> tuple[dict[str, lis
     for path in [folder / f"{task.name}.jsonl" for task in tasks]:
         if not path.is_file():
             continue
-        name, beside = path.stem, path.with_name(f"{path.name}.settings.json")
+        name, beside = path.stem, settings_beside(path)
         record = read_json(beside) if beside.is_file() else {"settings": {}, "metrics": {}}  # another program's
         if "metrics" not in record:
             raise InputError(f"{path} is unfinished; run the command that made it again, it goes on")

@@ -16,7 +16,7 @@ from typing import Any
 from ...core.errors import InputError
 from ...core.files import atomic_folder
 from ...core.hub import fetch, find_folder, is_hub_id
-from ...core.records import iter_records
+from ...core.records import iter_records, spread_evenly
 
 LANGUAGES = ("zh", "en", "code")
 SINGLE, MULTI, SUMMARY, FEW_SHOT, CODE, SYNTHETIC = GROUPS = (
@@ -34,7 +34,7 @@ class Task:
     """A dataset of LongBench.
 
     Attributes:
-        metric: a name in longbench_metrics.METRICS.
+        metric: a name that metrics.find_metric knows.
         max_new_tokens: longest answer.
         in_e: whether LongBench-E has it.
         chat: whether chat models are asked in their template; they do better without it where examples or code are
@@ -273,8 +273,7 @@ def read_samples(path: Path, task: Task, max_samples: int | None = None) -> list
     samples = [_read_sample(record, location, task) for location, record in iter_records(path)]
     if not samples:
         raise InputError(f"{path}: no sample in it")
-    count = len(samples) if max_samples is None else min(max_samples, len(samples))
-    return [samples[rank * len(samples) // count] for rank in range(count)]
+    return spread_evenly(samples, max_samples)
 
 
 def _read_sample(record: Mapping[str, Any], location: str, task: Task) -> Sample:

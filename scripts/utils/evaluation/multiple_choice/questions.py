@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import InputError
+from ..banks import with_own_ids
 
 LETTERS = "ABCDEFGHIJ"
 # Names of columns, whatever their case; the first is the canonical one.
@@ -83,14 +84,7 @@ def read_questions(
     rows = [(location, _canonical(record, location)) for location, record in records]
     secret = secret and not any(str(row.get("answer") or "").strip() for _, row in rows)
     questions = [_read_question(subject, number, location, row, secret) for number, (location, row) in enumerate(rows)]
-    places: dict[str, str] = {}
-    for question in questions:
-        if question.id in places:
-            raise InputError(
-                f"{question.location}: the id '{question.id}' is that of {places[question.id]} too; ids must differ"
-            )
-        places[question.id] = question.location
-    return questions
+    return list(with_own_ids((question.location, question) for question in questions))
 
 
 def _canonical(record: Mapping[str, Any], location: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ...core.machine import available_bytes
 from ...generation.batching import forward
 from ...generation.cache import GROWTH, SlotCache, common_prefix
 from ...models.rope import find_row_rotary, rotary_dim
+from ..likelihood import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -129,9 +130,11 @@ class _Node:
 
     def settle(self) -> _Node:
         """Compute all together, if that costs less."""
+        # What all have in common is computed once instead of once for each; `cost` has the best way below this node.
         saved = (len(self.numbers) - 1) * self.depth
         cost = self.tokens - saved + GROUP_COST
         if len(self.numbers) > 1 and cost < self.cost:
+            # A short beginning is not worth a pass and copies: one group, each prompt whole.
             length = self.depth if saved > GROUP_COST else 0
             self.cost, self.groups = cost, [Group(length, tuple(self.numbers))]
         return self
@@ -149,6 +152,7 @@ def group_prompts(prompts: Sequence[Sequence[int]]) -> list[Group]:
     last: Sequence[int] = ()
     for number in sorted(range(len(prompts)), key=keys.__getitem__):
         prompt = prompts[number]
+        # A prompt's last token is never shared: its logits are what continuations are scored by.
         _close(path, min(common_prefix(last, prompt), max(len(last), 1) - 1, len(prompt) - 1))
         size = len(prompt)
         path.append(_Node(size - 1, [number], size, size + GROUP_COST, [Group(0, (number,))]))
@@ -187,7 +191,7 @@ class PrefixScorer:
         usual = BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS_ON_GPU
         self.model = model
         self._batch_tokens = batch_tokens or usual
-        self._rotations = find_row_rotary(model)
+        self._rotations = find_row_rotary(model)  # None but under auto-NTK
         self._cache: SlotCache | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
 
@@ -218,12 +222,14 @@ class PrefixScorer:
     def _score_group(
         self, requests: Sequence[ChoiceRequest], members: Sequence[int], shared: int
     ) -> Iterator[tuple[int, ChoiceScore]]:
+        # With its continuation: so many places every slot gets, and so far auto-NTK rotates.
         longest = max(_length(requests[number]) for number in members)
         if self._rotations:
             self._rotations.rotate([longest])
         batches = list(self._batches(requests, members, shared, longest))
         num_slots = max(map(len, batches))
         cache = self._empty_cache(num_slots, longest)
+        # Into slot 0, in pieces as large as a batch; the other slots get copies, which cost no computing.
         beginning = list(requests[members[0]].prompt[:shared])
         for start in range(0, shared, self._batch_tokens):
             self._compute(cache, [beginning[start : start + self._batch_tokens]])
@@ -250,9 +256,11 @@ class PrefixScorer:
         most = max(1, self._free_bytes() // (places * token_bytes(config, self.model.dtype)))
         rest = sorted(members, key=lambda number: (-len(requests[number].prompt), number))
         while rest:
+            # Rows that are much shorter than the first wait for a batch of their own: padding costs as much as text.
             length = len(requests[rest[0]].prompt) - shared
             alike = sum(len(requests[number].prompt) - shared >= LEAST_FILLED * length for number in rest)
             count = min(max(1, self._batch_tokens // length), most, alike)
+            # Logits of long continuations are (rows, tail, V): with large vocabularies they, not keys, are the limit.
             tail = max(len(ids) for number in rest[:count] for ids in requests[number].continuations)
             count = min(count, max(1, LOGIT_NUMBERS // (tail * config.vocab_size)))
             yield rest[:count]
@@ -265,12 +273,14 @@ class PrefixScorer:
 
     def _score_batch(self, cache: SlotCache, requests: Sequence[ChoiceRequest], shared: int) -> list[list[float]]:
         """The likelihoods of each request's continuations; the slots then hold the shared tokens again."""
+        # One pass tells the first token of every continuation; letters need no more.
         logits = self._compute(cache, [request.prompt[shared:] for request in requests])
         first = torch.log_softmax(logits[:, -1].float(), -1)
         scores = [
             row[[ids[0] for ids in request.continuations]].tolist()
             for row, request in zip(first, requests, strict=True)
         ]
+        # Longer ones by turns: each writes its tokens behind the prompt, and the next one overwrites them.
         for place in range(max(len(request.continuations) for request in requests)):
             self._add_tails(cache, requests, place, scores)
         for slot in range(len(requests)):
@@ -291,6 +301,7 @@ class PrefixScorer:
         for slot, (tail, request) in enumerate(zip(tails, requests, strict=True)):
             cache.truncate(slot, len(request.prompt))
             if len(tail) > 1:
+                # Rows end together: a shorter tail's logits stand at the last places.
                 targets = torch.tensor(tail[1:], device=logprobs.device).unsqueeze(1)
                 scores[slot][place] += float(logprobs[slot, 1 - len(tail) :].gather(1, targets).sum())
 
@@ -298,11 +309,7 @@ class PrefixScorer:
         """Logits (B, keep, V) after the last tokens of the first B slots. Raises: InputError if one is no number."""
         self.counts["computed_tokens"] += len(rows) * max(map(len, rows))
         logits = forward(self.model, cache, 0, rows, keep)
-        if not bool(torch.isfinite(logits[:, -1]).all()):
-            raise InputError(
-                "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "
-                "try --dtype bfloat16 or float32"
-            )
+        check_finite(logits[:, -1], "the model's logits")
         return logits
 
     def close(self) -> None:

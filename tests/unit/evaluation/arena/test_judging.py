@@ -32,7 +32,7 @@ from utils.evaluation.arena.players import (
     split_name,
 )
 from utils.evaluation.arena.votes import Vote, VoteFile, read_votes
-from utils.evaluation.endpoints import Endpoint, EndpointError
+from utils.evaluation.endpoints import Endpoint, EndpointError, answer_options
 
 QUESTIONS = [Question(f"问题 {number}", "c", f"q{number}", "42" if number else None) for number in range(3)]
 ANSWERS = {
@@ -275,6 +275,11 @@ def test_parameters_that_a_server_refuses_are_renamed_or_left_out(caplog):
             )
         assert len(server.requests) == 4 and caplog.text.count("going on without it") == 2
         assert server.requests[-1]["max_completion_tokens"] == 5 and server.requests[-1]["seed"] == 1
+    refused = (400, {"message": "no", "param": "presence_penalty"})
+    with StandIn(lambda body: refused if "presence_penalty" in body else "hi") as server:  # of a text to be continued
+        assert Endpoint("e", server.url).complete("?", answer_options(GenerationArguments(), 3)) == "hi"
+        first, second = server.requests
+        assert first["presence_penalty"] == 0 and "presence_penalty" not in second and second["seed"] == 3
     with StandIn(lambda body: (400, {"message": "no", "param": "messages"})) as server:
         with pytest.raises(EndpointError, match="BadRequestError"):
             Endpoint("e", server.url).ask([], {"seed": 1})
