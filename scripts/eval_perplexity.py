@@ -24,6 +24,7 @@ from utils.core.files import atomic_file, hash_file
 if TYPE_CHECKING:
     from utils.evaluation.models import Candidate
     from utils.evaluation.perplexity import Documents, TextRows
+    from utils.evaluation.progress import Parts
 
 logger = logging.getLogger("eval_perplexity")
 

@@ -1,7 +1,12 @@
-"""Decoding with a transformers model: many answers at once, which join and leave the batch at every step.
+"""Continuous batching with a transformers model: sequences join and leave the batch at every step.
 
-A step computes the prompts of those that join (a part of them, where they are long and others wait for their next
-token), then one token of each of the others. Prompts that begin like one computed before go on from there.
+A step decodes one token of every sequence that is past its prompt, then prefills those that join: long prompts in
+chunks, while others wait for their next token. A prompt that begins like one computed before goes on from there, since
+slots that are free again serve as the prefix cache.
+
+Who stands where: a forward pass runs over neighbouring slots, so that the cache is read without copying it together.
+Hence rows have no slot of their own: slots 0 to `_decoding` - 1 are those that decode, then come those being
+prefilled, then the free ones, and whoever joins, finishes its prompt or leaves is swapped into its part.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from .sampling import choose
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREFILL_TOKENS = 8192  # of prompts in one forward pass, while nobody waits for it
-PREFILL_CHUNK = 512  # while others wait for their next token
+PREFILL_TOKENS = 8192  # tokens of prompts in one step, while nobody waits for it
+PREFILL_CHUNK = 512  # the same while others decode: their next token comes after it
 MIN_SHARED_PREFIX = 16  # tokens; copying a shorter beginning from another slot saves nothing
 
 
@@ -43,14 +48,15 @@ class Row:
     """What stands in a slot: a sequence's own text, or the one it is guided away from."""
 
     sequence: TokenSequence
-    tokens: list[int]
+    tokens: list[int]  # in the sequence's own row its very list, which grows with it
     guides: bool = False
 
 
 class BatchScheduler:
-    """Answers sequences in the slots of one model.
+    """Answers sequences in the slots of one model, in the order in which they came.
 
     Attributes:
+        max_batch_size: slots; a guided sequence takes two.
         waiting: sequences without a slot, the first come first.
         counts: totals of prompt_tokens, cached_tokens, new_tokens, steps.
     """
@@ -63,9 +69,10 @@ class BatchScheduler:
         self.waiting: deque[TokenSequence] = deque()
         self.counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
         self._cache: Any = cache or SlotCache(max_batch_size, getattr(model.config, "max_position_embeddings", None))
-        self._rows: list[Row] = []  # row i stands in slot i; those whose prompt is being computed come last
+        self._rows: list[Row] = []  # row i stands in slot i; those being prefilled come last
         self._decoding = 0  # how many are past their prompt
-        self._used = [0] * max_batch_size  # the step in which a slot was in use last
+        # Of all slots, free ones too: the step in which each was in use last, and how what it holds was rotated.
+        self._used = [0] * max_batch_size
         self._keys: list[Hashable] = [None] * max_batch_size
 
     @property
@@ -76,12 +83,15 @@ class BatchScheduler:
     @torch.no_grad()
     def step(self) -> bool:
         """Compute the next tokens; returns whether there is more to do."""
+        # Those who left go first, so that their slots serve those who wait in this very step.
         for row in [row for row in self._rows if row.sequence.answer.cancelled and not row.guides]:
             row.sequence.end("cancelled")
             self._release_slot(row.sequence)
         self._admit()
         if self._rows:
             self.counts["steps"] += 1
+            # In this order: prefilling moves the border between the two parts, and advancing moves the rows, after
+            # which the slots in `ready` are no longer those of their logits.
             ready = self._decode() if self._decoding else {}
             ready |= self._prefill()
             self._advance(ready)
@@ -90,7 +100,8 @@ class BatchScheduler:
     def abandon(self, error: BaseException | None = None) -> None:
         """End all sequences, with an error or as cancelled."""
         sequences = [row.sequence for row in self._rows if not row.guides] + list(self.waiting)
-        for slot in range(len(self._rows) if error else 0):  # a pass that failed leaves tokens without their keys
+        # A pass that failed leaves tokens without their keys; what was cancelled may still serve as a prefix.
+        for slot in range(len(self._rows) if error else 0):
             self._cache.truncate(slot, 0)
         self._rows, self._decoding = [], 0
         self.waiting.clear()
@@ -104,7 +115,7 @@ class BatchScheduler:
             self.waiting.remove(sequence)
             sequence.end("cancelled")
         while self.waiting:
-            sequence = self.waiting[0]
+            sequence = self.waiting[0]  # nobody overtakes the first, or what needs much room would wait for ever
             guided = sequence.request.settings.guidance_scale > 1 and sequence.request.negative_prompt is not None
             if len(self._rows) + 1 + guided > self.max_batch_size or not self._fits(sequence):
                 return
@@ -116,7 +127,7 @@ class BatchScheduler:
                 if slot >= self._decoding and self._keys[slot] == key
             ]
             if max(coming, default=0) >= max(self._cached_lengths(row)) + MIN_SHARED_PREFIX:
-                return  # another row is computing what this one begins with
+                return  # it is being computed in another row: once it is there, this one takes it from the cache
             self.waiting.popleft()
             sequence.answer.num_cached_tokens = self._allocate_slot(row)
             if guided:
@@ -129,15 +140,19 @@ class BatchScheduler:
         return True
 
     def _allocate_slot(self, row: Row) -> int:
-        """Give a row the next slot, with what is known of its tokens; returns how many are."""
+        """Give a row the first free slot, with what is cached of its tokens; returns how many are."""
         cache, slot = self._cache, len(self._rows)
+        # `source` has the longest common beginning, in use or free; `target` is the free slot whose past is given up.
         shared = self._cached_lengths(row)
         source = max(range(self.max_batch_size), key=shared.__getitem__)
         length = shared[source] if shared[source] >= MIN_SHARED_PREFIX or source >= slot else 0
         target = min(range(slot, self.max_batch_size), key=lambda number: (self._used[number], number))
+        # A conversation that goes on takes its old slot over. Where most of what a slot holds differs (only the system
+        # prompt is shared, say), it is left to its own conversation, and the beginning is copied.
         if source >= slot and 2 * length >= len(cache.tokens[source]):
-            target = source  # most of what it holds goes on
-        if source == slot:  # it changes places with the target
+            target = source
+        # The target comes to stand at `slot`; the source is followed where it is one of the two that change places.
+        if source == slot:
             source = target
         elif source == target:
             source = slot
@@ -151,7 +166,10 @@ class BatchScheduler:
         return length
 
     def _cached_lengths(self, row: Row) -> list[int]:
-        """How many of a row's tokens each slot holds, rotated as it is; at most all but the last."""
+        """How many of a row's tokens each slot holds, rotated as it is.
+
+        At most all but the last, which has to be computed for its logits.
+        """
         key = self._key(row)
         return [
             min(common_prefix(tokens, row.tokens), len(row.tokens) - 1) if self._keys[slot] == key else 0
@@ -159,8 +177,10 @@ class BatchScheduler:
         ]
 
     def _release_slot(self, sequence: TokenSequence) -> None:
+        """Free the slots of a sequence; what they hold stays as a prefix for others."""
+        # From the end, so that moving rows leaves the number of the other one as it is.
         for number in reversed([number for number, row in enumerate(self._rows) if row.sequence is sequence]):
-            if number < self._decoding:
+            if number < self._decoding:  # to the end of its part first, or a row being prefilled would fall into it
                 self._decoding -= 1
                 self._swap(number, self._decoding)
                 self._rows[number], self._rows[self._decoding] = self._rows[self._decoding], self._rows[number]
@@ -182,6 +202,7 @@ class BatchScheduler:
         return self.request_rope.key(self._planned(row)) if self.request_rope else None
 
     def _planned(self, row: Row) -> int:
+        # Not the tokens so far: rotations that changed on the way would not fit the keys that are cached.
         return (
             len(row.sequence.request.negative_prompt or () if row.guides else row.sequence.request.prompt)
             + row.sequence.room
@@ -210,13 +231,15 @@ class BatchScheduler:
         """Compute prompts as far as there is time; logits (V,) of those that are done, which then decode."""
         budget = PREFILL_CHUNK if self._decoding else PREFILL_TOKENS
         ready: dict[int, Tensor] = {}
-        group: list[list[int]] = []
+        group: list[list[int]] = []  # what is computed of the slots first, first + 1, ... in one pass
         first = slot = self._decoding
         while slot < len(self._rows) and budget > 0:
             row = self._rows[slot]
             rest = row.tokens[len(self._cache.tokens[slot]) :]
             guided = slot + 1 < len(self._rows) and self._rows[slot + 1].guides
-            if not (guided or row.guides):  # those need both logits in the same step
+            # Only the last of a step is cut, so those that finish are always the first of this part. Guided pairs are
+            # not: both logits are needed in the same step.
+            if not (guided or row.guides):
                 rest = rest[:budget]
             joined = [*group, rest]
             if len(joined) * max(map(len, joined)) > 2 * sum(map(len, joined)):  # it would be mostly padding
@@ -243,7 +266,7 @@ class BatchScheduler:
     def _advance(self, ready: dict[int, Tensor]) -> None:
         """Choose the next token of every row that has logits (V,), and tell its reader."""
         slots = [slot for slot in ready if not self._rows[slot].guides]
-        if not slots:
+        if not slots:  # a step that computed a part of a long prompt
             return
         sequences = [self._rows[slot].sequence for slot in slots]
         guides = {id(row.sequence): slot for slot, row in enumerate(self._rows) if row.guides}
@@ -253,17 +276,18 @@ class BatchScheduler:
             else ready[slot]
             for slot, sequence in zip(slots, sequences, strict=True)
         ]
-        # One row is not copied: torch's threads would go on spinning beside those that compute the next token.
+        # One row is not copied: torch's threads would go on spinning beside those that compute the next token. Several
+        # are chosen together, since every choice waits for the GPU once.
         logits = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
         tokens, logprobs = choose(logits, [sequence.sampler for sequence in sequences])
         self.counts["new_tokens"] += len(tokens)
         ended = []
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            if id(sequence) in guides:
+            if id(sequence) in guides:  # the text it is guided away from goes on with the same token
                 self._rows[guides[id(sequence)]].tokens.append(token)
             if sequence.advance(token, logprob):
                 ended.append(sequence)
-        for sequence in ended:
+        for sequence in ended:  # after the loop, which needs the rows where they are
             self._release_slot(sequence)
 
 
@@ -291,6 +315,7 @@ def _guide(logits: Tensor, negative: Tensor, scale: float) -> Tensor:
 @contextlib.contextmanager
 def _masks_of_any_form(model: Any) -> Iterator[None]:
     """Within the block attention takes masks over slots, which FlashAttention's interface does not."""
+    # The model's attention layers read the name from the config at every pass.
     config = model.config
     before = config._attn_implementation
     if before not in ("sdpa", "eager"):
@@ -352,6 +377,7 @@ def search_beams(model: Any, prompter: Prompter, request: Request) -> Completion
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
         )
     ids: list[int] = output[0, len(request.prompt) :].tolist()
+    # A beam that ended before the longest is padded, here with a stop token.
     end = next((number for number, index in enumerate(ids) if index in stop_ids), None)
     ids = ids if end is None else ids[: end + 1]
     decoder = TextDecoder(prompter.token_bytes, request.strip, settings.stop)

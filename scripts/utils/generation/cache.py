@@ -38,6 +38,7 @@ class SlotCache(Cache):
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self._keys: list[Tensor] = []  # a layer each: (S, heads, places, head width)
         self._values: list[Tensor] = []
+        # Of the pass being prepared: its first slot, how many slots, how many places are read, how many were there.
         self._first, self._count, self._width, self._start = 0, 0, 0, 0
         # Where the tokens that are no padding go: (N,) slots, (N,) places, and (B, T) which they are, None: all.
         # Copies for each device that has layers, made once a pass.
@@ -58,21 +59,24 @@ class SlotCache(Cache):
         self._first, self._count = first, len(rows)
         self._width = max(start + len(row) for start, row in zip(starts, rows, strict=True))
         self._start = self._width - length
+        # Padding stands on the left, so that the logits wanted are the last of every row. Its tokens are of no matter:
+        # nobody sees them, and their keys are not written (see _targets).
         input_ids = torch.tensor([[row[0]] * pad + list(row) for row, pad in zip(rows, padding, strict=True)])
         positions = torch.arange(length) + torch.tensor(starts)[:, None] - torch.tensor(padding)[:, None]
         written = torch.arange(length) >= torch.tensor(padding)[:, None]
         slots = (torch.arange(len(rows)) + first)[:, None].expand(-1, length)
         self._targets = {torch.device("cpu"): (slots[written], positions[written], written if any(padding) else None)}
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows):  # before the pass: whoever calls it forgets them if it fails
             self.tokens[first + number] += row
         inputs = {"input_ids": input_ids, "position_ids": positions.clamp(min=0), "past_key_values": self}
+        # Rows that are all alike have the model's own causal mask, which its kernels need not be given.
         if any(padding) or len(set(starts)) > 1:
             inputs["attention_mask"] = _mask(inputs["position_ids"], self._width, config)
         return inputs
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Called by attention: new keys and values (B, heads, T, D) -> all of the rows' so far, (B, heads, K, D)."""
-        if layer_idx == len(self._keys):
+        if layer_idx == len(self._keys):  # the first pass tells heads, width, type and device of each layer
             for tensors, new in ((self._keys, key_states), (self._values, value_states)):
                 tensors.append(new.new_empty(len(self.tokens), new.shape[1], 0, new.shape[3]))
         if self._keys[layer_idx].shape[2] < self._width:
@@ -83,9 +87,10 @@ class SlotCache(Cache):
         result = []
         for tensors, new in ((self._keys, key_states), (self._values, value_states)):
             table = tensors[layer_idx]
+            # Padding is left out: its places are those of the row's earlier tokens, or lie before the first.
             flat = new.transpose(1, 2)
             table[slots, :, places] = flat.flatten(0, 1) if written is None else flat[written]
-            result.append(table[window, :, : self._width])
+            result.append(table[window, :, : self._width])  # a view: neighbouring slots need no copy
         return tuple(result)
 
     def _grown(self, old: Tensor) -> Tensor:
@@ -129,6 +134,7 @@ class SlotCache(Cache):
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` tokens of another, and hold nothing else."""
+        # Going back is forgetting: what stands behind is hidden by the mask until it is written over.
         if source != target:
             for tensors in (self._keys, self._values):
                 for table in tensors:
@@ -160,9 +166,11 @@ def _mask(positions: Tensor, width: int, config: PreTrainedConfig) -> Tensor:
     """Who sees whom, (B, 1, T, K): each token all places up to its own, or those in its model's sliding window."""
     places = torch.arange(width)
     seen = places <= positions[:, :, None]
+    # Some configs have a window that the model does not use.
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         seen &= places > positions[:, :, None] - window
+    # Eager attention adds its mask, the others take booleans.
     if getattr(config, "_attn_implementation", "sdpa") != "eager":
         return seen.unsqueeze(1)
     zero = torch.zeros(seen.shape)

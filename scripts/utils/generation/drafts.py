@@ -50,7 +50,7 @@ class PromptLookup(Draft):
         proposals = []
         for sequence, count, controller in zip(sequences, counts, controllers, strict=True):
             found, length = self._seen.setdefault(sequence, _Occurrences()).continuation(sequence.tokens, count)
-            confidence = length / (LONGEST_MATCH + 1)
+            confidence = length / (LONGEST_MATCH + 1)  # the longer what occurred before, the surer what follows
             end = next((place for place in range(1, len(found) + 1) if not controller.goes_on(confidence)), len(found))
             proposals.append(Proposal(_until_stop(found[:end], sequence.sampler)))
         return proposals
@@ -65,6 +65,7 @@ class _Occurrences:
 
     def continuation(self, tokens: Sequence[int], count: int) -> tuple[list[int], int]:
         """`count` tokens that followed the longest known ending of `tokens`, and its length; none if it has none."""
+        # Up to the last token but one: the ending itself has nothing behind it, and would always be found.
         for end in range(max(self._known, SHORTEST_MATCH), len(tokens)):
             for length in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
                 self._ends[tuple(tokens[end - length : end])] = end
@@ -86,6 +87,7 @@ class _TokenDraft(Draft):
     def propose(
         self, sequences: Sequence[TokenSequence], counts: Sequence[int], controllers: Sequence[DraftLengthController]
     ) -> list[Proposal]:
+        # Forks draw from the sequences' own random numbers (see Sampler.fork), but count and penalise by themselves.
         forks = [sequence.sampler.fork() for sequence in sequences]
         # Where log-probabilities are asked for, `choose` has to choose.
         random = [fork.settings.samples and fork.top_logprobs is None for fork in forks]
@@ -147,6 +149,7 @@ class EarlyExitDraft(_TokenDraft):
     @contextlib.contextmanager
     def _first_layers(self) -> Iterator[None]:
         """Within the block the model has its first layers only."""
+        # The cache goes by a layer's number, which stays; layers left out are not asked, and keep what they have.
         layers, self._backbone.layers = self._backbone.layers, self._layers
         try:
             yield
@@ -178,6 +181,7 @@ class ModelDraft(_TokenDraft):
         for slot, tokens in enumerate(contexts):
             if self._rows < self._vocabulary:  # the model's padding rows, which only untrained models write
                 tokens = [min(token, self._rows - 1) for token in tokens]
+            # The cache may hold drafts that were refused, or lack what the model wrote while nothing was drafted.
             known = min(common_prefix(self._cache.tokens[slot], tokens), len(tokens) - 1)
             self._cache.truncate(slot, known)
             while len(tokens) - known > CATCHING_UP:
@@ -209,7 +213,7 @@ class RetokenizedDraft(ModelDraft):
     ) -> None:
         """`tokenizer`: the draft model's; `own_tokenizer`: that of the model whose tokens are drafted."""
         super().__init__(model, scheduler)
-        self._vocabulary = self._rows
+        self._vocabulary = self._rows  # its logits are read in its own vocabulary
         self._tokenizer, self._token_bytes = tokenizer, token_surfaces(tokenizer)
         self._own_tokenizer, self._own_token_bytes = own_tokenizer, token_surfaces(own_tokenizer)
 

@@ -42,6 +42,7 @@ class TextDecoder:
     def __init__(self, token_bytes: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
         """`token_bytes`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
         self._token_bytes, self._strip, self._stops = token_bytes, strip, stops
+        # Bytes that are no UTF-8 become U+FFFD; the beginning of a character waits for the rest.
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # the beginning of a stop text, perhaps
         self.stopped = False
@@ -67,6 +68,7 @@ class TextDecoder:
         if found:
             self.stopped = True
             return text[: min(found)]
+        # Hold back the longest end of the text that a stop text begins with; a whole one was found above.
         if not last:
             longest = min(len(text), max(map(len, self._stops)) - 1)
             for length in range(longest, 0, -1):
@@ -81,7 +83,7 @@ class TextDecoder:
         if not text or text.isspace():
             self._space.append(text)
             return ""
-        space, self._space = "".join(self._space), []
+        space, self._space = "".join(self._space), []  # it was within the text, or at its beginning
         text = space + text if self._started else text.lstrip()
         self._started = True
         body = text.rstrip()
@@ -164,7 +166,7 @@ class Answer:
         """`on_delta` is called in the engine's thread, in order; it must not block."""
         self.completion: Completion | None = None
         self.num_prompt_tokens, self.num_cached_tokens = num_prompt_tokens, 0
-        self.cancelled = False
+        self.cancelled = False  # looked at by the engine between two steps; setting a bool needs no lock
         self._items: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._on_delta = on_delta or self._items.put
         self._pieces: list[str] = []
@@ -180,7 +182,7 @@ class Answer:
         self._pieces.append(delta.text)
         self._token_ids += delta.token_ids
         self._logprobs += delta.logprobs
-        if delta.finish_reason:
+        if delta.finish_reason:  # before the reader is told, who may ask for it at once
             self.completion = Completion(
                 "".join(self._pieces),
                 self._token_ids,
@@ -275,7 +277,9 @@ class Prompter:
         """
         first = 1 if messages and messages[0]["role"] == "system" else 0
         system, turns = list(messages[:first]), list(messages[first:])
+        # By encoding again each time: how long an exchange is depends on the template and on where it stands.
         while self.context and len(self.encode([*system, *turns])) + max_new_tokens > self.context:
+            # Whole exchanges: many templates refuse a conversation that the assistant begins.
             later = [number for number, message in enumerate(turns) if number and message["role"] == "user"]
             if not later:
                 break
@@ -284,6 +288,8 @@ class Prompter:
 
     def check(self, request: Request) -> int:
         """How many new tokens a request has room for. Raises: InputError if it cannot be answered."""
+        # Both prompts grow by the same answer, so the context has to hold the longer one; an empty prompt is an error
+        # beside a negative one, too.
         longest = max(len(request.prompt), len(request.negative_prompt or ()))
         return check_room(min(longest, len(request.prompt)) and longest, request.settings, self.context)
 
@@ -369,6 +375,7 @@ class TokenSequence:
 
     def advance(self, token_id: int, logprob: TokenLogprob | None = None) -> bool:
         """Take the next token and tell whoever waits for it; returns whether the answer has ended."""
+        # The end token is part of the tokens (a conversation goes on after it), not of the text.
         self.tokens.append(token_id)
         self.sampler.advance(token_id)
         ended = token_id in self._stop_ids

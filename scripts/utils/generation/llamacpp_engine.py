@@ -63,7 +63,7 @@ class GgufModel:
         import llama_cpp
 
         self._library: Any = llama_cpp
-        listen()
+        listen()  # llama.cpp writes its reasons to a log only, and returns nothing
         llama_cpp.llama_backend_init()
         model_settings = llama_cpp.llama_model_default_params()
         model_settings.n_gpu_layers = -1 if on_gpu else 0  # -1: all
@@ -75,6 +75,7 @@ class GgufModel:
             llama_cpp.llama_model_is_hybrid,
             llama_cpp.llama_model_has_encoder,
         )
+        # A recurrent state cannot be cut back to a shorter text, which going on from a shared prefix needs.
         if any(is_kind(self._model) for is_kind in kinds):
             raise InputError(
                 f"{path.name} is no decoder that keeps keys and values for each token; only those work here"
@@ -84,13 +85,13 @@ class GgufModel:
             n_ctx=capacity, n_seq_max=num_slots, n_outputs_max=num_slots, n_batch=BATCH, n_ubatch=PHYSICAL_BATCH
         )
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._embedder: Any = None
+        self._embedder: Any = None  # a context of its own, made when it is first asked for: few servers embed
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self.hidden_size: int = llama_cpp.llama_model_n_embd(self._model)
         self.capacity = capacity
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
-        self._seq_ids = list(range(num_slots))
+        self._seq_ids = list(range(num_slots))  # of each slot; swapping slots exchanges these and no keys
         self._batch = _Batch(llama_cpp, BATCH)
 
     def _open(self, **sizes: Any) -> Any:
@@ -109,6 +110,7 @@ class GgufModel:
 
     def close(self) -> None:
         """Free what llama.cpp holds."""
+        # Contexts before the model they belong to, or llama.cpp reads freed memory.
         for context in (self._embedder, self._context):
             if context:
                 self._library.llama_free(context)
@@ -127,6 +129,7 @@ class GgufModel:
         places: list[int] = []
         seq_ids: list[int] = []
         ends: list[int] = []
+        # llama.cpp takes tokens of any sequences in one batch, so rows of different lengths need no padding.
         for slot, row in enumerate(rows, first):
             start = len(self.tokens[slot])
             ids += row
@@ -142,12 +145,14 @@ class GgufModel:
             if wanted:
                 pointer = self._library.llama_get_logits(self._context)
                 block = torch.from_numpy(np.ctypeslib.as_array(pointer, (len(wanted), self.vocab_size)))
+                # It is llama.cpp's own memory, which the next llama_decode overwrites.
                 blocks.append(block.clone() if len(ids) > BATCH else block)
         for slot, row in enumerate(rows, first):
             self.tokens[slot] += row
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _decode(self, context: Any) -> None:
+        # After a failure nobody knows how much of a batch is in the cache.
         if status := self._library.llama_decode(context, self._batch.struct):
             self._library.llama_memory_clear(self._memory, False)
             self.tokens = [[] for _ in self.tokens]
@@ -160,7 +165,7 @@ class GgufModel:
             self._embedder = self._open(
                 n_ctx=context,
                 embeddings=True,
-                pooling_type=library.LLAMA_POOLING_TYPE_NONE,
+                pooling_type=library.LLAMA_POOLING_TYPE_NONE,  # all states: the mean over batches is taken here
                 n_batch=EMBEDDING_BATCH,
                 n_ubatch=EMBEDDING_BATCH,
                 n_outputs_max_per_seq=0,
@@ -179,13 +184,13 @@ class GgufModel:
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what comes after the first `length` tokens of a slot."""
-        self._library.llama_memory_seq_rm(self._memory, self._seq_ids[slot], length, -1)
+        self._library.llama_memory_seq_rm(self._memory, self._seq_ids[slot], length, -1)  # -1: to the end
         del self.tokens[slot][length:]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` tokens of another, and hold nothing else."""
         if source != target:
-            self.truncate(target, 0)
+            self.truncate(target, 0)  # copying adds to what a sequence has
             one, other = self._seq_ids[source], self._seq_ids[target]
             self._library.llama_memory_seq_cp(self._memory, one, other, 0, length)
             self.tokens[target] = self.tokens[source][:length]
@@ -236,7 +241,7 @@ class LlamaCppScheduler(BatchScheduler):
         super().__init__(model, len(model.tokens), cache=model)
 
     def _forward(self, first: int, tokens: Sequence[Sequence[int]]) -> Tensor:
-        self._forget(sum(map(len, tokens)))
+        self._forget(sum(map(len, tokens)))  # before: llama.cpp fails where there is no room
         for slot in range(first, first + len(tokens)):
             self._used[slot] = self.counts["steps"]
         logits: Tensor = self.model.forward(first, tokens)
@@ -245,6 +250,7 @@ class LlamaCppScheduler(BatchScheduler):
 
     def _forget(self, coming: int) -> None:
         """Make room in the cache: slots that nobody uses go first, those unused for longest before others."""
+        # A shared beginning counts for every slot here, though it is stored once: more is forgotten than need be.
         excess = coming + sum(map(len, self._cache.tokens)) - self.model.capacity
         for slot in sorted(range(len(self._rows), self.max_batch_size), key=self._used.__getitem__):
             if excess <= 0:
@@ -253,6 +259,7 @@ class LlamaCppScheduler(BatchScheduler):
             self._cache.truncate(slot, 0)
 
     def _fits(self, sequence: TokenSequence) -> bool:
+        # By the most they may come to need, so that no answer that has begun runs out of cache.
         sequences = [row.sequence for row in self._rows if not row.guides]
         return sum(_most_tokens(other.request, other.room) for other in [*sequences, sequence]) <= self.model.capacity
 
@@ -293,7 +300,7 @@ class LlamaCppEngine(DecodingEngine):
         return torch.stack([self._call(partial(self._model.embed, prompt, self.context)) for prompt in prompts])
 
     def close(self) -> None:
-        super().close()
+        super().close()  # first, since it waits for the thread that computes with the model
         self._model.close()
 
 
@@ -323,7 +330,7 @@ class GgufFile:
                 self.tokenizer = load_gguf_tokenizer(self.path, self.metadata)
         except KeyError as error:
             raise InputError(f"{self.path.name}: its metadata has no {error}; is it a language model?") from None
-        self.context: int = self._rope.pop("window")
+        self.context: int = self._rope.pop("window")  # what is left are llama.cpp's own settings
         check_same_tokens(self.path, self.tokenizer)
 
     def load(self, template: str | None, max_batch_size: int, context: int | None = None) -> LlamaCppEngine:

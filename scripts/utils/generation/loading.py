@@ -33,11 +33,6 @@ from .vllm_engine import load_vllm
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 
@@ -78,6 +73,7 @@ def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedToken
     shapes = dict(open_checkpoint(args.model_name_or_path).shapes)
     old_rows = config.vocab_size
     if adapter := args.adapter_name_or_path:
+        # A tied model's files have no lm_head, which an adapter may still be for.
         if config.tie_word_embeddings and EMBEDDING in shapes:
             shapes.setdefault(HEAD, shapes[EMBEDDING])
         tensors = open_checkpoint(adapter).shapes
@@ -129,11 +125,12 @@ def load_for_inference(
     compute_dtype = torch.bfloat16 if bf16_is_supported() else torch.float32
     if args.dtype != "auto":
         compute_dtype = getattr(torch, args.dtype)
-    elif compute_dtype == torch.float32 and torch.cuda.is_available():
+    elif compute_dtype == torch.float32 and torch.cuda.is_available():  # older GPUs; CPUs are slow in float16
         compute_dtype = torch.float16
     model = load_model(args, compute_dtype, device_map, **rope_overrides(config))
     if args.adapter_name_or_path:
         if config.vocab_size > model.get_input_embeddings().weight.shape[0]:
+            # The adapter brings the values of the new rows, so none have to be made up.
             model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         model = _add_adapter(model, args.adapter_name_or_path)
     if auto_ntk := getattr(config, "auto_ntk", None):
@@ -174,6 +171,7 @@ def _wrap(model: PreTrainedModel, adapters: Mapping[str, str]) -> Any:
     wrapped = PeftModel.from_pretrained(model, folder, adapter_name=first, torch_device=str(model.device))
     for name, folder in others:
         wrapped.load_adapter(folder, adapter_name=name, torch_device=str(model.device))
+    # PEFT keeps float32 for training; here each pass would convert.
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name or ".modules_to_save." in name or "token_adapter" in name:
             parameter.data = parameter.data.to(dtype)
@@ -238,6 +236,7 @@ class EnginePlan(Prompter):
         if adapters and self.args.adapter_name_or_path:
             raise InputError("--lora_model is part of the model itself; name it among --lora_models instead")
         for name, folder in (adapters or {}).items():
+            # All adapters share one embedding, so none may bring rows of its own.
             grown = check_inference_request(replace(self.args, adapter_name_or_path=folder), self.tokenizer)
             if grown.vocab_size != self.config.vocab_size:
                 raise InputError(f"adapter {name} ({folder}) brings rows of its own; merge it with run_merge.sh")
@@ -310,6 +309,7 @@ class DraftPlan:
             )
         )
         assert found.tokenizer_name_or_path is not None
+        # A draft cut out of the model itself often comes without a tokenizer.
         if has_tokenizer(local_folder(found.tokenizer_name_or_path)):
             self._tokenizer = load_tokenizer(found.tokenizer_name_or_path)
         else:

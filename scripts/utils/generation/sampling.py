@@ -60,6 +60,7 @@ class Sampler:
         self.logit_bias, self.constraint = dict(logit_bias or {}), constraint
         self.counts: Counter[int] = Counter()  # of the answer's tokens
         self.length = 0
+        # What costs time for each token is only kept where a setting needs it.
         self._seen = dict.fromkeys(prompt) if settings.repetition_penalty != 1 else {}  # a set that keeps its order
         self._random = torch.Generator().manual_seed(seed)
 
@@ -92,6 +93,7 @@ class Sampler:
 
     def fork(self) -> Sampler:
         """A copy that tries tokens out: it draws from the same random numbers, and knows no constraint."""
+        # The generator is shared and not copied: what a draft draws must be independent of what decides on it.
         forked = copy.copy(self)
         forked.counts, forked._seen, forked.constraint = self.counts.copy(), dict(self._seen), None
         return forked
@@ -117,6 +119,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list
             "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "
             "try --dtype bfloat16 or float32"
         )
+    # Rows of which the likeliest token is wanted, the usual case, are not copied and not processed.
     special = [row for row, sampler in enumerate(samplers) if not sampler.plain]
     tokens = argmax_tokens(logits) if len(special) < len(samplers) else [0] * len(samplers)
     if special:
@@ -145,6 +148,7 @@ def process_logits(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     Sources: repetition penalty: Keskar et al. 2019, "CTRL", section 4.1; presence and frequency penalties: OpenAI's
     API reference (logit - count * frequency - (count > 0) * presence).
     """
+    # float() gives the logits themselves where they are float32, and those belong to the model (or to llama.cpp).
     scores = logits.float()
     if scores is logits and any(sampler.edits for sampler in samplers):
         scores = _copy(logits)
@@ -163,7 +167,7 @@ def process_logits(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         if sampler.constraint is not None:
             allowed = sampler.constraint.allowed().to(scores.device)
             scores[row, : len(allowed)].masked_fill_(~allowed[: scores.shape[1]], -math.inf)
-            scores[row, len(allowed) :] = -math.inf
+            scores[row, len(allowed) :] = -math.inf  # rows of padding, which no grammar knows
     return scores
 
 
@@ -178,6 +182,7 @@ def _penalise(scores: Tensor, penalty: float) -> Tensor:
 
 def _edit(row: Tensor, ids: Sequence[int], change: Callable[[Tensor], Tensor]) -> None:
     """Replace the scores of some tokens of a row (V,) by what `change` makes of them, on the CPU."""
+    # `change` has tensors of its own, which are on the CPU; the tokens are few.
     places = torch.tensor(ids, device=row.device)
     row[places] = change(row[places].cpu()).to(row)
 
@@ -188,6 +193,8 @@ def _edit(row: Tensor, ids: Sequence[int], change: Callable[[Tensor], Tensor]) -
 def _pick(scores: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The likeliest token of rows that do not sample, one at random of the others."""
     tokens = [0] * len(samplers) if all(sampler.settings.samples for sampler in samplers) else argmax_tokens(scores)
+    # By kind, not all by the most general one: sorting a whole vocabulary is dear, and a row's candidates must not
+    # depend on the settings beside it.
     groups: dict[str, list[int]] = {}
     for row, sampler in enumerate(samplers):
         if sampler.settings.samples:
@@ -224,8 +231,10 @@ def filter_probabilities(scores: Tensor, samplers: Sequence[Sampler]) -> tuple[T
         scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= counts, -math.inf)
     elif kind == "top_p":
         scores, ids = scores.sort(descending=True)
+    # In float64: they are summed over the whole vocabulary, here and where tokens are drawn.
     probabilities = torch.softmax(scores / column("temperature").to(scores), -1, dtype=torch.float64)
     if kind != "all":
+        # The token that reaches top_p stays: what counts is the sum before it.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= column("top_p"), 0)
     # Back in the order of the ids: by likelihood, rounding (which differs with the batch and the processor) would swap
@@ -244,7 +253,7 @@ def draw(samplers: Sequence[Sampler], probabilities: Tensor, ids: Tensor | None)
     totals = probabilities.cumsum(-1)
     numbers = torch.tensor([[sampler.draw()] for sampler in samplers], dtype=torch.float64, device=totals.device)
     places = torch.searchsorted(totals, numbers * totals[:, -1:], right=True)  # (B, 1)
-    places.clamp_(max=totals.shape[1] - 1)
+    places.clamp_(max=totals.shape[1] - 1)  # where rounding puts the number at the very end
     tokens: list[int] = (places if ids is None else ids.gather(1, places))[:, 0].tolist()
     return tokens
 

@@ -81,6 +81,7 @@ class _Record:
 
     @property
     def share(self) -> float:
+        """What was given to begin with, until enough has been seen."""
         return self._hits / self._weight
 
     def add(self, hits: float, weight: float = 1.0) -> None:
@@ -98,9 +99,12 @@ class DraftLengthController:
     def __init__(self, cost: float, fixed: int = 0) -> None:
         """`cost`: of a drafted token, in passes of the model; `fixed`: always draft so many."""
         self._cost, self._fixed = cost + PLACE_COST, fixed
+        # It begins hopefully, or it would never draft and never learn; a few cases outweigh what it begins with.
         self._accepted = _Record(0.75, 4)
         self._classes = [_Record(0.25 + 0.75 * (number + 0.5) / CLASSES, 3) for number in range(CLASSES)]
         self._speed = _Record(1.5, 2)  # tokens a pass's time
+        # Hysteresis: where drafts do not pay it rests for some passes, each time twice as long as the last, and then
+        # tries a short one; without a rest it would waste a probe on every pass.
         self._passes, self._resting, self._rest = 0, 0, REST
         self._drafted: list[int] = []  # the class of each token drafted for this pass
         self._standing = 1.0  # the chance that all of them are accepted
@@ -109,18 +113,19 @@ class DraftLengthController:
         """How many tokens to draft at most before the next pass; called once for each pass."""
         self._passes += 1
         self._drafted, self._standing = [], 1.0
+        # Clock compares the others with these passes; the first comes early, so that short answers have one too.
         if self._passes % MEASURED == MEASURED // 4:
             return 0
         if self._fixed > 0:
             return self._fixed
         if self._resting:
             self._resting -= 1
-            return 0 if self._resting else PROBE
+            return 0 if self._resting else PROBE  # the pass after the rest shows whether the text has changed
         if self._speed.share > 1 and self._pays():
             self._rest = REST
             return LONGEST
         self._resting, self._rest = self._rest, min(2 * self._rest, LONGEST_REST)
-        self._speed = _Record(1.5, 2)
+        self._speed = _Record(1.5, 2)  # what was learnt before the rest is of another text
         return 0
 
     def goes_on(self, confidence: float) -> bool:
@@ -131,11 +136,13 @@ class DraftLengthController:
         return self._fixed > 0 or self._pays()
 
     def _pays(self) -> bool:
+        # At least 1: a pass without drafts brings a token.
         return self._standing * self._accepted.share > max(1.0, self._speed.share) * self._cost
 
     def note(self, place: int, accepted: bool) -> None:
         """The drafted token at this place was looked at."""
         self._accepted.add(accepted)
+        # A draft of another vocabulary has as many classes as tokens of its own, which may be fewer.
         if place < len(self._drafted):
             self._classes[self._drafted[place]].add(accepted)
 
@@ -200,11 +207,13 @@ def rejection_sample(logits: Tensor, sampler: Sampler, token: int, drafted: Tens
         drafted: (V,), the distribution that `token` was drawn from.
     Source: Leviathan et al. 2023, algorithm 1.
     """
+    # As the draft's, this distribution is what is left after penalties and filters; raw ones would not compare.
     own = distribution(process_logits(logits.unsqueeze(0), [sampler])[0], sampler)
     drafted = drafted.to(own.device)
+    # Accepted with probability min(1, own / drafted), written without a division by what may be tiny.
     if sampler.draw() * float(drafted[token]) < float(own[token]):
         return token
-    rest = (own - drafted).clamp_(min=0)
+    rest = (own - drafted).clamp_(min=0)  # what the drafts are too seldom
     if not float(rest.sum()):  # the two are the same but for rounding
         rest = own
     return draw([sampler], rest.unsqueeze(0), None)[0]
@@ -217,6 +226,8 @@ def verify_drafts(
     tokens = [0] * len(samplers)
     logprobs: list[TokenLogprob | None] = [None] * len(samplers)
     others = [row for row, proposed in enumerate(drafted) if proposed is None]
+    # These are chosen as without drafts, with the same random numbers: which is why drafts that were not drawn change
+    # no answer.
     if others:
         chosen = choose(logits if len(others) == len(samplers) else logits[others], [samplers[row] for row in others])
         for row, token, logprob in zip(others, *chosen, strict=True):
@@ -241,10 +252,12 @@ class SpeculativeScheduler(BatchScheduler):
         super().__init__(model, max_batch_size, request_rope)
         self.counts |= dict.fromkeys(("drafted", "accepted", "passes"), 0)
         self._k, self._clock = speculation.k, speculation.clock
+        # Weak: sequences end in several places, and nobody has to remember this one.
         self._controllers: WeakKeyDictionary[TokenSequence, DraftLengthController] = WeakKeyDictionary()
         self._draft = speculation.make_draft(self)
 
     def step(self) -> bool:
+        # Only passes of one answer, without a prompt beside it, take times that can be compared.
         alone = len(self._rows) == self._decoding == 1
         before, start = dict(self.counts), time.perf_counter()
         more = super().step()
@@ -271,7 +284,9 @@ class SpeculativeScheduler(BatchScheduler):
     # ------------------------------------------------------------ tokens
 
     def _decode(self) -> dict[int, Tensor]:
-        sequences = [row.sequence for row in self._rows[: self._decoding]]
+        sequences = [
+            row.sequence for row in self._rows[: self._decoding]
+        ]  # no guides: guidance is refused with drafts
         counts = self._counts(sequences)
         controllers = [self._controller(sequence) for sequence in sequences]
         proposals = self._draft.propose(sequences, counts, controllers) if any(counts) else []
@@ -283,7 +298,7 @@ class SpeculativeScheduler(BatchScheduler):
             [sequence.tokens[-1], *proposal.tokens] for sequence, proposal in zip(sequences, proposals, strict=True)
         ]
         self._check(sequences, proposals, self.logits(0, tokens, keep=max(map(len, tokens))))
-        return {}
+        return {}  # these rows have advanced already
 
     def _counts(self, sequences: Sequence[TokenSequence]) -> list[int]:
         """How many tokens to draft for each row; a pass gives one more, which has to have room too."""
@@ -306,6 +321,8 @@ class SpeculativeScheduler(BatchScheduler):
         first = [logits.shape[1] - 1 - len(proposal.tokens) for proposal in proposals]
         before = [len(sequence.tokens) for sequence in sequences]
         holding, ended, place = list(range(len(sequences))), [], 0
+        # Place by place, not row by row, so that one call chooses for all rows. A row goes on while its draft holds:
+        # the logits of a place are right only after the very tokens that were computed before it.
         while holding:
             here = torch.stack([logits[row, first[row] + place] for row in holding])
             samplers = [sequences[row].sampler for row in holding]
@@ -317,13 +334,14 @@ class SpeculativeScheduler(BatchScheduler):
                 if drafted:
                     self._controller(sequence).note(place, drafted == [token])
                     self.counts["accepted"] += drafted == [token]
-                if sequence.advance(token, logprob):
+                if sequence.advance(token, logprob):  # first: an end token that was drafted ends the answer too
                     ended.append(sequence)
                 elif drafted == [token]:
                     still.append(row)
             holding, place = still, place + 1
         for slot, sequence in enumerate(sequences):
             self._controller(sequence).end(len(sequence.tokens) - before[slot])
+            # The last token was chosen, not computed; behind it stand drafts that did not hold.
             self._cache.truncate(slot, len(sequence.tokens) - 1)
         for sequence in ended:
             self._release_slot(sequence)

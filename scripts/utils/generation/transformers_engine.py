@@ -39,6 +39,7 @@ class DecodingEngine(Engine):
         """`schedulers`: one for each model, by name; all have the same number of slots."""
         super().__init__(tokenizer, template, context, schedulers, next(iter(schedulers.values())).max_batch_size)
         self._schedulers = dict(schedulers)
+        # One thread owns the model, its adapters and the schedulers; the others only append to queues, and wake it.
         self._tasks: deque[Callable[[], None]] = deque()  # what is to be done between two steps
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -50,6 +51,7 @@ class DecodingEngine(Engine):
             raise InputError("beam search gives nothing before its end; need num_beams 1 here")
         if request.settings.guidance_scale > 1 and request.negative_prompt is not None and self.max_batch_size < 2:
             raise InputError("guidance_scale needs two slots, one for the negative prompt; pass --max_batch_size 2")
+        # What can be refused is refused here, in the caller's thread, where it can be raised.
         answer = Answer(len(request.prompt), on_delta)
         sequence = TokenSequence(request, self, answer)
         with self._changed:
@@ -87,9 +89,10 @@ class DecodingEngine(Engine):
         return totals
 
     def close(self) -> None:
-        with self._changed:
+        with self._changed:  # what is submitted after it is refused, what before it is cancelled
             self._closed = True
             self._changed.notify()
+        # A reader's on_delta runs in the engine's thread, and may close it.
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -98,12 +101,14 @@ class DecodingEngine(Engine):
     def _work(self) -> None:
         schedulers = self._schedulers
         while True:
+            # The lock is held while there is nothing to do, never during a step: submit must not wait for the model.
             with self._changed:
                 while not (self._closed or self._tasks or any(s.waiting or s.running for s in schedulers.values())):
                     self._changed.wait()
                 closed = self._closed
             while self._tasks:
                 self._tasks.popleft()()
+            # A step of each adapter in turn: their weights cannot be mixed in one pass.
             for name, scheduler in schedulers.items():
                 if closed:
                     scheduler.abandon()
@@ -161,6 +166,7 @@ class TransformersEngine(DecodingEngine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all, in order. Searches beams too, one request after another."""
+        # In the engine's thread, between two steps of whatever else it answers.
         if any(request.settings.num_beams > 1 for request in requests):
             return [self._call(partial(self._search, request)) for request in requests]
         return super().generate(requests)
@@ -194,7 +200,7 @@ class TransformersEngine(DecodingEngine):
 
     @contextlib.contextmanager
     def _adapter(self, name: str) -> Iterator[None]:
-        if len(self.models) == 1:
+        if len(self.models) == 1:  # nothing to switch, and perhaps no PeftModel
             yield
         elif name == BASE:
             with self.model.disable_adapter():

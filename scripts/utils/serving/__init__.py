@@ -1,15 +1,15 @@
 """Serving: OpenAI's protocol over HTTP on any engine.
 
   arguments  its flags, and who may use it
-  errors     Errors in the form of OpenAI's protocol
+  errors     errors in the form of OpenAI's protocol
   requests   what requests look like
   responses  what responses look like
-  planning   What a request of the OpenAI protocol asks of the engine: prompts as tokens, settings, constraints
-  replies    From deltas to replies of the OpenAI protocol: whole, or as events of a stream
+  planning   what a request asks of the engine: prompts as tokens, settings, constraints
+  replies    from deltas to responses of the protocol: whole, or as events of a stream
   queue      a fair queue before the engine, and the answers of one HTTP request on their way through it
   http       keys, size limits, errors in OpenAI's form, the log and the metrics
   grammar    answers that are JSON, or follow a JSON schema, token by token (through llguidance)
-  app        The OpenAI-compatible HTTP application on any engine: create_app(engine, settings)
+  app        the OpenAI-compatible HTTP application on any engine: create_app(engine, settings)
 
 Others import: arguments, app.
 """

@@ -123,14 +123,14 @@ class Service:
         self.metrics = Metrics(engine, self.queue)
         self.closing = False
         self.active: set[RequestStream] = set()
-        # One thread each: tokenizers are not made for several at once.
+        # One thread each: tokenizers are not made for several at once, and embedding waits for the engine's thread.
         self._planning = ThreadPoolExecutor(1, "planning")
         self._embedding = ThreadPoolExecutor(1, "embedding")
 
     def close(self) -> None:
         """Take no more requests, and send those away that have not begun; what runs goes on."""
         self.closing = True
-        for answers in self.active:
+        for answers in self.active:  # a client can ask elsewhere for what has not begun
             if not answers.begun:
                 answers.fail(_closing_error())
 
@@ -143,6 +143,7 @@ class Service:
         """
         if self.closing:
             raise _closing_error()
+        # Refused before it is tokenised: under load that is where the time would go.
         with queue.expect(jobs):
             async with self.limit(record):
                 return await asyncio.get_running_loop().run_in_executor(self._planning, function, body)
@@ -211,6 +212,7 @@ class AnswerResponse(Response):
         """Raises: ApiError before anything was sent; ClientLeft."""
         service, record = self._service, self._record
         record.model, record.prompt_tokens = self._plan.model, self._plan.num_prompt_tokens
+        # A whole reply is read twice: for the time of the first token, and at the end.
         interval = service.settings.stream_interval if self._stream else math.inf
         answers = RequestStream(service.engine, service.queue, self._client, self._plan.requests, interval)
         service.active.add(answers)
@@ -221,6 +223,7 @@ class AnswerResponse(Response):
         except ApiError as error:
             if not self._started:
                 raise
+            # The status line has been sent: the error can only be the stream's last event.
             record.status = error.status
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORD_SECONDS):
@@ -233,6 +236,7 @@ class AnswerResponse(Response):
 
     async def _answer(self, answers: RequestStream, send: Send) -> None:
         builder = self._builder
+        # All may have ended while the last deltas are still to be read.
         while answers.completed < len(self._plan.requests) or answers.unread:
             events = []
             for number, delta in await answers.read():
@@ -257,6 +261,7 @@ class AnswerResponse(Response):
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
     def _cached(self, answers: RequestStream) -> int:
+        # Of the first answer to each prompt, as prompts count once: the others find that very prompt in the cache.
         numbers = range(0, len(self._plan.requests), self._plan.per_prompt)
         return sum(answers.num_cached_tokens(number) for number in numbers)
 

@@ -215,7 +215,7 @@ class AccessMiddleware:
             return
         started = False
 
-        async def note_start(message: Message) -> None:
+        async def note_start(message: Message) -> None:  # afterwards an error has no place in the reply
             nonlocal started
             started = True
             await send(message)
@@ -289,7 +289,7 @@ class AccessMiddleware:
             )
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
-        async def replay() -> Message:
+        async def replay() -> Message:  # the body once, then the connection itself: it tells when the client leaves
             nonlocal whole
             message, whole = whole, None
             return message if message is not None else await receive()

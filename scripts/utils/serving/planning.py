@@ -22,7 +22,7 @@ from .grammar import JSON_OBJECT, Grammars, JsonConstraint
 from .requests import ChatMessage, ChatRequest, CompletionRequest, NamedTool, SamplingRequest
 
 SMALLEST_TOP_P = 1e-6  # top_p 0 means: the likeliest token only
-ROLES = {"developer": "system", "function": "tool"}
+ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names, which templates do not know
 
 
 @dataclass
@@ -78,12 +78,13 @@ class RequestPlanner:
         self.engine, self.models, self.defaults = engine, models, defaults
         self.context = min(filter(None, (engine.context, context)), default=None)
         self._system_prompt, self._completions_template = system_prompt, completions_template
-        self._grammars: Grammars | None = None
+        self._grammars: Grammars | None = None  # made when first needed: its tables take a second
 
     # ------------------------------------------------------------ chat
 
     def chat(self, body: ChatRequest) -> RequestPlan:
         """Raises: ApiError."""
+        # What is cheap to refuse comes before tokenising and grammars.
         model = self.find_model(body.model)
         self._refuse_other_services(body)
         self._check_answering(body)
@@ -93,7 +94,7 @@ class RequestPlanner:
         messages = with_system_prompt(read_messages(body), self._system_prompt)
         if functions:
             messages = add_tools(messages, functions)
-        prompt = self._encode(messages)
+        prompt = self._encode(messages)  # last of all: the system prompt and the tools are part of it
         settings = self._settings(body, body.max_completion_tokens or body.max_tokens, len(prompt), "messages")
         count = body.n or 1
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -101,7 +102,7 @@ class RequestPlanner:
         with _refusals_as_mistakes():
             negative = self.engine.encode_negative(messages, self.defaults)
         constraint = self._constraint(body, functions)
-        for request in requests:
+        for request in requests:  # a constraint follows one answer, so each has its own
             request.negative_prompt, request.constraint = negative, constraint and constraint.copy()
         return RequestPlan(
             model, requests, count, count, top_logprobs, include_usage=_wants_usage(body), calls=bool(functions)
@@ -135,6 +136,7 @@ class RequestPlanner:
             return []
         if not listed:
             raise bad_request("tool_choice needs tools.", "tool_choice")
+        # "required" and a named tool differ from "auto" in the grammar only, see _constraint.
         if isinstance(body.tool_choice, NamedTool):
             name = body.tool_choice.function.name
             listed = [function for function in listed if function["name"] == name]
@@ -145,13 +147,13 @@ class RequestPlanner:
     def _constraint(self, body: ChatRequest, functions: Sequence[dict[str, Any]]) -> JsonConstraint | None:
         """What the answer must look like; None: anything."""
         wanted = body.response_format
-        param = "response_format"
+        param = "response_format"  # what an error is said to come from; narrowed down as far as it is known
         try:
             if functions:
                 if wanted is not None and wanted.type != "text":
                     raise bad_request("tools and a response_format other than text exclude each other.", param)
                 param = "tools"
-                free = body.tool_choice in (None, "auto")
+                free = body.tool_choice in (None, "auto")  # the model may also answer in plain text
                 return self._get_grammars().json(*call_forms(functions), or_text=free)
             if wanted is None or wanted.type == "text":
                 return None
@@ -180,7 +182,7 @@ class RequestPlanner:
         if body.echo and body.logprobs is not None:
             raise bad_request("echo with logprobs is not supported: prompts get no log-probabilities.", "echo")
         count = body.n or 1
-        tried = body.best_of or count
+        tried = body.best_of or count  # so many are written, n of them returned
         if tried < count:
             raise bad_request(f"best_of ({tried}) must be at least n ({count}).", "best_of")
         if tried > count and body.stream:
@@ -188,8 +190,10 @@ class RequestPlanner:
         inputs = list_inputs(body.prompt)
         prompts = [self._encode_input(text, "prompt", self._completions_template) for text in inputs]
         settings = [self._settings(body, body.max_tokens, len(prompt), "prompt") for prompt in prompts]
+        # The best of several is found by log-probability, also where the reply shows none.
         top_logprobs = 0 if tried > count and body.logprobs is None else body.logprobs
         requests = self._requests(body, prompts, tried, settings, top_logprobs, strip=self._completions_template)
+        # Echoed as it was sent; what came as token ids has no other text than theirs.
         echoed = [text if isinstance(text, str) else self.engine.decode(text) for text in inputs]
         return RequestPlan(
             model, requests, tried, count, body.logprobs, _wants_usage(body), prompts=echoed if body.echo else None
@@ -198,6 +202,7 @@ class RequestPlanner:
     def _encode_input(self, text: str | list[int], param: str, template: bool = False) -> list[int]:
         if isinstance(text, str):
             return self._encode([{"role": "user", "content": text}]) if template else self.engine.encode_text(text)
+        # The protocol allows any number; one beyond the embeddings would fail within the model, for all of its batch.
         if max(text) >= len(self.engine.token_bytes):
             raise bad_request(
                 f"Token id {max(text)} is beyond the model's vocabulary of {len(self.engine.token_bytes)} tokens.",
@@ -243,8 +248,10 @@ class RequestPlanner:
         self, body: SamplingRequest, max_tokens: int | None, num_prompt_tokens: int, param: str
     ) -> GenerationArguments:
         """Settings of the answers to one prompt; an answer ends where the context does."""
+        # max_tokens is a limit, not a demand: OpenAI's clients ask for more than is left, and get what there is.
         room = self.defaults.max_new_tokens if max_tokens is None else max_tokens
         if self.context is not None:
+            # A prompt that fills the context is the client's mistake, with OpenAI's own code for it.
             if num_prompt_tokens >= self.context:
                 raise context_error(num_prompt_tokens, self.context, param)
             room = min(room, self.context - num_prompt_tokens)
@@ -253,10 +260,10 @@ class RequestPlanner:
         if body.top_p is not None:
             given["top_p"] = max(body.top_p, SMALLEST_TOP_P)
         if body.top_k is not None:
-            given["top_k"] = max(body.top_k, 0)
+            given["top_k"] = max(body.top_k, 0)  # -1, as other servers have it: from all
         if body.stop is not None:
             given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
-        least = min(self.defaults.min_new_tokens, room)
+        least = min(self.defaults.min_new_tokens, room)  # the server's own must not refuse a short answer
         return dataclasses.replace(self.defaults, max_new_tokens=room, min_new_tokens=least, **given)
 
     def _requests(
@@ -275,6 +282,8 @@ class RequestPlanner:
                 f"Token id {max(bias)} is beyond the model's vocabulary of {len(self.engine.token_bytes)} tokens.",
                 "logit_bias",
             )
+        # Without a seed answers differ from call to call, whatever the server's own --seed is; 62 bits leave room for
+        # the numbers that are added below.
         seed = secrets.randbits(62) if body.seed is None else body.seed
         model = self.models[self.find_model(body.model)]
         return [

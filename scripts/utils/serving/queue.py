@@ -34,15 +34,18 @@ class Ticket:
 class FairQueue:
     """Lets a number of jobs run at once; clients whose jobs wait take turns, whoever sent how many.
 
+    A job is an answer to be written, or a request for embeddings.
+
     Attributes:
+        max_batch_size, max_waiting: how many jobs may run, and wait.
         running, waiting: how many jobs.
     """
 
     def __init__(self, max_batch_size: int, max_waiting: int) -> None:
         self.max_batch_size, self.max_waiting = max_batch_size, max_waiting
-        self.running = self.waiting = self._expected = 0
+        self.running = self.waiting = self._expected = 0  # expected: of requests that are still being tokenised
         self._lines: dict[str, deque[Ticket]] = {}  # clients in the order of their turns
-        self._seconds = 1.0  # that a job takes, about
+        self._seconds = 1.0  # that a job takes, about: a moving average, for Retry-After
 
     def check_room(self, jobs: int) -> None:
         """Raises: ApiError 429 if so many more jobs would be too many, 400 if they always would."""
@@ -63,6 +66,7 @@ class FairQueue:
     @contextlib.contextmanager
     def expect(self, jobs: int) -> Iterator[None]:
         """Keep room for jobs that are being made ready. Raises: see check_room."""
+        # Tokenising takes place outside the event loop: what is checked only afterwards would let a burst through.
         self.check_room(jobs)
         self._expected += jobs
         try:
@@ -91,14 +95,14 @@ class FairQueue:
     def _fill(self) -> None:
         while self.running < self.max_batch_size and self._lines:
             client, line = next(iter(self._lines.items()))
-            del self._lines[client]
+            del self._lines[client]  # a dict keeps its order: who comes again stands last
             ticket = line.popleft()
             if line:
                 self._lines[client] = line  # behind the others
             self.waiting -= 1
             self.running += 1
             ticket.started = time.monotonic()
-            ticket.start()
+            ticket.start()  # last: by then it counts as running
 
 
 class ClientLeft(Exception):
@@ -137,13 +141,14 @@ class RequestStream:
         self._failure: Exception | None = None
         self.completed = 0
         self.begun = False
+        # At the end, when all else is there: a ticket whose turn it is calls _start within enter.
         for ticket in list(self._tickets.values()):
             queue.enter(ticket)
 
     def _start(self, number: int) -> None:
         self.begun = True
 
-        def hand_over(delta: Delta) -> None:
+        def hand_over(delta: Delta) -> None:  # in the engine's thread; deque.append needs no lock
             ended = delta.finish_reason is not None or delta.error is not None
             self._arrived.append((number, delta))
             if ended or not self._woken:
@@ -154,10 +159,11 @@ class RequestStream:
 
         try:
             self._answers[number] = self._engine.submit(self._requests[number], hand_over)
-        except Exception as error:
+        except Exception as error:  # not at once: this may run within __init__, or in the middle of FairQueue._fill
             self._loop.call_soon(self._take, number, Delta(error=error))
 
     def _wake(self, ended: bool) -> None:
+        # The first delta and the last are not kept waiting; those between come with the timer.
         if ended or self._timer is None:
             self._collect()
 
@@ -187,7 +193,7 @@ class RequestStream:
             self.fail(_engine_failure(delta.error))
         if delta.error is not None or delta.finish_reason is not None:
             self.completed += 1
-            self._queue.leave(self._tickets.pop(number))
+            self._queue.leave(self._tickets.pop(number))  # the next one begins before this reply is sent
         self._news.set()
 
     async def read(self) -> list[tuple[int, Delta]]:
@@ -213,11 +219,12 @@ class RequestStream:
 
     def fail(self, error: Exception) -> None:
         """Let the reader have an error instead of what is still to come."""
-        self._failure = self._failure or error
+        self._failure = self._failure or error  # the first is the reason, later ones follow from it
         self._news.set()
 
     def cancel(self) -> None:
         """End what has not ended; slots are free once the engine has let go of them."""
+        # A slot is not free before the engine says so: what it still computes would be one answer too many.
         for number, ticket in list(self._tickets.items()):
             if ticket.started is None:
                 del self._tickets[number]

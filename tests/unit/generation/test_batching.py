@@ -12,9 +12,8 @@ from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
 from utils.generation import batching
 from utils.generation.batching import BatchScheduler, Generator, forward
-from utils.generation.cache import common_prefix
 from utils.generation.engine import Answer, Request, TextDecoder, TokenSequence
-from utils.generation.sampling import Sampler, choose, process_logits
+from utils.generation.sampling import choose, process_logits
 from utils.generation.transformers_engine import TransformersEngine
 from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_raw, encode_text, load_tokenizer, token_surfaces
@@ -242,58 +241,6 @@ def test_settings_of_the_model_folder_do_not_leak_in(generator, model, tokenizer
 
 
 # ---------------------------------------------------------------- sampling
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.999)])
-def test_drawn_tokens_follow_the_distribution(top_k, top_p):
-    probabilities = torch.tensor([0.05, 0.5, 0.0, 0.15, 0.3])
-    scores = probabilities.clamp(min=1e-30).log().repeat(4000, 1)
-    arguments = GenerationArguments(temperature=1.0, repetition_penalty=1.0, top_k=top_k, top_p=top_p)
-    drawn, _ = choose(scores, [Sampler(arguments, [0], [], seed) for seed in range(4000)])
-    counts = torch.bincount(torch.tensor(drawn), minlength=5).double()
-    assert counts[2] == 0
-    expected = probabilities.double() * 4000
-    chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
-    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001; seeds are fixed, so this holds or not for good
-
-
-def test_penalties_and_bias_are_what_the_api_reference_says():
-    sampler = Sampler(
-        GenerationArguments(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0, min_new_tokens=9),
-        [0, 1],
-        [5],
-        seed=0,
-        logit_bias={3: 7.0},
-    )
-    for token in (2, 2, 1):
-        sampler.advance(token)
-    logits = torch.tensor([[1.0, -1.0, 4.0, 1.0, 1.0, 1.0]])
-    expected = [0.5, -2.0 - 0.75, 2.0 - 1.0, 8.0, 1.0, -math.inf]
-    assert process_logits(logits, [sampler])[0].tolist() == expected
-    assert logits[0, 0] == 1.0, "the model's logits stay"
-
-
-def test_min_p_leaves_out_what_is_much_less_likely():
-    scores = torch.tensor([0.6, 0.25, 0.1, 0.05]).log().repeat(500, 1)
-    for settings in ({"top_k": 0}, {"top_k": 4}):
-        arguments = GenerationArguments(temperature=1.0, top_p=1.0, min_p=0.2, repetition_penalty=1.0, **settings)
-        drawn, _ = choose(scores, [Sampler(arguments, [0], [], seed) for seed in range(500)])
-        assert set(drawn) == {0, 1}, "0.25 is more than a fifth of 0.6, 0.1 is less"
-
-
-def test_rows_of_a_batch_have_settings_of_their_own():
-    scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(3))
-    kinds = [{"temperature": 0.0}, {"top_k": 3}, {"top_k": 0, "top_p": 0.5}, {"top_k": 0, "top_p": 1.0}, {"top_k": 40}]
-    samplers = [
-        [
-            Sampler(GenerationArguments(**{"temperature": 1.0, **kind}), [row], [], seed=row)
-            for row, kind in enumerate(kinds)
-        ]
-        for _ in range(2)
-    ]
-    together, _ = choose(scores[:5], samplers[0])
-    alone = [choose(scores[row : row + 1], [samplers[1][row]])[0][0] for row in range(5)]
-    assert together == alone
 
 
 def test_log_probabilities_are_the_models_own(engine, model, tokenizer):
@@ -570,11 +517,6 @@ def test_embeddings_are_masked_means(engine, model, tokenizer):
         with torch.no_grad():
             mean = model.model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(found, mean / mean.norm(), rtol=1e-4, atol=1e-5)
-
-
-def test_common_prefix():
-    for one, other, expected in (([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1] * 9, [1] * 5, 5), ([2], [1], 0)):
-        assert common_prefix(one, other) == expected == common_prefix(other, one)
 
 
 # ---------------------------------------------------------------- prompts

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from utils.generation.cache import SlotCache
+from utils.generation.cache import SlotCache, common_prefix
 
 
 def fill(cache, slot, count, start):
@@ -31,3 +31,8 @@ def test_growing_keeps_what_slots_hold_and_costs_memory_only_where_they_write():
     assert keys[0, 0, :, 0].tolist() == list(range(200, 4403))
     assert fill(cache, 5, 1, 4103)[0][0, 0, :, 0].tolist() == list(range(100, 4104))
     assert float(cache._keys[0][7].abs().sum()) == 0  # a slot nobody wrote into
+
+
+def test_common_prefix():
+    for one, other, expected in (([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1] * 9, [1] * 5, 5), ([2], [1], 0)):
+        assert common_prefix(one, other) == expected == common_prefix(other, one)
