@@ -402,26 +402,5 @@ def test_killed_processes_resume_exactly(mode, stage, one_process, tiny_model_fo
     assert history(place / stage)[-1] == pytest.approx(history(one_process / stage)[-1], abs=1e-4, nan_ok=True)
 
 
-def test_fsdp_without_gpus_is_said_not_to_shard(caplog, tmp_path):
-    from utils.core.errors import InputError
-    from utils.training.arguments import RunArguments
-
-    args = RunArguments(output_dir=str(tmp_path), fsdp=True, use_cpu=True, report_to="none")
-    assert not args.fsdp and "--fsdp needs GPUs" in caplog.text
-    for config, message in ({"version": 1}, "need version 2"), ({"state_dict_type": "SHARDED_STATE_DICT"}, "FULL"):
-        with pytest.raises(InputError, match=message):
-            RunArguments(output_dir=str(tmp_path), fsdp=True, fsdp_config=config, report_to="none")
-
-
-def test_what_a_deepspeed_config_may_not_decide(caplog):
-    """An optimizer of its own would have no learning rate for the critic; and models are saved with their weights."""
-    from utils.training.arguments import prepare_deepspeed
-
-    settings = prepare_deepspeed({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}, "scheduler": {}})
-    assert not {"optimizer", "scheduler"} & settings.keys() and "optimizer section is dropped" in caplog.text
-    assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert "switched on" in caplog.text
-
-
 if __name__ == "__main__":
     run_jobs(json.loads(Path(sys.argv[1]).read_text()))

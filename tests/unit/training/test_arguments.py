@@ -1,4 +1,4 @@
-"""Arguments of a run: mistakes said together, precision, DeepSpeed and FSDP configs made to fit."""
+"""RunArguments: precision, activation checkpointing under both names, and DeepSpeed configs made to fit."""
 
 import logging
 
@@ -9,42 +9,54 @@ from utils.core.errors import InputError
 from utils.training.arguments import RunArguments, check_validation, prepare_deepspeed
 
 
-def arguments(**settings) -> RunArguments:
-    return RunArguments(**{"output_dir": "out", "report_to": "none", "use_cpu": True, **settings})
-
-
-def test_several_mistakes_are_said_together():
-    with pytest.raises(InputError) as raised:
-        arguments(learning_rate=0, num_train_epochs=-1, fp16=True, bf16=True)
-    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == [
-        "--learning_rate 0",
-        "--num_train_epochs -1",
-        "--fp16 and --bf16 exclude each other",
-    ]
+def make_arguments(tmp_path, **given):
+    return RunArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **given)
 
 
 @pytest.mark.parametrize(
-    ("settings", "dtype"), [({"precision": "fp32"}, torch.float32), ({"precision": "bf16"}, torch.bfloat16)]
+    ("given", "precision"),
+    [({"precision": "fp32"}, "fp32"), ({"precision": "bf16"}, "bf16"), ({"bf16": True}, "bf16")],
 )
-def test_the_precision_asked_for_is_used_and_recorded_as_asked(settings, dtype):
-    args = arguments(**settings)
-    assert args.compute_dtype == dtype and args.bf16 == (dtype == torch.bfloat16)
-    assert args.given["precision"] == settings["precision"] and args.given["bf16"] is not True
+def test_the_precision_asked_for_is_what_products_run_in(given, precision, tmp_path):
+    args = make_arguments(tmp_path, **given)
+    assert args.precision == precision and args.bf16 == (precision == "bf16")
+    assert args.compute_dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert args.given["precision"] == given.get("precision", "auto"), "run_config.yaml records what was asked for"
 
 
-def test_checkpointing_does_not_lose_gradients_of_adapters():
-    args = arguments(gradient_checkpointing=True)
+def test_several_mistakes_are_reported_together(tmp_path):
+    with pytest.raises(InputError, match=r"learning_rate 0(?s:.*)fp16 and --bf16"):
+        make_arguments(tmp_path, learning_rate=0, fp16=True, bf16=True)
+
+
+def test_layers_are_computed_again_without_the_form_that_loses_gradients(tmp_path):
+    args = make_arguments(tmp_path, gradient_checkpointing=True)
     new = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
-    assert getattr(args, new) is True and getattr(args, f"{new}_kwargs") == {"use_reentrant": False}
+    assert getattr(args, new) and getattr(args, f"{new}_kwargs") == {"use_reentrant": False}
 
 
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [({"version": 1}, "version 1"), ({"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT")],
-)
-def test_fsdp_that_leaves_no_model_is_refused(config, named):
-    with pytest.raises(InputError, match=named):
-        arguments(fsdp="full_shard", fsdp_config=config)
+def test_evaluation_needs_validation_data(tmp_path):
+    args = make_arguments(tmp_path, eval_strategy="steps")
+    with pytest.raises(InputError, match="need validation data"):
+        check_validation(args, [])
+    check_validation(args, ["heldout"])
+    check_validation(make_arguments(tmp_path), [])
+
+
+def test_what_a_deepspeed_config_may_not_decide(caplog):
+    """An optimizer of its own would have no learning rate for the critic; and models are saved with their weights."""
+    settings = prepare_deepspeed({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}, "scheduler": {}})
+    assert not {"optimizer", "scheduler"} & settings.keys() and "optimizer section is dropped" in caplog.text
+    assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert "switched on" in caplog.text
+
+
+def test_fsdp_without_gpus_is_said_not_to_shard(caplog, tmp_path):
+    args = RunArguments(output_dir=str(tmp_path), fsdp=True, use_cpu=True, report_to="none")
+    assert not args.fsdp and "--fsdp needs GPUs" in caplog.text
+    for config, message in ({"version": 1}, "need version 2"), ({"state_dict_type": "SHARDED_STATE_DICT"}, "FULL"):
+        with pytest.raises(InputError, match=message):
+            RunArguments(output_dir=str(tmp_path), fsdp=True, fsdp_config=config, report_to="none")
 
 
 def test_deepspeed_configs_of_the_forerunners_are_mended(caplog):
@@ -59,10 +71,3 @@ def test_deepspeed_configs_of_the_forerunners_are_mended(caplog):
     assert config["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert ("fp16" in config) == torch.cuda.is_available() and "min_loss_scale" in caplog.text
     assert given["zero_optimization"] == {"stage": 3} and given["fp16"]["min_loss_scale"] == 1e-10, "a copy is mended"
-
-
-def test_evaluation_needs_validation_data():
-    check_validation(arguments(), [])
-    check_validation(arguments(eval_strategy="steps", eval_steps=5), ["validation/zh"])
-    with pytest.raises(InputError, match="--validation_split"):
-        check_validation(arguments(eval_strategy="steps", eval_steps=5), [])

@@ -1,0 +1,33 @@
+"""CausalLMTrainer's own parts that need no run: the router's share of a loss, the model card, what comes next."""
+
+from types import SimpleNamespace
+
+import torch
+
+from utils.training.trainer import CausalLMTrainer, next_command, write_model_card
+
+
+def test_the_router_loss_is_a_mean_over_the_micro_batches():
+    model = SimpleNamespace(config=SimpleNamespace(router_aux_loss_coef=0.02))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped), current_gradient_accumulation_steps=4
+    )
+    loss, auxiliary = torch.tensor(1.5), torch.tensor(3.0)
+    added = CausalLMTrainer.add_router_loss(trainer, loss, model, SimpleNamespace(aux_loss=auxiliary))
+    assert added.item() == (loss + 0.02 * auxiliary / 4).item()
+    for outputs in (SimpleNamespace(), SimpleNamespace(aux_loss=None)):
+        assert CausalLMTrainer.add_router_loss(trainer, loss, model, outputs) is loss
+
+
+def test_an_adapter_is_merged_next_and_a_model_is_used(tmp_path):
+    adapter = SimpleNamespace(peft_config={"default": SimpleNamespace(base_model_name_or_path="base")})
+    assert next_command(adapter, tmp_path, "run_x.sh") == (
+        f"MODEL=base LORA={tmp_path} OUT={tmp_path}-merged bash scripts/run_merge.sh"
+    )
+    assert next_command(SimpleNamespace(), tmp_path, "run_x.sh") == f"MODEL={tmp_path} bash scripts/run_x.sh"
+
+
+def test_the_model_card_has_every_figure(tmp_path):
+    write_model_card(tmp_path, "Tuned", {"steps": 7, "train_loss": 1.23456})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "# Tuned" in card and "| steps | 7 |" in card and "| train_loss | 1.235 |" in card
