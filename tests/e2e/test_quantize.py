@@ -18,6 +18,7 @@ import quantize
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.models import tiny_llama
 from support.paths import EXAMPLES, ROOT
 from utils.core.errors import InputError
 from utils.evaluation.formats import model_nll, read_scored_text
@@ -36,8 +37,6 @@ GREEDY = {"do_sample": False, "temperature": 0.5, "eos_token_id": 2}  # transfor
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, base_tokenizer_folder) -> Path:
     """A Llama that has learnt something: the worse a quantised copy, the higher its perplexity."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from utils.text.tokenizer import encode_texts, save_tokenizer
 
     folder = tmp_path_factory.mktemp("quantize") / "base"
@@ -46,19 +45,7 @@ def base(tmp_path_factory, base_tokenizer_folder) -> Path:
         token for row in encode_texts(tokenizer, TRAIN.read_text("utf-8").splitlines()[:1500]) for token in [1, *row]
     ]
     rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_llama(len(tokenizer), hidden_size=128, intermediate_size=192, max_position_embeddings=256)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
         batch = rows[torch.randint(len(rows), (8,))]
