@@ -67,32 +67,19 @@ def extended_tokenizer_folder(tmp_path_factory, base_tokenizer_folder) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory, base_tokenizer_folder) -> Path:
     """A 2-layer, width-32 Llama with random weights and the base tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from utils.text.tokenizer import load_tokenizer, save_tokenizer
+    from support.models import save_llama
+    from utils.text.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = load_tokenizer(base_tokenizer_folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # the library's small random weights leave logits nearly equal
-            parameter.mul_(3.0)
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
+    return save_llama(folder, load_tokenizer(base_tokenizer_folder), scale=3.0, max_position_embeddings=512)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Weights are read in blocks of a few rows, so that small ones have many."""
+    from utils.weights import reader
+
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1)
 
 
 @pytest.fixture(scope="module")

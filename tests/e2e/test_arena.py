@@ -23,6 +23,7 @@ from arena import ArenaArguments
 
 from support.openai_stand_in import StandIn
 from support.paths import EXAMPLES, SCRIPTS
+from support.web import free_port, visit_url
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.errors import InputError
 from utils.evaluation.arena.votes import read_votes
@@ -34,12 +35,6 @@ BANK = EXAMPLES / "arena" / "questions.jsonl"
 def read(path):
     text = Path(path).read_text(encoding="utf-8")
     return json.loads(text) if Path(path).suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +85,9 @@ def named(places):
     return [f"{name}={place}" for name, place in places.items()]
 
 
-@contextlib.contextmanager
 def visit(browser, url, **options):
-    """A visitor's tab; `.elsewhere` lists what it wanted to load from other places."""
-    context = browser.new_context(**{"locale": "zh-CN", "viewport": {"width": 1280, "height": 800}, **options})
-    tab = context.new_page()
-    tab.set_default_timeout(20_000)
-    tab.elsewhere, tab.errors = [], []
-    local = ("data:", "blob:", url)
-    tab.on("request", lambda request: None if request.url.startswith(local) else tab.elsewhere.append(request.url))
-    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(url)
-    tab.wait_for_selector("#next")
-    yield tab
-    context.close()
+    """A visitor of the arena."""
+    return visit_url(browser, url, "#next", **options)
 
 
 def answer(tab, side):

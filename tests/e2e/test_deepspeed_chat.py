@@ -94,29 +94,14 @@ def test_ppo_s_hyperparameters_are_read(caplog):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, base_tokenizer_folder):
     """A tuned model with their window, pairs and prompts."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from support.models import save_llama
     from utils.text.prompts import CHAT_TEMPLATES
-    from utils.text.tokenizer import load_tokenizer, save_tokenizer
+    from utils.text.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = load_tokenizer(base_tokenizer_folder)
     tokenizer.chat_template = CHAT_TEMPLATES["alpaca-2"]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "sft")
-    save_tokenizer(tokenizer, folder / "sft")
+    save_llama(folder / "sft", tokenizer, num_hidden_layers=1, max_position_embeddings=2048)
     for name, count in (("preferences", 24), ("prompts", 8)):
         lines = (EXAMPLES / "rlhf" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")

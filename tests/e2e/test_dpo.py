@@ -10,11 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.training import assert_equal_weights, check_kills, losses, run_until_done
-from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
-from utils.core.command_line import parse_args
+from support.training import assert_equal_weights, check_kills, losses, run_dpo, run_until_done
 from utils.core.errors import InputError
-from utils.training.arguments import RunArguments
 
 SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "4"]
 SMALL += [
@@ -29,13 +26,6 @@ SMALL += [
 ]
 SMALL += ["--learning_rate", "1e-2", "--logging_steps", "1", "--save_steps", "3", "--disable_tqdm", "True"]
 SMALL += ["--report_to", "none", "--prompt_template", "llama-2", "--max_seq_length", "128"]
-
-
-def run_dpo(argv):
-    import dpo
-
-    types = (ModelArguments, LoraArguments, DataArguments, dpo.PreferenceArguments, RunArguments)
-    return dpo.main(*parse_args(*types, argv=argv))
 
 
 def dpo_argv(model, data, out, *extra) -> list[str]:

@@ -11,22 +11,19 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import numpy as np
 import pytest
-import torch
-import uvicorn
 
+from support.models import save_llama
 from support.paths import ROOT
+from support.server import Live
 from utils.core.arguments import InferenceArguments
 from utils.generation.loading import EnginePlan
 from utils.gguf import llamacpp
-from utils.serving.app import create_app
-from utils.serving.arguments import ServingArguments
-from utils.text.tokenizer import load_tokenizer, save_tokenizer
+from utils.text.tokenizer import load_tokenizer
 
 FOLDER = ROOT / "examples"
 DOCUMENT = "\n\n".join(
@@ -35,13 +32,13 @@ DOCUMENT = "\n\n".join(
 )
 
 
-class Live:
-    """The server in a thread. `asked`: the messages and texts that came, as the engine's prompts."""
+class NotingLive(Live):
+    """A server that notes the messages and texts that came, as the engine's prompts."""
 
     def __init__(self, folder):
-        self.engine = EnginePlan(InferenceArguments(model_name_or_path=str(folder))).load(max_batch_size=4)
+        engine = EnginePlan(InferenceArguments(model_name_or_path=str(folder))).load(max_batch_size=4)
         self.prompts, self.embedded = [], []
-        submit, embed = self.engine.submit, self.engine.embed
+        submit, embed = engine.submit, engine.embed
 
         def noting_submit(request, *args, **kwargs):
             self.prompts.append(self.engine.decode(request.prompt))
@@ -51,45 +48,27 @@ class Live:
             self.embedded += [self.engine.decode(prompt).strip() for prompt in prompts]
             return embed(prompts)
 
-        self.engine.submit, self.engine.embed = noting_submit, noting_embed
-        app = create_app(self.engine, ServingArguments(served_model_name=["tiny"]))
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/v1"
+        engine.submit, engine.embed = noting_submit, noting_embed
+        super().__init__(engine)
+        self.url += "/v1"
 
     def close(self):
-        self.server.should_exit = True
-        self.thread.join(10)
+        self.stop()
         self.engine.close()
 
 
 @pytest.fixture(scope="module")
 def model_folder(base_tokenizer_folder, tmp_path_factory):
     """A tiny model whose context holds whole documents in small pieces."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("examples") / "tiny"
-    tokenizer = load_tokenizer(base_tokenizer_folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=8192,
+    return save_llama(
+        folder, load_tokenizer(base_tokenizer_folder), num_key_value_heads=4, max_position_embeddings=8192
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def live(model_folder):
-    live = Live(model_folder)
+    live = NotingLive(model_folder)
     yield live
     live.close()
 

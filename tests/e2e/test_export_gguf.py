@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.fuzz_text import fuzz_texts, shared_lines
 from support.paths import EXAMPLES, ROOT
-from support.tokenizers import train_sentencepiece, write_sentencepiece
+from support.tokenizers import read_lines, train_sentencepiece, write_sentencepiece
 from utils.core import machine
 from utils.core.errors import InputError
 from utils.core.files import hash_file
@@ -425,10 +425,6 @@ def train_model(folder, tokenizer_folder, kind, steps=80, **changes):
     assert last < first - 1.5
     model.to(torch.float16).save_pretrained(base)
     return base
-
-
-def read_lines(name):
-    return [line for line in (EXAMPLES / "pretrain" / name).read_text(encoding="utf-8").splitlines() if line]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.web import LONG, ask, served, visit, wait_idle
+from support.web import LONG, ask, free_port, served, visit, wait_idle
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
 from utils.core.errors import InputError
 from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
@@ -373,9 +373,7 @@ def test_the_notebook_runs(tiny_model_folder, monkeypatch):
     notebook = json.loads((root / "notebooks" / "gradio_web_demo.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("PORT", str(free_port()))
     monkeypatch.setenv("MODEL", str(tiny_model_folder))
     monkeypatch.chdir(root / "notebooks")
     names = {}

@@ -9,6 +9,7 @@ import torch
 from inference_hf import TaskArguments
 from transformers import AutoModelForCausalLM
 
+from support.models import save_llama
 from support.paths import ROOT
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
 from utils.core.command_line import parse_args
@@ -31,25 +32,10 @@ def questions(tmp_path_factory):
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory, tiny_model_folder):
     """Four layers of a width that bitsandbytes packs, with the tiny model's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_key_value_heads": 4}
     folder = tmp_path_factory.mktemp("models") / "deep"
     tokenizer = load_tokenizer(tiny_model_folder)
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
+    return save_llama(folder, tokenizer, seed=2, **sizes, max_position_embeddings=512, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

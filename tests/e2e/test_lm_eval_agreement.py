@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from support.models import tiny_llama
 from support.paths import EXAMPLES
 from utils.evaluation.multiple_choice.benchmarks import read_benchmark
 from utils.evaluation.multiple_choice.prompts import ChoiceEncoder, ChoiceWriter
@@ -84,20 +85,8 @@ def train(folder: Path, shared_data: Path, benchmark, steps=300, rows=8, length=
     # transformers' own reading of the merged vocabulary, which the harness uses, cuts Chinese otherwise than its
     # sentencepiece model; this one is cut alike by both.
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "llama2_32000")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 2048}
+    model = tiny_llama(len(tokenizer), **sizes, tie_word_embeddings=True)
     texts = (EXAMPLES / "pretrain" / "zh_train.txt").read_text(encoding="utf-8").splitlines()[:1500]
     asked = [
         f"{q.text}\n" + "".join(f"{letter}. {choice}\n" for letter, choice in zip(q.letters, q.choices, strict=True))

@@ -22,14 +22,11 @@ from utils.weights.meta_reader import meta_config, open_meta_checkpoint
 from utils.weights.meta_writer import write_meta_checkpoint
 from utils.weights.writer import plan_shards, write_shard
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 TOKENS = torch.tensor([1, 5, 9, 33, 120, 400, 7, 64, 64, 3])
 MHA, GQA = {}, {"dim": 384, "n_heads": 16, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3}
 VOCAB = 401  # odd: the last part has what remains
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 1)
 
 
 def to_huggingface(meta, folder):

@@ -3,17 +3,13 @@
 import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.paths import SCRIPTS
+from support.training import assert_equal_weights, check_kills, losses
 from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
@@ -405,14 +401,8 @@ def test_training_without_validation_pairs_is_warned_of(tiny_model_folder, pairs
 # ---------------------------------------------------------------- interruptions
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert_equal_weights(one, other)
     assert losses(one) == losses(other), "every step saw the same pairs"
 
 
@@ -434,30 +424,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole_run, tiny_model_folder
     assert_same_run(whole_run, folder)
 
 
-def run_until_done(argv: list[str], folder: Path, kills: int, seed: int) -> int:
-    """Run rm.py, SIGKILL it `kills` times at random moments after it wrote a checkpoint; returns kills done."""
-    chance, done = random.Random(seed), 0
-    log = folder.parent / f"{folder.name}.log"
-    while not (folder / "all_results.json").is_file():
-        with log.open("ab") as file:
-            process = subprocess.Popen([sys.executable, str(SCRIPTS / "rm.py"), *argv], stdout=file, stderr=file)
-        seen = {path.name for path in folder.glob("checkpoint-*")}
-        while done < kills and process.poll() is None:
-            if {path.name for path in folder.glob("checkpoint-*")} - seen:
-                time.sleep(chance.uniform(0, 0.1))
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
-                    done += 1
-                break
-            time.sleep(0.002)
-        assert process.wait(timeout=300) in (0, -signal.SIGKILL), log.read_text()[-3000:]
-    return done
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [6])
 def test_a_killed_run_ends_with_the_same_bits(whole_run, tiny_model_folder, pairs, tmp_path, kills):
-    folder = tmp_path / "run"
-    argv = rm_argv(tiny_model_folder, pairs, folder, *TWO_EPOCHS)
-    assert run_until_done(argv, folder, kills, seed=kills) == kills
-    assert_same_run(whole_run, folder)
+    check_kills("rm.py", lambda out: rm_argv(tiny_model_folder, pairs, out, *TWO_EPOCHS), whole_run, tmp_path, kills)

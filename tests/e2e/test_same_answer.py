@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from support.models import with_template
 from support.paths import CHROMIUM, FLAGS
 from support.server import GREEDY, serving
 from support.web import ask, served, visit, wait_idle
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.generation.loading import EnginePlan
 from utils.gguf.llamacpp import is_installed
-from utils.text.prompts import CHAT_TEMPLATES
-from utils.text.tokenizer import load_tokenizer, save_tokenizer
+from utils.text.tokenizer import load_tokenizer
 
 QUESTIONS = ["Tell me about the sea.", "你好吗？", "And what is *one* and one?"]
 LENGTH = 16
@@ -26,11 +26,8 @@ SETTINGS = GenerationArguments(max_new_tokens=LENGTH, temperature=0.0, repetitio
 @pytest.fixture(scope="module")
 def folder(tiny_model_folder, tmp_path_factory):
     """The tiny model, which writes words of letters only, so that a page shows its answers as they are."""
-    folder = tmp_path_factory.mktemp("same") / "model"
-    shutil.copytree(tiny_model_folder, folder)
+    folder = with_template(tiny_model_folder, tmp_path_factory.mktemp("same") / "model")
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = CHAT_TEMPLATES["alpaca-2"]
-    save_tokenizer(tokenizer, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     others = [
         row for row, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))

@@ -28,7 +28,6 @@ from support.merging import (
     make_adapter,
     make_base,
     run_merge,
-    small_blocks,  # noqa: F401 (an autouse fixture)
 )
 from support.paths import SCRIPTS
 from utils.core.errors import InputError
@@ -37,6 +36,8 @@ from utils.lora.inputs import open_merge
 from utils.lora.merged_model import MergedModel
 from utils.lora.verify import Comparison
 from utils.weights.reader import open_checkpoint
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
 

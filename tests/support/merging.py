@@ -4,12 +4,10 @@ import warnings
 from pathlib import Path
 
 import merge_llama2_with_chinese_lora_low_mem as merge
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from utils.text.tokenizer import load_tokenizer
-from utils.weights import reader
 
 SIZES = {
     "vocab_size": 400,
@@ -24,11 +22,6 @@ SIZES = {
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 TEXT = torch.tensor([[1, 5, 9, 33, 120, 399, 7, 64]])
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 1)
 
 
 def make_base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:

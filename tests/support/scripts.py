@@ -15,22 +15,6 @@ def tracked(*patterns: str) -> list[Path]:
     return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
 
 
-def imported_modules(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            module = ("utils." if node.level else "") + (node.module or "")
-            names |= {module} if node.module and not (node.level and not node.module) else set()
-            names |= (
-                {f"{module.rstrip('.')}.{alias.name}" for alias in node.names}
-                if module in ("utils", "utils.")
-                else set()
-            )
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
-
-
 def script_types(name: str) -> tuple[type, ...]:
     """The dataclasses a script parses: the names in its last `run(main, ...)` call."""
     from utils.core.command_line import resolve_type

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from support.paths import SCRIPTS
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
+from utils.core.command_line import parse_args
+from utils.training.arguments import RunArguments
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -24,6 +27,14 @@ def assert_equal_weights(one: Path, other: Path, name: str = "adapter_model.safe
     assert first.keys() == second.keys()
     for key in first:
         assert torch.equal(first[key], second[key]), key
+
+
+def run_dpo(argv: list[str]) -> dict:
+    """dpo.main with a command line, in this process."""
+    import dpo
+
+    types = (ModelArguments, LoraArguments, DataArguments, dpo.PreferenceArguments, RunArguments)
+    return dpo.main(*parse_args(*types, argv=argv))
 
 
 def command(script: str, argv: list[str]) -> list[str]:

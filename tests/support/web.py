@@ -11,15 +11,18 @@ LONG = GenerationArguments(max_new_tokens=350, min_new_tokens=350)
 SHORT = GenerationArguments(max_new_tokens=8)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def served(model, settings=SHORT, speculation=None, **options):
     """The demo's page, with the requests its engines get."""
     import gradio_demo
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    demo = gradio_demo.DemoArguments(**{"port": port, **options})
+    demo = gradio_demo.DemoArguments(**{"port": free_port(), **options})
     page = gradio_demo.start(InferenceArguments(model_name_or_path=str(model)), settings, demo, speculation)
     page.requests = []
     for engine in page.engines:
@@ -41,19 +44,24 @@ def recorded(submit, requests, pause):
 
 
 @contextlib.contextmanager
-def visit(browser, page, **options):
-    """A visitor of the page; `.elsewhere` lists what it wanted to load from other places."""
+def visit_url(browser, url, ready, **options):
+    """A visitor's tab, once `ready` is there; `.elsewhere` lists what it wanted to load from other places."""
     context = browser.new_context(**{"locale": "zh-CN", "viewport": {"width": 1280, "height": 800}, **options})
     tab = context.new_page()
-    tab.set_default_timeout(10_000)
+    tab.set_default_timeout(20_000)
     tab.elsewhere, tab.errors = [], []
-    local = ("data:", "blob:", page.blocks.local_url)
+    local = ("data:", "blob:", url)
     tab.on("request", lambda request: None if request.url.startswith(local) else tab.elsewhere.append(request.url))
     tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(page.blocks.local_url)
-    tab.wait_for_selector("#question textarea")
+    tab.goto(url)
+    tab.wait_for_selector(ready)
     yield tab
     context.close()
+
+
+def visit(browser, page, **options):
+    """A visitor of the web demo's page."""
+    return visit_url(browser, page.blocks.local_url, "#question textarea", **options)
 
 
 def ask(tab, text):

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from support.tokenizers import CHATML
 from utils.core.errors import InputError
 from utils.core.records import iter_records
 from utils.data import cache
@@ -20,10 +21,6 @@ from utils.text.prompts import CHAT_TEMPLATES, encode_conversation, encode_promp
 from utils.text.tokenizer import load_tokenizer
 
 TEMPLATE = CHAT_TEMPLATES["mixtral"]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")

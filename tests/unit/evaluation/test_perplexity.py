@@ -1,6 +1,5 @@
 """perplexity and likelihood: against plain loops over transformers' own logits, in float64, one at a time."""
 
-import copy
 import json
 import math
 import statistics
@@ -11,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
+from support.models import model_of
 from support.paths import EXAMPLES
 from utils.core.arguments import RopeArguments
 from utils.core.errors import InputError
@@ -38,15 +38,6 @@ WINDOW, VOCABULARY = 32, 97
 def config_of(**changes):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaConfig(**(sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": WINDOW} | changes))
-
-
-def model_of(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.to(dtype)
 
 
 def rows_of(count, length):

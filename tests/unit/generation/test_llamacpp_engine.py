@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from support.fuzz_text import fuzz_texts
+from support.models import with_template
 from utils.core.arguments import GenerationArguments, InferenceArguments, RopeArguments
 from utils.core.errors import InputError
 from utils.generation import llamacpp_engine
@@ -40,12 +41,7 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def model_folder(tiny_model_folder, tmp_path_factory):
     """The tiny model with a chat template."""
-    folder = tmp_path_factory.mktemp("gguf") / "model"
-    shutil.copytree(tiny_model_folder, folder)
-    tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = CHAT_TEMPLATES["alpaca-2"]
-    save_tokenizer(tokenizer, folder)
-    return folder
+    return with_template(tiny_model_folder, tmp_path_factory.mktemp("gguf") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from utils.gguf.metadata import describe_model
 from utils.gguf.vocabulary import describe_vocabulary, pre_tokenizer_name
 from utils.lora.inputs import open_merge
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
-from utils.weights import reader
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 SIZES = {
     "vocab_size": 400,
@@ -38,11 +39,6 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 MIXTRAL = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": None}
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 1)
 
 
 def make_model(folder, tokenizer_folder, kind="llama", dtype=torch.float32, **changes):

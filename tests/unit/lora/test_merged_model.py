@@ -12,10 +12,7 @@ from utils.lora.merged_model import MergedModel
 from utils.weights import reader
 from utils.weights.reader import open_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 1)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def make_base(folder, **tensors):

@@ -7,6 +7,7 @@ for a config of each base, plain forward passes, and formulas written out here.
 import copy
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from support import models
 from support.paths import ROOT
 from utils.core.arguments import GenerationArguments, InferenceArguments, RopeArguments
 from utils.core.command_line import parse_args
@@ -56,6 +58,9 @@ PUBLISHED_64K = {
 }
 
 
+model_of = partial(models.model_of, scale=0.15)  # large enough for attention to depend on positions
+
+
 def config_of(kind="llama", **changes):
     return AutoConfig.for_model(kind, **(SIZES | changes))
 
@@ -64,15 +69,6 @@ def scaled(name, factor=None, pi_factor=None, **changes):
     config = config_of(**changes)
     scale_rope(config, RopeArguments(name, factor, pi_factor))
     return config
-
-
-def model_of(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # large enough for attention to depend on positions
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    return model
 
 
 def frequencies(config):

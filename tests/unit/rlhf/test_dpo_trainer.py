@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
-from utils.core.command_line import parse_args
+from support.training import run_dpo
+from utils.core.arguments import LoraArguments, ModelArguments
 from utils.core.errors import InputError
 from utils.models.training_model import attach_adapter, build_training_model
 from utils.rlhf.dpo_trainer import STATISTICS, DPOTrainer, Objective, PairsWithReference, PreferenceCollator
@@ -73,13 +73,6 @@ def dpo_argv(model, data, out, *extra) -> list[str]:
     argv = ["--model_name_or_path", str(model), "--train_data", str(data), "--output_dir", str(out), *BASIC]
     argv += ["--prompt_template", "llama-2", "--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
     return [*argv, *map(str, extra)]
-
-
-def run_dpo(argv):
-    import dpo
-
-    types = (ModelArguments, LoraArguments, DataArguments, dpo.PreferenceArguments, RunArguments)
-    return dpo.main(*parse_args(*types, argv=argv))
 
 
 def adapted_model(folder, perturb: bool, **settings):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.tokenizers import CHATML
 from utils.core.errors import InputError
 from utils.text.conversations import read_conversation
 from utils.text.prompts import (
@@ -23,10 +24,6 @@ CHAT = [
     {"role": "user", "content": "问二"},
     {"role": "assistant", "content": "答二"},
 ]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
+from support.models import model_of
 from utils.core.arguments import RopeArguments
 from utils.core.errors import InputError
 from utils.evaluation.multiple_choice import scoring
@@ -25,15 +26,6 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": Qwen2Config(**SIZES),
 }
-
-
-def model_of(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases are 0 and norms 1 otherwise; logits are to differ
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.to(dtype)
 
 
 def request_of(prompt, *continuations):
