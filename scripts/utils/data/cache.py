@@ -274,7 +274,7 @@ def build_cache(
     def build(folder: Path) -> None:
         bad_text = BadText(settings.on_bad_text)
         counters: Counter[str] = Counter(dict.fromkeys(encoder.counted, 0))
-        units = encoder.units(paths, bad_text)  # lazy: files are read while workers encode
+        units = encoder.units(paths, bad_text)  # a generator: files are read as workers take units
         total_bytes = sum(path.stat().st_size for path in paths)
         num_processes = choose_workers(settings.num_workers, total_bytes, encoder.parallel_bytes)
         total = total_bytes if encoder.bar["unit"] == "B" else None

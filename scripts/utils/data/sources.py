@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import numpy as np
 
@@ -31,13 +31,11 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILES = "json, jsonl or parquet files or folders"
 
-Kind = TypeVar("Kind", covariant=True)
 
-
-class Rows(NamedTuple, Generic[Kind]):
+class Rows(NamedTuple, Generic[Cache]):
     """Some rows of a cache; ids: (n,) int64, ascending."""
 
-    cache: Kind
+    cache: Cache
     ids: np.ndarray
 
 
@@ -89,7 +87,8 @@ class Sources:
         return self._load(f"{role}/{'+'.join(groups)}", files, load)
 
     def _load(self, key: str, files: Sequence[Path], load: Callable[[Sequence[Path]], Cache]) -> Cache:
-        # The first process of all nodes builds the cache, the others then find it.
+        # The first process of all nodes builds the cache, the others then find it. The cache's lock alone would do on
+        # one machine, but not on every network file system.
         with self.training_args.main_process_first(local=False, desc="tokenising"):
             cache = load(files)
         self.keys[key] = cache.key
@@ -122,7 +121,7 @@ def load_pair_sets(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_seq_length: int,
-) -> tuple[PairSet, dict[str, PairSet], Mapping[str, str]]:
+) -> tuple[PairSet, dict[str, PairSet], dict[str, str]]:
     """The pairs to train on, those to evaluate on by name, and Sources.keys. Raises: InputError."""
     sources = Sources(data_args, training_args, f"{RECORD_FILES} of preference pairs")
     load = partial(
