@@ -41,12 +41,14 @@ class Critic(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, H) -> values (B, T) in float32."""
+        # Near 1 bfloat16 has steps of 1/128, and advantages are differences of such values.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value(hidden.to(self.value.weight.dtype)).squeeze(-1).float()
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Last hidden states (B, T, H) of packed or padded rows (B, T), whose segments do not see each other."""
+    # Below PEFT's wrapper and the head: the adapters are in the layers, and logits are made of answer tokens alone.
     backbone = causal_model(model).base_model
     hidden: Tensor = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return hidden
@@ -66,7 +68,7 @@ def token_logprobs(
 class ActorCritic(nn.Module):
     """A policy that holds its critic, and answers by both at once. attach_critic makes one of any policy.
 
-    It is a subclass of the policy's own class, not a module around it: transformers, accelerate and PEFT ask
+    It goes before the policy's own class, and is no module around it: transformers, accelerate and PEFT ask
     isinstance(model, PeftModel) which weights a checkpoint of DeepSpeed or FSDP holds and how they come back. Around
     the policy, every checkpoint would hold the frozen base too, and every weight would have another name.
     """
@@ -84,6 +86,7 @@ class ActorCritic(nn.Module):
             return super().forward(*args, **inputs)
         causal = causal_model(self)
         hidden = hidden_states(self, **inputs)
+        # The head is called as a module, since that is where DeepSpeed and FSDP have its weight whole.
         if torch.is_grad_enabled():
             with loss_targets(causal, targets, "tokens", temperature):
                 losses = causal.get_output_embeddings()(hidden)
@@ -151,7 +154,8 @@ def _adapted_modules(model: nn.Module) -> list[Any]:
 def use_adapter(policy: nn.Module, name: str | None) -> Iterator[None]:
     """Within the block the backbone runs with adapter `name`; None: with none, as the base model it was.
 
-    Unlike PEFT's set_adapter it leaves alone which parameters are trained.
+    Unlike PEFT's set_adapter and disable_adapter it leaves alone which parameters are trained: the critic's pass is a
+    part of one whose gradients are wanted.
     """
     modules = _adapted_modules(policy)
     active = modules[0]._active_adapter if name is None and modules else [name]
