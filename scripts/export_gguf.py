@@ -219,7 +219,8 @@ def prove_tokens(plan: GgufPlan, inputs: MergeInputs, folder: Path, texts: list[
     Raises: InputError with the texts that are cut otherwise.
     """
     from utils.gguf.file import write_vocabulary
-    from utils.gguf.self_test import token_differences, token_texts
+    from utils.gguf.self_test import token_texts
+    from utils.gguf.tokenizer import token_differences
 
     assert inputs.tokenizer is not None
     path = folder / "vocabulary.gguf"

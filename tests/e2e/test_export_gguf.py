@@ -28,7 +28,7 @@ from utils.core import machine
 from utils.core.errors import InputError
 from utils.core.files import hash_file
 from utils.gguf import file as gguf_file
-from utils.gguf import llamacpp, self_test
+from utils.gguf import llamacpp, self_test, tokenizer
 from utils.text.tokenizer import encode_texts, load_tokenizer, save_tokenizer
 
 SCRIPT = Path(export_gguf.__file__)
@@ -465,7 +465,7 @@ def token_errors(folder, tmp_path, texts):
     report = run_export(base, tmp_path / "exported", "q8_0", self_test="tokens")
     assert report["self_test"]["token_texts"] > 60
     path = tmp_path / "exported" / "model-Q8_0.gguf"
-    return self_test.token_differences(path, load_tokenizer(folder), texts)
+    return tokenizer.token_differences(path, load_tokenizer(folder), texts)
 
 
 @needs_llama_cpp

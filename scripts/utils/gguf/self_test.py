@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from ..core.errors import InputError
 from ..lora.inputs import MergeInputs
 from ..lora.streamed_model import StreamedModel
 from ..text.pieces import SAMPLE
-from ..text.tokenizer import SentencePieceTokenizer, encode_raw, encode_texts
-from .llamacpp import compute_logits, continue_greedily, open_model, tokenize
+from ..text.tokenizer import encode_raw
+from .llamacpp import compute_logits, continue_greedily, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,18 +87,6 @@ def largest_ratio(file_type: str) -> float:
 
 
 # ---------------------------------------------------------------- tokenisation
-
-
-def token_differences(path: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    """The texts that llama.cpp, given the file's vocabulary, cuts otherwise than the tokenizer.
-
-    Texts are normalised first where the tokenizer does that: llama.cpp has no such step.
-    """
-    if not isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.backend_tokenizer.normalizer is not None:
-        texts = [unicodedata.normalize("NFC", text) for text in texts]
-    expected = encode_texts(tokenizer, list(texts))
-    with open_model(path, 1) as model:
-        return [text for text, ids in zip(texts, expected, strict=True) if tokenize(model, text) != ids]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,19 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from ..core.errors import InputError
 from ..core.files import write_json
 from ..text.pieces import CONTROL, NORMAL, SAMPLE, UNKNOWN, USER_DEFINED
-from ..text.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE, TOKENIZERS_FILE, encode_texts, load_tokenizer
+from ..text.tokenizer import (
+    CONFIG_FILE,
+    SENTENCEPIECE_FILE,
+    TOKENIZERS_FILE,
+    SentencePieceTokenizer,
+    encode_texts,
+    load_tokenizer,
+)
 from .llamacpp import open_model, tokenize
 from .vocabulary import PRE_TOKENIZERS, SINGLE_DIGITS, SPLIT_OF_GPT2, UNUSED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,13 +113,21 @@ def check_same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises: InputError if llama.cpp, given the file's vocabulary, cuts text otherwise than the tokenizer."""
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special][:16]
     texts = [*SAMPLE, *(f"你好{token}world" for token in specials)]
-    with open_model(path, 1) as model:
-        found = [tokenize(model, text) for text in texts]
-    expected = encode_texts(tokenizer, texts)
-    different = [text for text, one, other in zip(texts, expected, found, strict=True) if one != other]
-    if different:
+    if different := token_differences(path, tokenizer, texts):
         raise InputError(
             f"{path.name}: the tokenizer in {tokenizer.name_or_path} cuts {len(different)} of {len(texts)} texts "
             f"otherwise than the file's vocabulary, first {different[0][:40]!r}; pass the tokenizer folder of the "
             "exported model as --tokenizer_path"
         )
+
+
+def token_differences(path: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The texts that llama.cpp, given the file's vocabulary, cuts otherwise than the tokenizer.
+
+    Texts are normalised first where the tokenizer does that: llama.cpp has no such step.
+    """
+    if not isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.backend_tokenizer.normalizer is not None:
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    expected = encode_texts(tokenizer, list(texts))
+    with open_model(path, 1) as model:
+        return [text for text, ids in zip(texts, expected, strict=True) if tokenize(model, text) != ids]

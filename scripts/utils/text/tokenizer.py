@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -37,9 +37,6 @@ from .pieces import (
     to_byte_characters,
     token_surface,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +163,7 @@ def _load_sentencepiece(folder: Path) -> SentencePieceTokenizer:
     exported = read_json(folder / TOKENIZERS_FILE) if (folder / TOKENIZERS_FILE).is_file() else {}
     _check_same_pieces(folder, proto, exported.get("model", {}).get("vocab", {}))
     settings = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    map_file = folder / "special_tokens_map.json"
+    map_file = folder / SPECIALS_FILE
     named = {**settings, **(read_json(map_file) if map_file.is_file() else {})}
     spec = proto.trainer_spec
     numbered = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
