@@ -92,6 +92,13 @@ def test_a_leaf_is_its_scripts_alone(package):
     assert house.find_faults(package, scripts) == ["high.leaf: a leaf of several scripts: run.py, second.py"]
 
 
+def test_a_script_with_the_name_of_a_wing_stands_outside_it(package):
+    plant(package, "low.py", "from utils.low import inner\n")
+    assert house.find_faults(package, [package.parent / "run.py", package.parent / "low.py"]) == [
+        "low.py:1: low.inner is not public in low"
+    ]
+
+
 def test_what_happens_at_import_is_found(package):
     plant(package, "utils/high/leaf/deep.py", "for number in (1, 2):\n    print(number)\n")
     plant(package, "utils/low/tools.py", "def change():\n    global use\n    os.system('ls')\n")

@@ -137,12 +137,14 @@ def _private(names: tuple[str, ...]) -> Iterator[str]:
 def _face_faults(package: Path, scripts: list[Path]) -> Iterator[str]:
     """Imports from outside a folder (a wing, or a leaf within one) of what its docstring does not make public."""
     modules = module_paths(package)
-    users = {name: path for name, path in modules.items()} | {path.name: path for path in scripts}
+    # A script stands in no folder of the package, also where it has a wing's name (report.py).
+    users = [(name, name.rpartition(".")[0], path) for name, path in modules.items()]
+    users += [(path.name, "", path) for path in scripts]
     used: dict[str, set[str]] = defaultdict(set)
-    for name, path in users.items():
+    for name, home, path in users:
         for found in imports_of(path, package):
             folder, _, leaf = found.module.rpartition(".")
-            if not found.own or found.module not in modules or name.rpartition(".")[0] == folder:
+            if not found.own or found.module not in modules or home == folder:
                 continue
             used[folder].add(leaf)
             if leaf not in public_modules(package / Path(*folder.split("."))):

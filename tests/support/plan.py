@@ -16,7 +16,6 @@ TESTS = Path(__file__).resolve().parents[1]
 TESTED_ELSEWHERE = {
     "evaluation.arena.page": "e2e/test_arena: needs a browser",
     "evaluation.formats": "unit/models/test_quantization, e2e/test_quantize: needs quantised models",
-    "evaluation.models": "e2e/test_eval_perplexity: needs models, adapters and GGUF files",
     "evaluation.multiple_choice.runs": "e2e/test_eval_multiple_choice: whole runs, killed and gone on with",
     "gguf.self_test": "e2e/test_export_gguf: needs llama.cpp",
     "lora.inputs": "e2e/test_merge_llama2_with_chinese_lora_low_mem, unit/gguf/test_file: opens whole merges",
@@ -28,8 +27,6 @@ TESTED_ELSEWHERE = {
     "serving.http": "unit/serving/test_app: asks the app, as clients do",
     "serving.planning": "unit/serving/test_app: asks the app, as clients do",
     "serving.responses": "unit/serving/test_app: asks the app, as clients do",
-    "training.plots": "e2e/test_training: curves of a run",
-    "training.trainer": "e2e/test_training, e2e/test_faults: whole runs, killed and resumed",
     "web.page": "e2e/test_gradio_demo: needs a browser",
 }
 

@@ -12,5 +12,5 @@
   evaluation    one page from any set of result files, with what the models were asked, and how
   summary       the figures that sum up a recipe's run: summary.json
 
-Others import: stage_runner, run.
+Others import: stage_runner, run, results, evaluation.
 """

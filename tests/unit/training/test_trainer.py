@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from utils.training.trainer import CausalLMTrainer, next_command, write_model_card
+from utils.training.trainer import CausalLMTrainer, next_command
 
 
 def test_the_router_loss_is_a_mean_over_the_micro_batches():
@@ -25,9 +25,3 @@ def test_an_adapter_is_merged_next_and_a_model_is_used(tmp_path):
         f"MODEL=base LORA={tmp_path} OUT={tmp_path}-merged bash scripts/run_merge.sh"
     )
     assert next_command(SimpleNamespace(), tmp_path, "run_x.sh") == f"MODEL={tmp_path} bash scripts/run_x.sh"
-
-
-def test_the_model_card_has_every_figure(tmp_path):
-    write_model_card(tmp_path, "Tuned", {"steps": 7, "train_loss": 1.23456})
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "# Tuned" in card and "| steps | 7 |" in card and "| train_loss | 1.235 |" in card
