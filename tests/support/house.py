@@ -8,6 +8,7 @@ the picture of the READMEs.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -40,6 +41,11 @@ def module_paths(package: Path = UTILS) -> dict[str, Path]:
 
 def imports_of(path: Path, package: Path = UTILS) -> list[Import]:
     """What a file imports, anywhere in it; relative imports are resolved where the file lies in the package."""
+    return _read_imports(path, package, path.stat().st_mtime_ns)
+
+
+@functools.cache  # several checks ask for the imports of every module
+def _read_imports(path: Path, package: Path, changed: int) -> list[Import]:
     inside = path.is_relative_to(package)
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

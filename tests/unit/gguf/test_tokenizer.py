@@ -5,7 +5,8 @@ import pytest
 from support.fuzz_text import fuzz_texts
 from utils.core.errors import InputError
 from utils.gguf.file import plan_gguf, write_gguf
-from utils.gguf.tokenizer import load_gguf_tokenizer, read_metadata
+from utils.gguf.metadata import read_metadata
+from utils.gguf.tokenizer import load_gguf_tokenizer
 from utils.lora.inputs import open_merge
 from utils.text.tokenizer import encode_texts, load_tokenizer
 
