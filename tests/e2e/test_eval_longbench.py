@@ -143,7 +143,7 @@ def test_the_answers_are_the_likeliest_to_prompts_that_fit(model_folder, data, t
             if len(ids) > longest - 12:
                 cut += 1
                 if name not in ("trec", "samsum", "lcc"):
-                    continue  # see tests/unit/test_longbench_prompts.py
+                    continue  # see tests/unit/evaluation/longbench/test_prompts.py
                 half = (longest - 12) // 2
                 ids = ids[:half] + ids[-half:]
             ends = [tokenizer.eos_token_id] + [newline] * (name == "samsum")

@@ -171,7 +171,7 @@ def test_workflow_and_issue_forms_are_sound():
 def test_the_architecture_names_files_and_definitions_that_exist(name):
     """`wing/module.py` below utils, scripts and tests by their paths; names in brackets behind a file stand in it."""
     text, checked = read(name), 0
-    for file, names in re.findall(r"`((?:[a-z_]+/)*[a-z_A-Z]+\.(?:py|sh))`(?: \(((?:`\w+`(?:, )?)+)\))?", text):
+    for file, names in re.findall(r"`((?:[a-z_]+/)*[a-z_A-Z]+\.(?:py|sh))`(?: ?[(（]((?:`\w+`(?:, |、)?)+)[)）])?", text):
         if "X" in file:
             continue
         places = [place for place in (SCRIPTS / "utils" / file, SCRIPTS / file, ROOT / file) if place.is_file()]

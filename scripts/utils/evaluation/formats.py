@@ -33,7 +33,7 @@ from ..models.quantization import (
     save_weights,
     stored_dtype,
 )
-from ..text.tokenizer import encode_texts, token_byte_lengths
+from ..text.tokenizer import encode_texts, start_ids, token_byte_lengths
 from ..weights.reader import open_checkpoint
 from .likelihood import LikelihoodScorer, LlamaCppScorer, Window, cut_windows
 
@@ -88,8 +88,7 @@ def read_scored_text(
 
 def _cut(file: Path, tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[tuple[list[int], int]]:
     """Rows of a file and the bytes of their scored tokens."""
-    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    sizes = token_byte_lengths(tokenizer)
+    start, sizes = start_ids(tokenizer), token_byte_lengths(tokenizer)
     for batch in iter_document_batches(file):
         for text, ids in zip(batch, encode_texts(tokenizer, batch), strict=True):
             extra = len(text.encode()) - int(sizes[ids].sum())  # the space before a text, which is no part of it

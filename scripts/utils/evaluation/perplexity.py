@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.records import iter_document_batches, spread_evenly
-from ..text.tokenizer import encode_texts, token_byte_lengths
+from ..text.tokenizer import encode_texts, start_ids, token_byte_lengths
 from .intervals import ratio_spread, sum_spread
 from .likelihood import Window, cut_windows
 
@@ -82,7 +82,7 @@ def read_documents(
         document_separator: in txt files, the line that ends a document; None makes every line one.
     Raises: InputError if there is no document, or none with a token to score.
     """
-    start, surfaces = _start(tokenizer), token_byte_lengths(tokenizer)
+    start, surfaces = start_ids(tokenizer), token_byte_lengths(tokenizer)
     ids: list[np.ndarray] = []
     scored: list[int] = []
     num_bytes: list[int] = []
@@ -103,10 +103,6 @@ def read_documents(
         np.array([num_bytes[number] for number in kept]),
         len(ids) - len(kept),
     )
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
 
 
 def document_figures(losses: Sequence[float], documents: Documents) -> dict[str, Any]:
@@ -182,7 +178,7 @@ def read_rows(
         document_separator: in txt files, the line that ends a document; None makes every line one.
     Raises: InputError if no document is long enough.
     """
-    start = _start(tokenizer)
+    start = start_ids(tokenizer)
     surfaces, step = token_byte_lengths(tokenizer), length - len(start)
     ids: list[list[int]] = []
     num_bytes: list[list[int]] = []

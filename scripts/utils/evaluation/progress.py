@@ -6,12 +6,12 @@ import contextlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import InputError
-from ..core.files import read_json, remove, write_json
+from ..core.files import named_write_errors, read_json, remove, write_json
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -37,17 +37,8 @@ def settings_beside(path: Path) -> Path:
 # ---------------------------------------------------------------- lines of JSON
 
 
-@contextlib.contextmanager
-def named_failure(path: Path) -> Iterator[None]:
-    """An OSError within names the file: a failed write (a full disk) does not say by itself which one it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def _append_rows(path: Path, rows: Sequence[Any]) -> None:
-    with named_failure(path), open(path, "ab") as file:
+    with named_write_errors(path), open(path, "ab") as file:
         # One write for all: a kill tears the last line at most, which _read_rows leaves out.
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 

@@ -38,7 +38,7 @@ EVALUATED = {
     "ppo": Text("PPO 后", "PPO"),
     "dpo": Text("DPO 后", "DPO"),
 }
-# By their names in run_demo.sh.
+# By their names in demo.py.
 STAGES = {
     "base_tokenizer": Stage(
         Text("英文词表", "English vocabulary"), "base_tokenizer/tokenizer.model", "run_train_tokenizer.sh"

@@ -1,6 +1,6 @@
 """One step of DPOTrainer against plain padded forward passes, and against TRL's DPOTrainer in a Python of its own.
 
-TRL_PYTHON names a Python with current TRL (see test_rl.py); without it that comparison is skipped.
+TRL_PYTHON names a Python with current TRL (see test_objectives.py); without it that comparison is skipped.
 """
 
 import json
@@ -348,7 +348,7 @@ for name, (kind, beta, smoothing, size) in job["kinds"].items():
 def test_a_step_equals_trls(tiny_model_folder, other_model_folder, pairs, pair_set, tmp_path):
     python = os.environ.get("TRL_PYTHON")
     if not python:
-        pytest.skip("TRL_PYTHON names no Python with TRL (see the top of test_rl.py)")
+        pytest.skip("TRL_PYTHON names no Python with TRL (see the top of test_objectives.py)")
     # "aot" of one pair is DPO with label smoothing: sorting one number changes nothing.
     kinds = {"sigmoid": ["sigmoid", 0.3, 0.0, 6], "ipo": ["ipo", 0.4, 0.0, 6], "hinge": ["hinge", 0.3, 0.0, 6]}
     kinds["smoothed"] = ["aot", 0.3, 0.2, 1]

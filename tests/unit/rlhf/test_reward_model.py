@@ -1,6 +1,6 @@
 """Reward models: scores of packed rows against one forward pass an answer, pooling, padding tokens, the report.
 
-TRL_PYTHON names a Python with current TRL (see test_rl.py); without it the comparison with TRL is skipped.
+TRL_PYTHON names a Python with current TRL (see test_objectives.py); without it the comparison with TRL is skipped.
 """
 
 import importlib.util

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...core.errors import InputError
-from ...core.files import fsync_path
-from ..progress import named_failure
+from ...core.files import fsync_path, named_write_errors
 from .ratings import Outcome, Verdict
 
 logger = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ class VoteFile:
                 return False
             size = os.fstat(self._descriptor).st_size
             try:
-                with named_failure(self.path):
+                with named_write_errors(self.path):
                     rest = line
                     while rest:
                         rest = rest[os.write(self._descriptor, rest) :]
