@@ -171,13 +171,14 @@ def test_workflow_and_issue_forms_are_sound():
 def test_the_architecture_names_files_and_definitions_that_exist(name):
     """`wing/module.py` below utils, scripts and tests by their paths; names in brackets behind a file stand in it."""
     text, checked = read(name), 0
-    for file, names in re.findall(r"`((?:[a-z_]+/)*[a-z_A-Z]+\.(?:py|sh))`(?: ?[(（]((?:`\w+`(?:, |、)?)+)[)）])?", text):
+    pattern = r"`((?:[a-z_]+/)*[a-z_A-Z]+\.(?:py|sh))`(?: ?[(（]((?:`\w+`(?:, |、)?)+)[)）])?"
+    for file, names in re.findall(pattern, text):
         if "X" in file:
             continue
         places = [place for place in (SCRIPTS / "utils" / file, SCRIPTS / file, ROOT / file) if place.is_file()]
         assert places, file
         for definition in re.findall(r"\w+", names):
-            pattern = rf"^(?:class|def|async def) {definition}\b|^{definition}\b.*="
-            assert re.search(pattern, places[0].read_text(encoding="utf-8"), re.M), f"{file}: {definition}"
+            defined = rf"^(?:class|def|async def) {definition}\b|^{definition}\b.*="
+            assert re.search(defined, places[0].read_text(encoding="utf-8"), re.M), f"{file}: {definition}"
             checked += 1
     assert checked > 10
