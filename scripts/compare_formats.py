@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ class FormatArguments:
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path or not self.texts:
-            raise InputError("pass --model and --texts")
+            raise InputError("pass --base_model and --texts")
 
 
 def main(args: FormatArguments) -> dict[str, Any]:
@@ -204,5 +203,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     run(main, FormatArguments, documented=("base_model", "model"), description=__doc__)

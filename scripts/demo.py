@@ -75,7 +75,15 @@ def list_stages(output_dir: str, seed: int) -> list[Stage]:
 def report_command(output_dir: str) -> list[str]:
     """The report on all of it."""
     questions = EXAMPLES / "data" / "sft" / "heldout.json"
-    return ["env", f"RUN_DIR={output_dir}", f"QUESTIONS={questions}", "bash", str(SCRIPTS / "run_report.sh")]
+    return [
+        "env",
+        "-u",
+        "RESULTS",
+        f"RUN_DIR={output_dir}",
+        f"QUESTIONS={questions}",
+        "bash",
+        str(SCRIPTS / "run_report.sh"),
+    ]
 
 
 # ---------------------------------------------------------------- the stages

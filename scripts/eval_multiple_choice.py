@@ -111,7 +111,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
 
     assert args.benchmark is not None
     folder = Path(args.output_dir)
-    if not has_errors_to_ask_again(folder):
+    if not args.overwrite and not has_errors_to_ask_again(folder):
         refuse_finished(folder / RESULT, args.overwrite)
     check_flags(model_args, args)
     check_engine(model_args, args.mode)

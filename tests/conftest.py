@@ -1,5 +1,6 @@
 """Fixtures: everything a test needs is made here, small and offline, in the session's temporary folder."""
 
+import logging
 import os
 import signal
 import threading
@@ -40,6 +41,19 @@ def same_environment():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def good_result_files():
+    """What a script writes as a result is what the report's classes say (evaluation/result_files)."""
+    mistakes = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: mistakes.append(record.getMessage())
+    logger = logging.getLogger("utils.evaluation.result_files")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not mistakes
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_the_table_of_formats(base, tmp_path, monkeypatch, capsys):
 def test_bad_input_of_the_table(base, tmp_path):
     with pytest.raises(InputError, match="--formats q9: need some of float32"):
         compare_formats.main(table_arguments(base, tmp_path, formats=["q9"]))
-    with pytest.raises(InputError, match="pass --model and --texts"):
+    with pytest.raises(InputError, match="pass --base_model and --texts"):
         compare_formats.FormatArguments(str(base))
     assert not (tmp_path / "table.json").exists()
 

@@ -46,6 +46,7 @@ from utils.text.tokenizer import load_tokenizer
 from utils.weights.streams import FileHasher
 
 SCRIPT = Path(merge.__file__)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,6 @@ from .speculation import Draft, DraftLengthController, Proposal, SpeculativeSche
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens that must have occurred before, for what followed them to be drafted
 CATCHING_UP = 512  # tokens of a prompt that a draft model computes at once

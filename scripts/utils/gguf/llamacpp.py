@@ -207,6 +207,6 @@ def _read_imatrix_dat(data: bytes) -> dict[str, np.ndarray]:
 
 
 def describe_file(path: Path, file_type: str) -> dict[str, Any]:
-    """gguf_files.describe_types of a file that llama.cpp may have written; reads its whole header, which is slow."""
+    """file.describe_types of a file that llama.cpp may have written; reads its whole header, which is slow."""
     tensors = gguf.GGUFReader(path).tensors
     return describe_types(((t.name, t.shape.tolist()[::-1], t.tensor_type.name) for t in tensors), file_type)

@@ -7,7 +7,6 @@ rounds weights to 8-bit floats and activations on the fly. The last three are ll
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from .loading import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 BITSANDBYTES = {"bnb-4bit": 4, "bnb-8bit": 8}
 CALIBRATED = ("gptq", "awq")

@@ -7,7 +7,6 @@ before. Both are checked, and what fails is dropped until nothing fails.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +42,6 @@ from .tokenizer import (
     save_tokenizer,
     saved_settings,
 )
-
-logger = logging.getLogger(__name__)
 
 # Scores are ranks held in float32, whose whole numbers end here. Llama-2 keeps 16 runs of spaces at -1e9, below this.
 LOWEST_RANK = -(2.0**24)

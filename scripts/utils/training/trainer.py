@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from pathlib import Path
@@ -25,8 +24,6 @@ from ..weights.model_card import write_model_card
 from .arguments import RunArguments, peak_flops, peak_memory_gb
 from .plots import plot_losses
 from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
-
-logger = logging.getLogger(__name__)
 
 
 class CausalLMTrainer(Trainer):

@@ -6,7 +6,6 @@ Files are read with pread: pages of a memory-mapped file would count into the pr
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pickle
@@ -26,8 +25,6 @@ from ..core.files import read_json
 from ..core.hub import find_folder
 from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .streams import WINDOW, FileHasher
-
-logger = logging.getLogger(__name__)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

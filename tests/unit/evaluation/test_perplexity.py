@@ -212,15 +212,15 @@ def test_documents_of_all_lengths_against_a_plain_loop(start, stride):
     cut = [cut_windows(ids, start, 32, stride) for ids in documents]
     told = []
     scorer = LikelihoodScorer(model_of(config_of()), batch_tokens=100)
-    found = iter(scorer.window_losses([window for likelihood in cut for window in likelihood], told.append))
-    sums = [sum(next(found) for _ in likelihood) for likelihood in cut]
+    found = iter(scorer.window_losses([window for windows in cut for window in windows], told.append))
+    sums = [sum(next(found) for _ in windows) for windows in cut]
     assert sums == pytest.approx(expected, rel=1e-5, abs=1e-12)
     assert sum(told) == sum(lengths) - (0 if start else len(lengths)) and len(told) > 3
 
 
 def test_losses_do_not_depend_on_the_batch():
-    likelihood = [Window(row.tolist()[: 5 + number], 1 + number % 4) for number, row in enumerate(rows_of(20, 30))]
-    few, many = (LikelihoodScorer(model_of(config_of()), size).window_losses(likelihood) for size in (1, 10**6))
+    windows = [Window(row.tolist()[: 5 + number], 1 + number % 4) for number, row in enumerate(rows_of(20, 30))]
+    few, many = (LikelihoodScorer(model_of(config_of()), size).window_losses(windows) for size in (1, 10**6))
     assert few == pytest.approx(many, rel=1e-6)
 
 
@@ -271,17 +271,17 @@ def test_figures_of_documents():
 def test_intervals_of_equal_documents_are_those_of_a_mean():
     """Student's interval of a mean, with the quantile of a printed table; of pairs, that of their differences."""
     rng = np.random.default_rng(0)
-    lm_loss, others = rng.normal(20, 4, (2, 20))
+    losses, others = rng.normal(20, 4, (2, 20))
     documents = documents_of([10] * 20, [7] * 20)
-    found = document_figures(lm_loss, documents)
-    half = 2.093024 * statistics.stdev(lm_loss) / math.sqrt(20)
-    mean = statistics.mean(lm_loss)
+    found = document_figures(losses, documents)
+    half = 2.093024 * statistics.stdev(losses) / math.sqrt(20)
+    mean = statistics.mean(losses)
     expected = [math.exp((mean - half) / 10), math.exp((mean + half) / 10)]
     assert found["perplexity_interval"] == pytest.approx(expected, rel=1e-5)
     bits = math.log(2) * 7
     assert found["bits_per_byte_interval"] == pytest.approx([(mean - half) / bits, (mean + half) / bits], rel=1e-5)
-    pairs = compare_documents(lm_loss, documents, others, documents)
-    changes = lm_loss - others
+    pairs = compare_documents(losses, documents, others, documents)
+    changes = losses - others
     half, mean = 2.093024 * statistics.stdev(changes) / math.sqrt(20) / bits, statistics.mean(changes) / bits
     assert pairs["bits_per_byte_difference"] == pytest.approx(mean)
     assert pairs["bits_per_byte_difference_interval"] == pytest.approx([mean - half, mean + half], rel=1e-5)
@@ -291,11 +291,11 @@ def test_pairs_are_told_apart_where_single_intervals_are_not():
     """A model that is 1 % worse everywhere, on documents that differ by much more."""
     rng = np.random.default_rng(1)
     documents = documents_of(rng.integers(10, 90, 60), rng.integers(30, 300, 60))
-    lm_loss = documents.num_scored * rng.uniform(1, 6, 60)
-    worse = lm_loss * (1.01 + rng.normal(0, 0.002, 60))
-    low, high = compare_documents(worse, documents, lm_loss, documents)["bits_per_byte_difference_interval"]
+    losses = documents.num_scored * rng.uniform(1, 6, 60)
+    worse = losses * (1.01 + rng.normal(0, 0.002, 60))
+    low, high = compare_documents(worse, documents, losses, documents)["bits_per_byte_difference_interval"]
     assert 0 < low < high
-    single = [document_figures(values, documents)["bits_per_byte_interval"] for values in (lm_loss, worse)]
+    single = [document_figures(values, documents)["bits_per_byte_interval"] for values in (losses, worse)]
     assert single[1][0] < single[0][1]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from support import fake_results as fake
 from utils.core.errors import InputError
+from utils.evaluation import result_files
 from utils.evaluation.result_files import (
     KINDS,
     AlignmentResult,
@@ -51,13 +52,17 @@ def test_parts_have_types_too(tmp_path):
         read_result_of(AlignmentResult, path)
 
 
-def test_a_writer_that_forgets_the_classes_fails_its_tests_and_loses_nothing(tmp_path):
-    path = tmp_path / "result.json"
-    with pytest.raises(AssertionError, match="speed: not in result_files"):
-        write_result(path, fake.arena() | {"speed": 1})
+def test_a_writer_that_forgets_the_classes_fails_its_tests_and_loses_nothing(tmp_path, monkeypatch):
+    """The fixture good_result_files fails a test whose script writes such a file; here the log is looked at itself."""
+    path, said = tmp_path / "result.json", []
+    monkeypatch.setattr(result_files.logger, "error", lambda text, mistake: said.append(mistake))
+    write_result(path, fake.arena() | {"speed": 1})
     assert json.loads(path.read_text(encoding="utf-8"))["speed"] == 1
-    with pytest.raises(InputError, match="no 'votes'"):
-        write_result(path, {name: value for name, value in fake.arena().items() if name != "votes"})
+    assert len(said) == 1 and "speed is not in result_files.py" in said[0]
+    write_result(path, {name: value for name, value in fake.arena().items() if name != "votes"})
+    assert len(said) == 2 and "no 'votes'" in said[1]
+    write_result(path, fake.arena())
+    assert len(said) == 2
 
 
 def test_values_of_another_type_are_named(tmp_path):

@@ -271,7 +271,7 @@ def test_a_failure_leaves_nothing_half_computed(monkeypatch, fails, kinds, model
 
 
 def test_drafts_rotate_as_the_model_does(tiny_model_folder, tokenizer):
-    """auto-NTK: requests of different lengths have request_rope of their own."""
+    """auto-NTK: requests of different lengths have rotations of their own."""
     from utils.core.arguments import RopeArguments
     from utils.models.rope import install_row_rotary, scale_rope
 

@@ -64,9 +64,9 @@ def test_without_gradient_every_position_has_its_loss():
     ids, targets = some_batch()
     logits = model(input_ids=ids).logits
     with torch.no_grad(), loss_targets(model, targets):
-        lm_loss = model(input_ids=ids).logits
+        losses = model(input_ids=ids).logits
     expected = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    torch.testing.assert_close(lm_loss, expected.detach())
+    torch.testing.assert_close(losses, expected.detach())
     assert model(input_ids=ids).logits.shape == (3, 70, 97), "outside the block the head gives logits again"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,6 @@ from ..endpoints import Endpoint, EndpointError, answer_options
 from ..models import is_gguf, short_name, split_name, weights_of
 from ..progress import Predictions, answer_all
 from .matchmaking import Question
-
-logger = logging.getLogger(__name__)
 
 OnDelta = Callable[[Delta], None]
 # Of InferenceArguments, those that change what a model answers.
