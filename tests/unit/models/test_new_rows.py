@@ -1,0 +1,62 @@
+"""New rows against hand-made means, and vocabularies that do not extend the old one."""
+
+import pytest
+import torch
+
+from support.models import tiny_llama
+from support.tokenizers import NEW_PIECES, train_sentencepiece, write_sentencepiece
+from utils.core.errors import InputError
+from utils.models import new_rows
+from utils.models.new_rows import extend_vocabulary
+from utils.text.tokenizer import encode_text, load_tokenizer
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_are_the_mean_of_their_old_pieces(base_tokenizer_folder, extended_tokenizer_folder, tied):
+    old, new = load_tokenizer(base_tokenizer_folder), load_tokenizer(extended_tokenizer_folder)
+    model = tiny_llama(len(old), tie_word_embeddings=tied)
+    before = [weight.detach().clone() for weight in (model.get_input_embeddings().weight, model.lm_head.weight)]
+    assert extend_vocabulary(model, old, new, "mean_of_pieces", seed=0) == len(NEW_PIECES)
+    # No Chinese piece is in the base, so a Chinese surface is its bytes; "▁zebra" is what the base makes of " zebra".
+    surfaces = [
+        encode_text(old, "zebra")
+        if piece == "▁zebra"
+        else [old.convert_tokens_to_ids(f"<0x{b:02X}>") for b in piece.encode()]
+        for piece in NEW_PIECES
+    ]
+    for weight, old_weight in zip((model.get_input_embeddings().weight, model.lm_head.weight), before, strict=True):
+        assert weight.shape[0] == len(new)
+        torch.testing.assert_close(weight[: len(old)], old_weight)
+        for row, ids in enumerate(surfaces, len(old)):
+            torch.testing.assert_close(weight[row], old_weight[ids].mean(0))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.config.vocab_size == len(new)
+
+
+@pytest.mark.parametrize("method", ["mean", "random", "zero"])
+def test_other_initialisations(method, base_tokenizer_folder, extended_tokenizer_folder):
+    old = load_tokenizer(base_tokenizer_folder)
+    model = tiny_llama(len(old))
+    extend_vocabulary(model, old, load_tokenizer(extended_tokenizer_folder), method, seed=3)
+    rows = model.lm_head.weight[len(old) :].detach()
+    mean = model.lm_head.weight[: len(old)].detach().mean(0)
+    if method == "zero":
+        assert not rows.any()
+    elif method == "mean":
+        torch.testing.assert_close(rows, mean.expand(len(NEW_PIECES), -1))
+    else:
+        assert not torch.allclose(rows[0], rows[1])
+        assert rows.norm(dim=1).max() < 3 * model.lm_head.weight[: len(old)].norm(dim=1).max()
+
+
+@pytest.mark.parametrize("size", [330, 420])
+def test_a_vocabulary_that_does_not_extend_the_old_one_is_refused(
+    size, base_tokenizer_folder, extended_tokenizer_folder, tmp_path
+):
+    old = load_tokenizer(base_tokenizer_folder)
+    lines = [f"the dog {i} sits on the mat, abc def ghi 狗和猫 {'qrstuvwxyz'[i % 10 :]}{i * 7}" for i in range(400)]
+    other = load_tokenizer(write_sentencepiece(tmp_path / "other", train_sentencepiece(lines, size)))
+    with pytest.raises(InputError, match=r"token \d+ is .* must extend"):
+        new_rows.check_extends(old, other)
+    new_rows.check_extends(old, load_tokenizer(extended_tokenizer_folder))
+    new_rows.check_extends(old, old)
