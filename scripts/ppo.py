@@ -9,6 +9,7 @@ Run the same command again after an interruption: it resumes exactly.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(
     if reference:
         check_reference_model(reference, tokenizer)
     check_critic(ppo_args, lora_args, tokenizer)
-    check_sizes(model_args, rollout_args, training_args)
+    check_sizes(model_args, rollout_args, ppo_args, training_args)
     function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
     template = resolve_template(rollout_args.prompt_template, tokenizer)
     check_reward_tokenizer(reward_args.reward_model, tokenizer, template)
@@ -137,10 +138,13 @@ def check_critic(ppo_args: PPOArguments, lora_args: LoraArguments, tokenizer: Pr
         check_reference_model(ppo_args.critic_model, tokenizer, "--critic_model")
 
 
-def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, training_args: RunArguments) -> None:
+def check_sizes(
+    model_args: ModelArguments, rollout_args: RolloutArguments, ppo_args: PPOArguments, training_args: RunArguments
+) -> None:
     """Set the default --rollout_batch_size.
 
-    Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer.
+    Raises: InputError if batches do not come out even, there is nothing to compare an answer with, or the window is
+        too small for a prompt and its answer.
     """
     from utils.weights.config import load_config
 
@@ -149,8 +153,16 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
         * training_args.gradient_accumulation_steps
         * training_args.world_size
     )
+    group = rollout_args.num_generations
+    if ppo_args.critic == "group" and group < 2:
+        raise InputError("--critic group compares the answers to one prompt; pass --num_generations 4, or 2 at least")
     if rollout_args.rollout_batch_size is None:
-        rollout_args.rollout_batch_size = minibatch * -(-128 // minibatch)
+        step = math.lcm(minibatch, group)
+        rollout_args.rollout_batch_size = step * -(-128 // step)
+    if rollout_args.rollout_batch_size % group:
+        raise InputError(
+            f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of --num_generations {group}"
+        )
     if rollout_args.rollout_batch_size % minibatch:
         raise InputError(
             f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of the {minibatch} answers of "
@@ -252,7 +264,8 @@ def build_policy(
         backbone = build_critic_model(model_args, lora_args, ppo_args, training_args)
         critic = Critic(backbone.config.hidden_size, model=backbone)
     else:
-        critic = Critic(width)
+        # With --critic group nothing is learned: the head says 0, and the answers' groups give the values.
+        critic = Critic(width).requires_grad_(ppo_args.critic == "head")
     attach_critic(model, critic)
     return model
 
