@@ -23,6 +23,7 @@ from ..core.hub import find_folder
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, load_model
+from ..models.training_model import convert_at_borders
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import check_embedding_rows, load_tokenizer
 from ..weights.config import check_model, load_config, local_folder
@@ -309,4 +310,5 @@ def load_reward_model(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=place)
+        convert_at_borders(model)
     return RewardModel(model.eval().requires_grad_(False), tokenizer, template)
