@@ -276,15 +276,16 @@ def build_critic_model(
     """A backbone of the critic's own, trained as the policy is: with an adapter, or whole."""
     import dataclasses
 
-    from utils.models.loading import load_model
+    from utils.models.loading import load_model, training_dtype
     from utils.models.training_model import attach_adapter
 
-    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model)
+    dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype, lora_args.full_finetuning)
+    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model, dtype=dtype)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
     # Without its head over the vocabulary, whose weights would never get a gradient.
     model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel")
     if lora_args.full_finetuning:
-        return model.float()
+        return model
     return attach_adapter(model, critic_lora, model_args.load_in_kbits, "FEATURE_EXTRACTION")
 
 
@@ -294,9 +295,10 @@ def build_reference(folder: str, model_args: ModelArguments, training_args: RunA
 
     from utils.models.gathering import whole_models_loaded
     from utils.models.lm_loss import install_loss_head
-    from utils.models.loading import load_model
+    from utils.models.loading import load_model, training_dtype
 
-    args = dataclasses.replace(model_args, model_name_or_path=folder)
+    dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype)
+    args = dataclasses.replace(model_args, model_name_or_path=folder, dtype=dtype)
     with whole_models_loaded(training_args):
         model = load_model(args, training_args.compute_dtype).requires_grad_(False).eval()
     install_loss_head(model)
@@ -314,6 +316,7 @@ def build_rewards(
 ) -> Rewards:
     """The rewards; a reward adapter made on the policy's own base shares its weights."""
     from utils.models.gathering import whole_models_loaded
+    from utils.models.loading import training_dtype
     from utils.rlhf.reward_model import find_reward_model, load_reward_model
     from utils.rlhf.rewards import BackboneReward, Rewards
 
@@ -328,7 +331,8 @@ def build_rewards(
             model = BackboneReward(policy, reward_args.reward_model, pad, training_args.device)
         else:
             with whole_models_loaded(training_args):
-                model = load_reward_model(reward_args.reward_model, model_args.dtype, training_args.device)
+                dtype = training_dtype(model_args.dtype, training_args.compute_dtype)
+                model = load_reward_model(reward_args.reward_model, dtype, training_args.device)
         kind = "an adapter on the policy's weights" if shared else "a model of its own"
         logger.info("reward model %s: %s", reward_args.reward_model, kind)
     return Rewards(
