@@ -176,7 +176,10 @@ class InferenceArguments(RopeArguments, ModelArguments):
         "transformers", help="What computes: transformers; llama.cpp, for GGUF files; vllm, here or at --vllm_url."
     )
     torch_compile: bool = arg(False, help="Let torch.compile fuse what stands around attention; a slow start.")
-    vllm_url: str | None = arg(help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000.")
+    vllm_url: str | None = arg(
+        help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000; "
+        "its key is in the environment variable VLLM_API_KEY."
+    )
 
     def __post_init__(self) -> None:
         ModelArguments.__post_init__(self)
