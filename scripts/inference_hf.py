@@ -100,6 +100,8 @@ def main(
     speculation.check(settings)
     questions = [] if task.interactive else read_questions(task)
     plan = EnginePlan(model_args, task.with_prompt, speculation)
+    if settings.guidance_scale > 1 and plan.template is None:
+        raise InputError("--negative_prompt is a system prompt, which plain text has not; pass --with_prompt too")
     prompts = [encode_question(question, plan) for question in questions]
     check_lengths(prompts, settings, plan.context)
     predictions = None
@@ -111,7 +113,7 @@ def main(
         if predictions.is_complete:
             return predictions.report_complete()
 
-    engine = plan.load(max_batch_size=task.batch_size * (2 if settings.guidance_scale > 1 else 1))
+    engine = plan.load(max_batch_size=task.batch_size * settings.prompts_per_answer)
     try:
         if task.interactive:
             result = chat(engine, settings, model_args.system_prompt)

@@ -622,6 +622,16 @@ def test_the_forerunners_command_is_understood_without_a_warning(caplog):
         parse_args(InferenceArguments, GenerationArguments, TaskArguments, argv=["--guidance_scale=1.5"])
 
 
+def test_plain_text_cannot_be_led_away_from_a_system_prompt(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match="which plain text has not; pass --with_prompt"):
+        inference_hf.main(
+            InferenceArguments(model_name_or_path=str(tiny_model_folder)),
+            GenerationArguments(guidance_scale=2.0, negative_prompt="x"),
+            TaskArguments(prompt="Hello"),
+        )
+
+
 def test_gpus_are_chosen_by_the_environment(monkeypatch):
     from utils.core.command_line import select_gpus
 
