@@ -11,5 +11,6 @@
   model_card    the README.md that lies beside weights
   streams       files read ahead and written behind in threads, hashed on the way, without filling the page cache
 
-Others import: names, config, generation_config, reader, model_folder, writer, meta_reader, meta_writer, model_card, streams.
+Others import: names, config, generation_config, reader, model_folder, writer, meta_reader, meta_writer, model_card,
+streams.
 """
