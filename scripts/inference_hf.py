@@ -102,6 +102,7 @@ def main(
     plan = EnginePlan(model_args, task.with_prompt, speculation)
     if settings.guidance_scale > 1 and plan.template is None:
         raise InputError("--negative_prompt is a system prompt, which plain text has not; pass --with_prompt too")
+    settings = plan.complete_settings(settings)
     prompts = [encode_question(question, plan) for question in questions]
     check_lengths(prompts, settings, plan.context)
     predictions = None
@@ -370,6 +371,10 @@ def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | Non
     try:
         while (line := input("\nInput: ").strip()) not in ("", "/exit"):
             try:
+                if line == "/continue":
+                    terminal.go_on(engine, settings, settings.seed + answers)
+                    answers += 1
+                    continue
                 question = terminal.command(line) if line.startswith("/") else line
                 if question is not None:
                     terminal.answer(engine, settings, question, settings.seed + answers)
@@ -388,6 +393,7 @@ HELP = """/system TEXT   another system prompt (none: /system alone), and a new 
 /undo          take back the last question with its answer
 /retry         answer the last question again, with other random numbers
 /edit TEXT     another last question instead of the one asked
+/continue      go on where the last answer ended
 /history       what was said so far
 /save FILE     write the conversation to a json file; /load FILE reads one
 /help          this; an empty line or /exit leaves"""
@@ -487,6 +493,18 @@ class TerminalChat:
             print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
         self.conversation.turns[-1].replies = [Reply(completion.text, completion.finish_reason)]
         del self.conversation.turns[: dropped // 2]  # what was left out is forgotten: two messages a turn
+
+    def go_on(self, engine: Engine, settings: GenerationArguments, seed: int) -> None:
+        """Print and remember what follows the last answer."""
+        from utils.web.chat import plan_request
+
+        if not (self.conversation.turns and self.conversation.turns[-1].replies):
+            raise InputError("there is no answer to go on with")
+        request, _ = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
+        reply = self.conversation.turns[-1].replies[0]
+        print(f"Output: {reply.text}", end="", flush=True)
+        completion = print_answer(engine, request)
+        reply.text, reply.finish_reason = reply.text + completion.text, completion.finish_reason
 
 
 def use_utf8() -> None:

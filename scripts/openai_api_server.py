@@ -51,6 +51,7 @@ def main(
     speculation.check(settings)
     api_keys = load_api_keys(serving_args.api_key_file)
     plan = EnginePlan(model_args, speculation=speculation)
+    settings = plan.complete_settings(settings)
     adapters = find_adapters(serving_args)
     serving_args = name_models(serving_args, plan.args)
     engine = plan.load(serving_args.max_batch_size, serving_args.max_context, adapters)

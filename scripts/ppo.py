@@ -76,11 +76,15 @@ def main(
     from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
+    from utils.weights.config import local_folder
+    from utils.weights.generation_config import named_end_ids
 
     tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     if tokenizer_folder is None:
         raise InputError("pass --model_name_or_path: the tuned model")
     tokenizer = load_tokenizer(tokenizer_folder)
+    names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
+    end_ids = named_end_ids([local_folder(name) for name in names if name])
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
     reference = ppo_args.reference_model
     check_reference(lora_args, reference, "PPO")
@@ -121,6 +125,7 @@ def main(
         kl,
         build_reference(reference, model_args, training_args) if reference else None,
         tuning_set=tuning_set,
+        end_ids=end_ids,
     )
     return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
 

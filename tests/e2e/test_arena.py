@@ -145,7 +145,7 @@ def test_a_battle_from_the_question_to_the_results(browser, two_models, english_
         tab.fill("#question textarea", "the cat <b>and</b>")
         tab.press("#question textarea", "Enter")
         wait_to_vote(tab)
-        assert tab.inner_text("#chat-0 [data-testid=user]").replace("\u2060", "") == "the cat <b>and</b>"
+        assert tab.inner_text("#chat-0 [data-testid=user]").replace("\ufeff", "") == "the cat <b>and</b>"
         vote(tab, "both_bad")
         second = read_votes([tmp_path / "votes.jsonl"]).votes[1]
         assert (second.vote, second.category, second.question) == ("both_bad", "typed", "the cat <b>and</b>")

@@ -22,6 +22,8 @@ from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.generation import engine
+from utils.generation.engine import Answer, Delta, Prompter
+from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_raw, load_tokenizer, save_tokenizer
 from utils.web.chat import Reply, Turn
 
@@ -679,6 +681,26 @@ def test_commands_change_the_conversation(tmp_path, capsys):
     assert "user: one\nassistant: 1" in capsys.readouterr().out
     terminal.command("/system")
     assert terminal.messages == [{"role": "system", "content": ""}]
+
+
+def test_an_answer_is_gone_on_with(tiny_model_folder, capsys):
+    class Stand(Prompter):
+        def submit(self, request):
+            self.request, answer = request, Answer(len(request.prompt))
+            answer.push(Delta(" more", finish_reason="stop"))
+            return answer
+
+    tokenizer = load_tokenizer(tiny_model_folder)
+    engine = Stand(tokenizer, CHAT_TEMPLATES["alpaca-2"], 512)
+    terminal = remembered("one", "1 and")
+    text = tokenizer.apply_chat_template(
+        terminal.messages, chat_template=engine.template, tokenize=False, continue_final_message=True
+    )
+    terminal.go_on(engine, GenerationArguments(), 0)
+    assert engine.request.prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert terminal.messages[-1]["content"] == "1 and more" and "1 and more" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no answer to go on with"):
+        TerminalChat(None).go_on(engine, GenerationArguments(), 0)
 
 
 def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):

@@ -52,6 +52,7 @@ class GgufModel:
     in llama.cpp changes when slots are swapped; nothing is copied.
 
     Attributes:
+        end_ids: the tokens that llama.cpp itself ends answers at, by the file's metadata or their names.
         tokens: of each slot, the tokens whose keys and values stand in it.
         capacity: tokens that all slots together can hold.
     """
@@ -88,6 +89,8 @@ class GgufModel:
         self._embedder: Any = None  # a context of its own, made when it is first asked for: few servers embed
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        is_end = llama_cpp.llama_vocab_is_eog
+        self.end_ids = [index for index in range(self.vocab_size) if is_end(vocabulary, index)]
         self.hidden_size: int = llama_cpp.llama_model_n_embd(self._model)
         self.capacity = capacity
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
@@ -282,7 +285,7 @@ class LlamaCppEngine(DecodingEngine):
         self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, template: str | None, context: int
     ) -> None:
         self._model = model
-        super().__init__({BASE: LlamaCppScheduler(model)}, tokenizer, template, context)
+        super().__init__({BASE: LlamaCppScheduler(model)}, tokenizer, template, context, model.end_ids)
 
     def check(self, request: Request) -> int:
         room = super().check(request)

@@ -171,7 +171,7 @@ def test_json_schemas_are_followed(engine, tokenizer):
         "additionalProperties": False,
     }
     settings = GenerationArguments(max_new_tokens=60, temperature=1.0)
-    constraint = grammars.json(("", schema, ""))
+    constraint = grammars.json(schema)
     requests = [Request(encode_raw(text, tokenizer), settings, constraint=constraint.copy()) for text in TEXTS]
     for completion in engine.generate(requests):
         assert json.loads(completion.text)["n"] in (1, 22) and completion.finish_reason == "stop"
