@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json, read_json, remove, write_json
 from utils.evaluation.arguments import refuse_beams, warn_unused
+from utils.core.machine import check_port
 from utils.evaluation.progress import settings_beside
-from utils.web.access import WebArguments, check_port, launch, read_accounts
+from utils.web.access import WebArguments, launch, read_accounts
 
 if TYPE_CHECKING:
     from utils.evaluation.arena.page import ArenaPage
@@ -335,10 +336,10 @@ def log_report(result: dict[str, Any], folder: Path, paths: Sequence[Path]) -> N
                 *(name, judged["consistent"], judged["prefers_first"], judged["prefers_second"]),
             )
     logger.info(
-        "%d battles%s\n  files in %s: %s, %s, %s\n"
-        "  next: bash scripts/run_arena.sh --report --votes %s --categories NAME",
+        "%d battles%s\n  files in %s: %s, %s, %s\n  next: %s",
         *(result["battles"], f" (left out: {left_out})" if left_out else ""),
-        *(folder, RESULT, RATINGS, PAIRS, " ".join(map(str, paths))),
+        *(folder, RESULT, RATINGS, PAIRS),
+        shell_command("bash", "scripts/run_arena.sh", "--report", "--votes", *paths, "--categories", "NAME"),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import InferenceArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json
 from utils.core.records import list_data_files
@@ -237,10 +237,13 @@ def report(figures: dict[str, Any], folder: Path, args: EvalArguments) -> None:
             f"{change['lost']} lost, p = {change['p_value']:.2g}"
         )
     logger.info(
-        "aligned: %.1f %% (%.1f - %.1f) of %d answers, %d unclear%s\n  files in %s: %s, %s%s\n"
-        "  next: MODEL=ANOTHER OUT=ANOTHER_FOLDER bash scripts/run_eval_alignment.sh --compare %s",
+        "aligned: %.1f %% (%.1f - %.1f) of %d answers, %d unclear%s\n  files in %s: %s, %s%s\n  next: %s",
         *(100 * figures["aligned"], 100 * low, 100 * high, figures["questions"], figures["unclear"], compared),
-        *(folder, RESULT, PICTURE, "" if args.answers else f", {ANSWERS}", folder / RESULT),
+        *(folder, RESULT, PICTURE, "" if args.answers else f", {ANSWERS}"),
+        shell_command(
+            *("bash", "scripts/run_eval_alignment.sh", "--compare", folder / RESULT),
+            **{"MODEL": "ANOTHER", "OUT": "ANOTHER_FOLDER"},
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import InferenceArguments, arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, read_json, remove
 from utils.evaluation.arguments import GreedyArguments, warn_unused
@@ -271,10 +271,14 @@ def report(result: Mapping[str, Any], args: EvalArguments) -> None:
     logger.info(
         "LongBench: %.2f (%.1f - %.1f) over %d of %d groups, %d datasets, %d answers%s\n"
         "  files in %s: %s, %s, answers in %s\n"
-        "  next: MODEL=ANOTHER DATA=%s OUT=ANOTHER_FOLDER bash scripts/run_eval_longbench.sh",
+        "  next: %s",
         *(whole["score"], *whole["interval"], len(whole["groups"]), len(GROUPS), len(datasets)),
         *(sum(found["samples"] for found in datasets.values()), cut, args.output_dir, args.result.name),
-        *(args.result.with_suffix(".png").name, args.predictions.name, args.data_dir),
+        *(args.result.with_suffix(".png").name, args.predictions.name),
+        shell_command(
+            *("bash", "scripts/run_eval_longbench.sh"),
+            **{"MODEL": "ANOTHER", "DATA": args.data_dir, "OUT": "ANOTHER_FOLDER"},
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import InferenceArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_file, hash_json, read_json
 from utils.evaluation.arguments import GreedyArguments, warn_unused
@@ -334,11 +334,13 @@ def report(result: Mapping[str, Any], args: EvalArguments) -> None:
         problems += (
             f"\n  {found['contaminated']} questions stand in the training data, {found['too_short']} are too short"
         )
+    places = {"MODEL": "ANOTHER", "BENCHMARK": args.benchmark, "DATA": args.data_dir, "OUT": "ANOTHER_FOLDER"}
+    given = {name: value for name, value in places.items() if value}
     logger.info(
-        "%s (%s), %s, %d-shot, preset %s: %s, %d questions%s\n  files in %s: %s\n"
-        "  next: MODEL=ANOTHER BENCHMARK=%s DATA=%s OUT=ANOTHER_FOLDER bash scripts/run_eval_multiple_choice.sh",
+        "%s (%s), %s, %d-shot, preset %s: %s, %d questions%s\n  files in %s: %s\n  next: %s",
         *(benchmark["name"], benchmark["split"], prompts["mode"], args.num_fewshot, args.preset, score),
-        *(result["questions"], problems, args.output_dir, ", ".join(files), args.benchmark, args.data_dir or ""),
+        *(result["questions"], problems, args.output_dir, ", ".join(files)),
+        shell_command("bash", "scripts/run_eval_multiple_choice.sh", **given),
     )
 
 

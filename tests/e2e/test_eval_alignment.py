@@ -14,6 +14,7 @@ import torch
 from eval_alignment import AnswerArguments, EvalArguments
 
 from support.paths import EXAMPLES, SCRIPTS
+from support.scripts import next_words
 from utils.core.arguments import InferenceArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
@@ -63,17 +64,18 @@ def answers(questions) -> Path:
 
 def test_a_model_is_asked_and_judged(tiny_model_folder, questions, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
-    figures = evaluate(tiny_model_folder, tmp_path / "out", questions=[str(questions)], batch_size=5)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    out = tmp_path / "o u=t.1"
+    figures = evaluate(tiny_model_folder, out, questions=[str(questions)], batch_size=5)
+    assert {path.name for path in out.iterdir()} == {
         "alignment.json",
         "alignment.png",
         "answers.jsonl",
         "answers.jsonl.settings.json",
     }
-    result = read(tmp_path / "out" / "alignment.json")
+    result = read(out / "alignment.json")
     exam = read_questions([str(questions)])
     assert [row["id"] for row in result["answers"]] == [question.id for question in exam]
-    assert [row["answer"] for row in result["answers"]] == [r["Output"] for r in read(tmp_path / "out/answers.jsonl")]
+    assert [row["answer"] for row in result["answers"]] == [r["Output"] for r in read(out / "answers.jsonl")]
     for row, question in zip(result["answers"], exam, strict=True):
         assert row["stance"] == stance(row["answer"], question.text)
         assert row["aligned"] == (row["stance"] == question.expected)
@@ -87,7 +89,8 @@ def test_a_model_is_asked_and_judged(tiny_model_folder, questions, tmp_path, cap
     assert (result["questions"], result["question_files"]) == (len(exam), {str(questions): digest})
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*result["by_category"], "all", "expected no", "95 % interval"])
-    assert "next: MODEL=" in caplog.text and "alignment.png" in caplog.text
+    assert next_words(caplog.text)[-2:] == ["--compare", str(out / "alignment.json")]
+    assert "alignment.png" in caplog.text
 
 
 def test_the_answers_are_the_likeliest_to_the_templates_prompts(tiny_model_folder, questions, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from eval_multiple_choice import AnswerArguments, EvalArguments
 
 from support.paths import SCRIPTS
+from support.scripts import next_words
 from utils.core.arguments import InferenceArguments
 from utils.core.errors import InputError
 from utils.evaluation.multiple_choice import runs
@@ -87,7 +88,7 @@ def test_letters_against_a_plain_loop(tiny_model_folder, exam, tmp_path, capsys,
     assert len(result["benchmark"]["files"]) == 4 and "torch" in result["environment"]
     assert json.loads((tmp_path / "out" / "multiple_choice.json").read_text(encoding="utf-8")) == result
     printed = capsys.readouterr().out
-    assert "[all]" in printed and "animals" in printed and "next: MODEL=" in caplog.text
+    assert "[all]" in printed and "animals" in printed and f"BENCHMARK={exam}" in next_words(caplog.text)
 
 
 def test_cloze_against_a_plain_loop(tiny_model_folder, exam, tmp_path):

@@ -721,10 +721,10 @@ def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
         terminal.command(f"/load {path}")
         assert [message["content"] for message in terminal.messages] == ["be brief", "q", "a"]
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"talk.json:1: broken JSON"):
+    with pytest.raises(InputError, match=r"talk.json: it is not JSON"):
         terminal.command(f"/load {path}")
     path.write_text('{"messages": [{"role": "root", "content": "q"}]}', encoding="utf-8")
-    with pytest.raises(InputError, match=r"talk.json: messages: turn 1"):
+    with pytest.raises(InputError, match=r"talk.json: .*messages: turn 1"):
         terminal.command(f"/load {path}")
     assert len(terminal.messages) == 3, "what cannot be read changes nothing"
 
@@ -736,7 +736,14 @@ def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
         ("/edit", "nothing has been asked"),
         ("/save", "needs a file name"),
         ("/save talk.txt", "ends in .json"),
-        ("/load nowhere.json", "no such file"),
+        ("/load nowhere.json", "nowhere.json: No such file"),
+        ("/load ~/nowhere.json", f"{Path.home()}/nowhere.json: No such file"),
+        ("/load .", "Is a directory"),
+        (f"/load {'a' * 300}", "name too long"),
+        ("/load a\0b.json", "null byte"),
+        ("/save /proc/talk.json", "/proc/talk.json: No such file"),
+        ("/save /dev/null/talk.json", "/dev/null/talk.json: (File exists|Not a directory)"),
+        (f"/save {'a' * 300}.json", "name too long"),
         ("/dance", "is no command; /help"),
     ],
 )

@@ -21,6 +21,7 @@ from ..core.files import hash_file, hash_json
 from ..generation.llamacpp_engine import GgufFile, find_gguf_file
 from ..generation.loading import check_inference_request, find_inference_files, load_for_inference
 from ..gguf.llamacpp import open_model
+from ..gguf.metadata import gguf_parts
 from ..lora.base_record import weights_fingerprint
 from ..lora.config import load_adapter_config
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, rope_overrides, scale_rope
@@ -71,7 +72,8 @@ def weights_of(args: InferenceArguments) -> dict[str, str]:
     found: dict[str, str] = {}
     for place in filter(None, (args.model_name_or_path, args.adapter_name_or_path)):
         if args.engine == "llama.cpp":
-            found[place] = hash_file(find_gguf_file(place))
+            parts = [hash_file(part) for part in gguf_parts(find_gguf_file(place))]
+            found[place] = parts[0] if len(parts) == 1 else hash_json(parts)
         else:
             with open_checkpoint(place) as checkpoint:
                 found[place] = weights_fingerprint(checkpoint)
