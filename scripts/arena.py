@@ -20,8 +20,8 @@ from utils.core.arguments import GenerationArguments, InferenceArguments, arg, l
 from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json, read_json, remove, write_json
-from utils.evaluation.arguments import refuse_beams, warn_unused
 from utils.core.machine import check_port
+from utils.evaluation.arguments import refuse_beams, warn_unused
 from utils.evaluation.progress import settings_beside
 from utils.web.access import WebArguments, launch, read_accounts
 
