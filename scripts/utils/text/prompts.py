@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken
@@ -558,9 +558,11 @@ def _answer_end(template: str, tokenizer: PreTrainedTokenizerBase) -> int | None
     return last if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else None
 
 
-def stop_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's EOS and the template's end-of-turn token."""
-    return sorted({tokenizer.eos_token_id, _answer_end(template, tokenizer)} - {None})
+def stop_token_ids(template: str | None, tokenizer: PreTrainedTokenizerBase, named: Iterable[int] = ()) -> list[int]:
+    """The ids that end an answer: the tokenizer's EOS, the template's end-of-turn token, and those that are `named`
+    by the model's own files (see weights.generation_config)."""
+    own = None if template is None else _answer_end(template, tokenizer)
+    return sorted({tokenizer.eos_token_id, own, *named} - {None})
 
 
 @functools.lru_cache(maxsize=4)  # once per run, however many files are read

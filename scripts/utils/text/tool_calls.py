@@ -110,6 +110,20 @@ def read_calls(text: str, form: CallForm | None = OWN_FORM) -> tuple[str, list[C
     return (before + remainder).strip(), calls
 
 
+def open_call(text: str, form: CallForm) -> tuple[str, str] | None:
+    """The call that an answer has begun and not ended: its name, and the text of its arguments so far.
+
+    None where there is none; of a form whose calls are one list, always.
+    """
+    place = text.find(form.mark) if form.mark else -1
+    calls, rest = _scan(text[max(place, 0) :], form)
+    if form.end or (place < 0 and calls):
+        return None
+    rest = rest[_match_end(_skipping(form.mark, form.before), rest, 0) :]
+    head = re.match(rf'\{{\s*"name"\s*:\s*"([^"\\\n]+)"\s*,\s*"{form.arguments}"\s*:\s*(?=\{{)', rest)
+    return (head[1], rest[head.end() :]) if head else None
+
+
 def _scan(text: str, form: CallForm) -> tuple[list[Call], str]:
     """The calls at the beginning of the text, and what comes after them."""
     opening, closing = _skipping(form.mark, form.before), _skipping(form.after, form.between)
