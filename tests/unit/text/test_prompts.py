@@ -493,7 +493,9 @@ def test_the_docs_show_the_families(page):
 
 
 @pytest.mark.shared_data
-@pytest.mark.parametrize("config", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "config", ["added_tokens.json", pytest.param("tokenizer_config.json", marks=pytest.mark.slow)]
+)
 def test_chatml_on_the_real_llama_2_tokenizer(tmp_path, shared_data, config):
     folder = tmp_path / "base"
     folder.mkdir()
