@@ -27,6 +27,8 @@ from utils.core.errors import InputError
 from utils.rlhf.arguments import PPOArguments, RolloutArguments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
     from utils.data.preferences import PromptCache
@@ -109,7 +111,7 @@ def main(
     model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
     rewards = build_rewards(model, model_args, reward_args, function, rollout_args, tokenizer, training_args)
     logger.info("%s", describe_model(model))
-    kl = FixedKL(ppo_args.kl_coef)
+    kl: FixedKL | AdaptiveKL = FixedKL(ppo_args.kl_coef)
     if ppo_args.kl_target is not None:
         kl = AdaptiveKL(ppo_args.kl_coef, ppo_args.kl_target, ppo_args.kl_horizon)
     trainer = PPOTrainer(
@@ -205,7 +207,7 @@ def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBas
 
 def load_prompt_sets(
     sources: Sources, rollout_args: RolloutArguments, tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+) -> tuple[list[list[int]], dict[str, Sequence[list[int]]]]:
     """Training prompts, and held-out prompts by name, as ids."""
     from utils.data.preferences import load_prompts
     from utils.data.sources import log_statistics

@@ -624,6 +624,16 @@ def test_the_forerunners_command_is_understood_without_a_warning(caplog):
         parse_args(InferenceArguments, GenerationArguments, TaskArguments, argv=["--guidance_scale=1.5"])
 
 
+def test_plain_text_cannot_be_led_away_from_a_system_prompt(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match="which plain text has not; pass --with_prompt"):
+        inference_hf.main(
+            InferenceArguments(model_name_or_path=str(tiny_model_folder)),
+            GenerationArguments(guidance_scale=2.0, negative_prompt="x"),
+            TaskArguments(prompt="Hello"),
+        )
+
+
 def test_gpus_are_chosen_by_the_environment(monkeypatch):
     from utils.core.command_line import select_gpus
 
@@ -711,10 +721,10 @@ def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
         terminal.command(f"/load {path}")
         assert [message["content"] for message in terminal.messages] == ["be brief", "q", "a"]
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"talk.json:1: broken JSON"):
+    with pytest.raises(InputError, match=r"talk.json: it is not JSON"):
         terminal.command(f"/load {path}")
     path.write_text('{"messages": [{"role": "root", "content": "q"}]}', encoding="utf-8")
-    with pytest.raises(InputError, match=r"talk.json: messages: turn 1"):
+    with pytest.raises(InputError, match=r"talk.json: .*messages: turn 1"):
         terminal.command(f"/load {path}")
     assert len(terminal.messages) == 3, "what cannot be read changes nothing"
 
@@ -726,7 +736,14 @@ def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
         ("/edit", "nothing has been asked"),
         ("/save", "needs a file name"),
         ("/save talk.txt", "ends in .json"),
-        ("/load nowhere.json", "no such file"),
+        ("/load nowhere.json", "nowhere.json: No such file"),
+        ("/load ~/nowhere.json", f"{Path.home()}/nowhere.json: No such file"),
+        ("/load .", "Is a directory"),
+        (f"/load {'a' * 300}", "name too long"),
+        ("/load a\0b.json", "null byte"),
+        ("/save /proc/talk.json", "/proc/talk.json: No such file"),
+        ("/save /dev/null/talk.json", "/dev/null/talk.json: (File exists|Not a directory)"),
+        (f"/save {'a' * 300}.json", "name too long"),
         ("/dance", "is no command; /help"),
     ],
 )

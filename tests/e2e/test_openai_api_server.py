@@ -669,3 +669,7 @@ def test_mistakes_are_named_before_weights_are_read(tmp_path, tiny_model_folder,
     ):
         with pytest.raises(InputError, match=message):
             openai_api_server.main(model_args, GenerationArguments(**settings), ServingArguments(**serving_args))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: Address already in use; pass another --port"):
+            openai_api_server.main(model, GenerationArguments(), ServingArguments(port=port))

@@ -279,6 +279,11 @@ class GenerationArguments:
         """Whether tokens are drawn at random."""
         return self.do_sample and self.temperature > 0 and self.num_beams == 1
 
+    @property
+    def prompts_per_answer(self) -> int:
+        """Guided answers take two places of an engine's batch."""
+        return 2 if self.guidance_scale > 1 else 1
+
 
 @dataclass
 class SpeculationArguments:

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..text.conversations import Preference, read_preference, split_prompt
-from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt
+from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt, warn_without_end
 from .cache import (
     Arrays,
     CacheSettings,
@@ -64,7 +64,7 @@ class PromptCache(TokenCache):
     """
 
     KIND = "prompts"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -126,7 +126,7 @@ class PairCache(PromptCache):
     """
 
     KIND = "pairs"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -356,6 +356,7 @@ def load_preferences(
     """
     if max_seq_length <= MIN_ANSWER:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least {MIN_ANSWER + 1} tokens")
+    warn_without_end(template, tokenizer)
     encoder = _PairEncoder(tokenizer, template, max_seq_length, max_samples)
     pairs = build_cache(PairCache, encoder, files, tokenizer, settings)
     _log_counters(pairs, files, settings)
@@ -374,6 +375,7 @@ def load_prompts(
     """Tokenise prompts into a PromptCache, as load_preferences does pairs; a prompt that is too long is dropped."""
     if max_prompt_length < 1:
         raise InputError(f"--max_prompt_length {max_prompt_length}: need at least 1 token")
+    warn_without_end(template, tokenizer)
     encoder = _PromptEncoder(tokenizer, template, max_prompt_length, max_samples)
     prompts = build_cache(PromptCache, encoder, files, tokenizer, settings)
     _log_counters(prompts, files, settings)

@@ -21,7 +21,7 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..core.machine import available_bytes
 from ..gguf.llamacpp import last_error, listen, require_llama_cpp
-from ..gguf.metadata import read_metadata
+from ..gguf.metadata import gguf_parts, read_metadata
 from ..gguf.tokenizer import check_same_tokens, load_gguf_tokenizer
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, scale_rope
 from ..text.tokenizer import load_tokenizer
@@ -357,9 +357,8 @@ class GgufFile:
         value_type = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
         attention = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         bytes_per_token = self._token_numbers * (4 if exact else 2)
-        capacity = choose_capacity(
-            window, max_batch_size, bytes_per_token, _free_bytes(on_gpu) - _weight_bytes(self.path)
-        )
+        free_bytes = _free_bytes(on_gpu) - sum(part.stat().st_size for part in gguf_parts(self.path))
+        capacity = choose_capacity(window, max_batch_size, bytes_per_token, free_bytes)
         model = GgufModel(
             self.path,
             max_batch_size,
@@ -435,13 +434,6 @@ def choose_capacity(window: int, max_batch_size: int, bytes_per_token: int, free
             "--max_context"
         )
     return min(window * max_batch_size, possible)
-
-
-def _weight_bytes(path: Path) -> int:
-    """Size of a file, or of all its parts."""
-    name, parts, _ = path.name.partition("-00001-of-")
-    files = path.parent.glob(f"{name}-*-of-*.gguf") if parts else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 def _free_bytes(on_gpu: bool) -> int:

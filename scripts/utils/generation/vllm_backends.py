@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.arguments import InferenceArguments
+from ..core.command_line import shell_command
 from ..core.errors import InputError
 from ..lora.config import load_adapter_config
 from ..models.rope import need_one_rotation, rope_overrides
@@ -85,9 +86,10 @@ def _lora_rank(name: str, folder: str) -> int:
     adapter = load_adapter_config(folder)
     more = [*adapter.modules_to_save, *adapter.trainable_token_indices, *(["DoRA"] if adapter.use_dora else [])]
     if more:
+        base = adapter.base_model_name_or_path or "BASE"
         raise InputError(
             f"adapter {name} ({folder}) has {', '.join(more)} besides LoRA, which vLLM cannot add to a base; merge it:"
-            f" MODEL={adapter.base_model_name_or_path or 'BASE'} LORA={folder} bash scripts/run_merge.sh"
+            f" {shell_command('bash', 'scripts/run_merge.sh', MODEL=base, LORA=folder)}"
         )
     return max([adapter.rank, *adapter.rank_pattern.values()])
 

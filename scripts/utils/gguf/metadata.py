@@ -5,6 +5,7 @@ What is to be written is held as {method of gguf.GGUFWriter: its argument}, in w
 
 from __future__ import annotations
 
+import glob
 import math
 import mmap
 import struct
@@ -151,6 +152,12 @@ def describe_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
 # GGUF's value types that have a fixed size, as struct writes them; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The file itself, or of a model in several files (whose first it is) all of them."""
+    name, parts, _ = path.name.partition("-00001-of-")
+    return sorted(path.parent.glob(f"{glob.escape(name)}-*-of-*.gguf")) if parts else [path]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -154,8 +154,10 @@ def _with_added_tokens(
         raise InputError(f"the tokenizer's id {last} has no row in the embeddings ({rows} rows); one of them is wrong")
     for index, token in tokenizer.added_tokens_decoder.items():
         tokens[index] = token.content.encode()
-        if types[index] in (NORMAL, UNUSED):
-            types[index] = CONTROL if token.special else USER_DEFINED
+        if not token.special:
+            types[index] = USER_DEFINED  # found in ordinary text, there as here
+        elif types[index] in (NORMAL, UNUSED):
+            types[index] = CONTROL
     return [token or f"[PAD{index}]".encode() for index, token in enumerate(tokens)], types
 
 

@@ -74,9 +74,10 @@ class TokenNames:
 
 
 class VisibleTokens:
-    """Which tokens stand in an answer's text: not the end token, white space that was stripped, or a stop text.
+    """The tokens of an answer, each with the place of its first character in the text, as soon as the text passes it.
 
-    A token is given with the place of its first character in the text as soon as the text reaches it.
+    Tokens that are no part of the text (an end token, white space that was stripped, a stop text) have the place where
+    they would stand; the last ones come with the end.
     """
 
     def __init__(self, names: TokenNames) -> None:
@@ -86,25 +87,25 @@ class VisibleTokens:
         self._space: list[bytes] | None = []  # tokens before the text begins; None: it has begun
         self._lead = (0, 0)  # bytes and characters of stripped space before the text
         self._end = 0  # bytes of the text so far and of the space before it
+        self._length = 0  # characters of the text so far
 
-    def push(self, text: str, logprobs: Iterable[TokenLogprob]) -> list[tuple[int, TokenLogprob]]:
+    def push(self, text: str, logprobs: Iterable[TokenLogprob], last: bool = False) -> list[tuple[int, TokenLogprob]]:
         """The tokens that become visible with this piece of text, each with its place (in characters)."""
         for logprob in logprobs:
             surface = self._names.surface(logprob.token_id)
             if self._space is not None:
                 self._space.append(surface)
-            if surface:
-                self._waiting.append((self._bytes, self._characters, logprob))
+            self._waiting.append((self._bytes, self._characters, logprob))
             self._bytes += len(surface)
             self._characters += sum(byte & 0xC0 != 0x80 for byte in surface)
         if text and self._space is not None:
             self._begin(text)
         self._end += len(text.encode())
+        self._length += len(text)
         visible = []
-        while self._waiting and self._waiting[0][0] < self._end:
-            start, character, logprob = self._waiting.popleft()
-            if start + len(self._names.surface(logprob.token_id)) > self._lead[0]:
-                visible.append((max(character - self._lead[1], 0), logprob))
+        while self._waiting and (last or self._waiting[0][0] < self._end):
+            _, character, logprob = self._waiting.popleft()
+            visible.append((min(max(character - self._lead[1], 0), self._length), logprob))
         return visible
 
     def _begin(self, text: str) -> None:
@@ -137,7 +138,7 @@ class ChoiceBuilder:
         self.text += delta.text
         self.num_tokens += len(delta.token_ids)
         self.logprob += sum(logprob.logprob for logprob in delta.logprobs)
-        shown = self.visible.push(delta.text, delta.logprobs)
+        shown = self.visible.push(delta.text, delta.logprobs, last=delta.finish_reason is not None)
         self.tokens += shown
         self.finish_reason = delta.finish_reason
         return shown

@@ -54,9 +54,11 @@ def read_function(tool: dict[str, Any]) -> dict[str, Any]:
 def add_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages, their system prompt followed by the functions as a JSON list, for templates without tools."""
     listed = json.dumps([read_function(tool) for tool in tools], ensure_ascii=False)
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{listed}"}, *messages[1:]]
-    return [{"role": "system", "content": listed}, *messages]
+    first = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if not first:
+        return [{"role": "system", "content": listed}, *messages]
+    system = {"role": "system", "content": f"{messages[first - 1]['content']}\n\n{listed}"}
+    return [*messages[: first - 1], system, *messages[first:]]
 
 
 def parse_arguments(arguments: Any) -> Any:

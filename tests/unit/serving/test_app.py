@@ -462,14 +462,18 @@ def push_tokens(names, text_tokens, text, **options):
     return visible.push(text, [TokenLogprob(token, -1.0) for token in text_tokens], **options)
 
 
-def test_only_tokens_of_the_text_are_shown(tokenizer):
+def test_every_token_is_shown_where_it_stands(tokenizer):
     token_bytes = [b"", b"a", b" b", b"\xe4", b"\xbd\xa0", b"  ", b"STOP", b"\n"]
     names = TokenNames(tokenizer, token_bytes)
-    shown = lambda *args: [(place, token.token_id) for place, token in push_tokens(names, *args)]  # noqa: E731
-    assert shown([1, 2, 0], "a b") == [(0, 1), (1, 2)]  # not the end token
-    assert shown([5, 2, 1, 7], "ba") == [(0, 2), (1, 1)]  # not stripped space, at either end
+
+    def shown(tokens, text):
+        return [(place, token.token_id) for place, token in push_tokens(names, tokens, text, last=True)]
+
+    assert shown([1, 2, 0], "a b") == [(0, 1), (1, 2), (3, 0)]  # the end token too
+    assert shown([5, 2, 1, 7], "ba") == [(0, 5), (0, 2), (1, 1), (2, 7)]  # stripped space, at either end
     assert shown([2, 1], " ba") == [(0, 2), (2, 1)]  # space that was not stripped counts
-    assert shown([1, 6], "a") == [(0, 1)]  # not the stop text
+    assert shown([1, 6], "a") == [(0, 1), (1, 6)]  # a stop text
+    assert shown([5], "") == [(0, 5)] and shown([0], "") == [(0, 0)]  # an answer without text
     assert shown([3, 4, 1], "你a") == [(0, 3), (1, 4), (1, 1)]  # parts of a character
     visible = VisibleTokens(names)
     assert visible.push("", [TokenLogprob(3, -1.0)]) == []  # half a character has no text yet

@@ -408,6 +408,8 @@ def test_compared_answers_survive_and_spread(tokenizer):
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"instruction": "q", "input": "", "output": "a"},
         [{"instruction": "q", "output": "a"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
     ],
 )
 def test_training_data_can_be_loaded(record):
@@ -422,6 +424,7 @@ BAD_FILES = {
     b"": "JSON",
     b"[" * 100_000: "JSON",
     b"[]": "conversation",
+    b'[{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a"}]': "one conversation.*a list of 2",
     b'"text"': "conversation",
     b"{}": "messages",
     b'{"messages": []}': "turns",
