@@ -46,6 +46,9 @@ def build_training_model(
     """
     if extend_args.config_name:
         model = create_model(extend_args, embedding_rows(tokenizer), model_args.attn_implementation)
+        # Those that a config has, if only by its class's defaults, are another vocabulary's: answers would end there.
+        for config in (model.config, model.generation_config):
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
         dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)

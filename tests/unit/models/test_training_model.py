@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from support.tokenizers import PATTERNS, make_byte_level
 from utils.core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from utils.core.errors import InputError
 from utils.models import training_model
 from utils.text.tokenizer import load_tokenizer
+from utils.weights.generation_config import named_end_ids
 
 
 def test_a_larger_tokenizer_needs_trained_rows(tiny_model_folder, extended_tokenizer_folder):
@@ -24,6 +26,15 @@ def test_lm_head_among_targets_is_refused(tiny_model_folder):
     model = LlamaForCausalLM.from_pretrained(tiny_model_folder)
     with pytest.raises(InputError, match="lm_head"):
         training_model.attach_adapter(model, LoraArguments(target_modules="q_proj,lm_head"), 16)
+
+
+def test_a_new_model_ends_answers_where_its_tokenizer_does(tmp_path):
+    LlamaConfig(hidden_size=32, num_attention_heads=4, intermediate_size=32).save_pretrained(tmp_path / "config")
+    tokenizer = make_byte_level(tmp_path / "tokenizer", PATTERNS["qwen2"], False)
+    request = (ModelArguments(), ExtendArguments(config_name=str(tmp_path / "config")))
+    request += (LoraArguments(full_finetuning=True), tokenizer, torch.float32, 0)
+    training_model.build_training_model(*request).save_pretrained(tmp_path / "model")
+    assert named_end_ids([tmp_path / "model"]) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("way", [{"modules_to_save": "embed_tokens,lm_head"}, {"full_finetuning": True}])
