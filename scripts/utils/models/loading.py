@@ -13,7 +13,15 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, ModelArguments
 from ..core.errors import InputError
-from ..weights.config import check_model, folder_or_hub_id, load_config
+from ..weights.config import folder_or_hub_id, load_config
+from ..weights.model_folder import (
+    LANGUAGE_MODEL,
+    check_padding,
+    loadable_folder,
+    loading_settings,
+    read_model,
+    some_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -87,10 +95,10 @@ def load_model(
     args: ModelArguments,
     compute_dtype: torch.dtype,
     device_map: Any = None,
-    auto_class: str = "AutoModelForCausalLM",
+    auto_class: str = LANGUAGE_MODEL,
     **config: Any,
 ) -> PreTrainedModel:
-    """Load a model's weights, with damaged or missing files named before anything slow.
+    """Load a model's weights; what is damaged, missing or of another shape is named before anything slow.
 
     Args:
         compute_dtype: the type arithmetic runs in; k-bit weights are dequantised to it.
@@ -101,21 +109,31 @@ def load_model(
     import transformers
 
     assert args.model_name_or_path is not None
-    check_model(args.model_name_or_path)
+    found = read_model(args.model_name_or_path, auto_class)
+    checkpoint = found.checkpoint
+    if found.extra:
+        named = some_of(found.extra)
+        logger.warning("%s: %d tensors have no place in the model: %s", found.folder, len(found.extra), named)
     quantization = quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, compute_dtype)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if quantization is not None and dtype == "auto":
         dtype = compute_dtype
     # None would replace what the config of a quantised folder says.
     settings = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
-        folder_or_hub_id(args.model_name_or_path),
-        dtype=dtype,
-        attn_implementation=choose_attention(args.attn_implementation),
-        device_map=device_map,
-        **settings,
-        **config,
-    )
+    with loadable_folder(checkpoint) as folder:
+        model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation=choose_attention(args.attn_implementation),
+            device_map=device_map,
+            **settings,
+            **loading_settings(checkpoint),
+            **config,
+        )
+    # What adapters record as their base.
+    model.config.name_or_path = model.name_or_path = folder_or_hub_id(args.model_name_or_path)
+    if checkpoint.wrapper:
+        del model._weight_conversions  # else save_pretrained would put the wrapper's name back
     _pack_whole_blocks_only(model)
     return model
 
@@ -134,7 +152,7 @@ def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
     from transformers import AutoModelForCausalLM
 
     assert args.config_name is not None
-    path = Path(args.config_name)
+    path = Path(args.config_name).expanduser()
     config = load_config(str(path.parent if path.name == "config.json" else path)) if path.exists() else None
     if config is None:
         raise InputError(f"--config_name {args.config_name}: no such folder or file")
@@ -142,6 +160,7 @@ def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
         if override.strip():
             _override(config, override.strip())
     config.vocab_size = vocabulary
+    check_padding(f"--config_name {args.config_name}", config)
     try:
         with torch.device("meta"):  # shapes only, no memory
             AutoModelForCausalLM.from_config(config)

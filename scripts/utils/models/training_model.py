@@ -14,11 +14,12 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
+from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..text.tokenizer import embedding_rows
-from ..weights.config import check_model, folder_or_hub_id
+from ..weights.model_folder import read_model
 from ..weights.names import EMBEDDING, HEAD, SCORE
-from ..weights.reader import check_readable, open_checkpoint
+from ..weights.reader import open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
 from .loading import check_loading, create_model, load_model, new_config, training_dtype
@@ -81,8 +82,8 @@ def check_training_request(
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
-    config = check_model(model_args.model_name_or_path)
-    warn_beyond_window(config, length)
+    base = read_model(model_args.model_name_or_path)
+    warn_beyond_window(base.config, length)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
@@ -90,14 +91,13 @@ def check_training_request(
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
         )
-    check_modules(lora_args, config)
+    check_modules(lora_args, base.config)
     trained = set(split_names(lora_args.modules_to_save))
     if lora_args.adapter_name_or_path:
-        trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
-        check_readable(lora_args.adapter_name_or_path)
+        trained = set(read_adapter(lora_args.adapter_name_or_path, base).config.modules_to_save)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
-        refuse_untrained_rows(tokenizer, config.vocab_size)
+        refuse_untrained_rows(tokenizer, base.config.vocab_size)
 
 
 def split_names(names: str | None) -> list[str]:
@@ -152,7 +152,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
     Args: task_type: PEFT's; SEQ_CLS adds the model's `score` head to the modules trained in full.
     Raises: InputError for unknown modules, an adapter of another shape, or lm_head among target_modules.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if kbits != 16:
         # Not PEFT's prepare_model_for_kbit_training: it makes norms, embeddings and lm_head float32, and with them
@@ -164,7 +164,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
                 module.support_avx512bf16_for_cpu = False
     if args.adapter_name_or_path:
         check_adapter_fits(args.adapter_name_or_path, model)
-        wrapped: Any = PeftModel.from_pretrained(model, folder_or_hub_id(args.adapter_name_or_path), is_trainable=True)
+        wrapped: Any = load_with_peft(model, {"default": args.adapter_name_or_path}, is_trainable=True)
     else:
         targets = resolve_target_modules(args.target_modules, model.config)
         saved = split_names(args.modules_to_save)
@@ -182,6 +182,9 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
             ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
         )
         wrapped = get_peft_model(model, config)
+    for config in wrapped.peft_config.values():
+        if isinstance(config.target_modules, set):  # whose order in adapter_config.json changes from run to run
+            config.target_modules = sorted(config.target_modules)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates
