@@ -93,14 +93,16 @@ def main(
     from utils.data.sources import load_pair_sets
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter, build_training_model
-    from utils.rlhf.dpo_trainer import DPOTrainer, PreferenceCollator
+    from utils.rlhf.dpo_trainer import STATISTICS, DPOTrainer, PreferenceCollator
     from utils.rlhf.reference import load_reference_tables, reference_key
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
+    from utils.training.flags import MEANINGLESS_FOR_PAIRS, set_aside
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
 
+    set_aside(training_args, MEANINGLESS_FOR_PAIRS)
     folder = model_args.tokenizer_name_or_path or choose_tokenizer(
         lora_args.adapter_name_or_path, model_args.model_name_or_path
     )
@@ -119,7 +121,7 @@ def main(
     reference = choose_reference(model_args, lora_args, preference_args, objective)
     cache = train_set.file.folder.parent
     key = None if reference is None else reference_key(reference, lora_args, training_args, cache)
-    check_validation(training_args, list(eval_sets))
+    check_validation(training_args, list(eval_sets), STATISTICS, STATISTICS)
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
     start_run(training_run, {**inputs, "reference": key}, training_args.process_index == 0)
 
@@ -158,7 +160,7 @@ def check_request(
     from utils.text.tokenizer import check_embedding_rows
     from utils.weights.config import load_config
 
-    check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
+    check_training_request(model_args, ExtendArguments(), lora_args, tokenizer, preference_args.max_seq_length)
     rows = load_config(str(model_args.model_name_or_path)).vocab_size
     check_embedding_rows(
         tokenizer,

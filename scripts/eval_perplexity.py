@@ -117,6 +117,8 @@ def main(model_args: InferenceArguments, args: EvalArguments) -> dict[str, Any]:
     refuse_finished(folder / RESULT, args.overwrite)
     if args.settings and model_args.rope_scaling != "none":
         raise InputError("--settings names the scalings to compare; leave --rope_scaling out")
+    if model_args.system_prompt is not None or model_args.prompt_template is not None:
+        logger.warning("--system_prompt and --prompt_template have no effect: texts are read as they are")
     files = parse_corpora(args.texts)
     models = find_models(model_args, args.other_models)
     longest = args.lengths[-1] if args.lengths else args.window

@@ -71,16 +71,19 @@ def main(
     from utils.data.sources import RECORD_FILES, Sources
     from utils.models.training_model import check_training_request
     from utils.rlhf.objectives import AdaptiveKL, FixedKL
-    from utils.rlhf.ppo_trainer import PPOTrainer
+    from utils.rlhf.ppo_trainer import METRICS, PPOTrainer
     from utils.rlhf.reference import check_reference, check_reference_model
     from utils.rlhf.rewards import load_reward_function
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.training.arguments import check_validation
+    from utils.training.flags import check_ppo_flags
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
     from utils.weights.config import local_folder
     from utils.weights.generation_config import named_end_ids
 
+    check_ppo_flags(training_args)
     tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     if tokenizer_folder is None:
         raise InputError("pass --model_name_or_path: the tuned model")
@@ -104,6 +107,7 @@ def main(
     tokenizer.chat_template = template
     sources = Sources(data_args, training_args, f"{RECORD_FILES} of prompts", rollout_args.max_dropped_share)
     prompts, eval_prompts = load_prompt_sets(sources, rollout_args, tokenizer, template)
+    check_validation(training_args, list(eval_prompts), METRICS, ("score",))
     tuning_set = load_tuning_set(sources, rollout_args, ppo_args, tokenizer, template)
     inputs = {"data": sources.keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start_run(training_run, inputs, training_args.process_index == 0)

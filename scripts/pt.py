@@ -21,10 +21,12 @@ from utils.core.errors import InputError, raise_problems
 from utils.core.files import write_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from utils.data.batches import Collator
     from utils.data.blocks import MixedBlocks, PackedBlocks
+    from utils.data.corpora import CorpusCache
     from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("pt")
@@ -37,6 +39,7 @@ class PretrainingArguments:
     """How text becomes blocks."""
 
     block_size: int = arg(512, help="Tokens per packed block; memory grows linearly.")
+    text_column: str = arg("text", help="Field with the text in json, jsonl and parquet files.")
     document_separator: str | None = arg(
         help="In txt files, the line that ends a document; default: a line a document."
     )
@@ -46,6 +49,9 @@ class PretrainingArguments:
     )
     replay_data: list[str] = list_arg(help="Text of the old language, mixed in against forgetting.")
     replay_share: float = arg(0.2, help="Share of all training blocks that comes from --replay_data, 0-1.")
+    compare_embedding_init: bool = arg(
+        False, help="Before training, report validation bits-per-byte at step 0 for every --embedding_init."
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -81,7 +87,7 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer)
+    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size)
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
     training_run = open_run(training_args, *all_args)
     train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
@@ -94,7 +100,7 @@ def main(
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
-    if extend_args.compare_embedding_init and training_run.checkpoint is None and eval_sets:
+    if pretraining_args.compare_embedding_init and training_run.checkpoint is None and eval_sets:
         compare_embedding_inits(
             model, model_args, extend_args, training_args, train_set, eval_sets, tokenizer, collator
         )
@@ -114,7 +120,7 @@ def load_pretraining_data(
     """Tokenise (once, into the cache) and pack the training and validation corpora."""
     import numpy as np
 
-    from utils.data.blocks import MixedBlocks, PackedBlocks
+    from utils.data.blocks import MixedBlocks, PackedBlocks, share_evenly
     from utils.data.corpora import tokenize_corpus
     from utils.data.sources import Sources
 
@@ -124,7 +130,7 @@ def load_pretraining_data(
         tokenize_corpus,
         tokenizer=tokenizer,
         settings=sources.settings,
-        text_column=data_args.text_column,
+        text_column=settings.text_column,
         document_separator=settings.document_separator,
     )
     corpora = sources.load_each("train", data_args.train_data, load)
@@ -132,15 +138,25 @@ def load_pretraining_data(
     validation = sources.load_each("validation", data_args.validation_data, load)
 
     crossing = settings.cross_document_attention
-    pack = partial(PackedBlocks, block_size=settings.block_size, cross_document_attention=crossing)
+
+    def pack(corpus: CorpusCache, ids: np.ndarray, limit: int | None = None) -> PackedBlocks:
+        if limit is not None:
+            # Multiples of the golden ratio: however many documents are needed, they lie evenly over all files.
+            ids = ids[np.argsort(np.arange(len(ids)) * 0.6180339887498949 % 1, kind="stable")]
+        return PackedBlocks(corpus, ids, settings.block_size, cross_document_attention=crossing, max_blocks=limit)
+
     train, held_out = {}, {}
     for name, corpus in {**corpora, **replays}.items():
         train_ids, held_out_ids = sources.hold_out(corpus)
-        train[name] = pack(corpus, train_ids, max_blocks=data_args.max_train_samples)
+        train[name] = pack(corpus, train_ids)
         if len(held_out_ids):
-            held_out[name] = pack(corpus, held_out_ids, max_blocks=data_args.max_eval_samples)
+            held_out[name] = pack(corpus, held_out_ids, data_args.max_eval_samples)
+    if data_args.max_train_samples is not None:
+        limits = share_evenly([len(train[name]) for name in corpora], data_args.max_train_samples)
+        for (name, corpus), limit in zip(corpora.items(), limits, strict=True):
+            train[name] = pack(corpus, sources.hold_out(corpus)[0], limit)
     for name, corpus in validation.items():
-        held_out[name] = pack(corpus, np.arange(corpus.num_documents), max_blocks=data_args.max_eval_samples)
+        held_out[name] = pack(corpus, np.arange(corpus.num_documents), data_args.max_eval_samples)
     if len(settings.data_weights) not in (0, len(corpora)):
         raise InputError(
             f"--data_weights: {len(settings.data_weights)} numbers for {len(corpora)} corpora; give one each"

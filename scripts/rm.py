@@ -78,16 +78,18 @@ def main(
     from utils.rlhf.reward_trainer import RewardTrainer, check_best_metric
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
+    from utils.training.flags import MEANINGLESS_FOR_PAIRS, set_aside
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
 
+    set_aside(training_args, MEANINGLESS_FOR_PAIRS)
     folder = model_args.tokenizer_name_or_path or choose_tokenizer(
         lora_args.adapter_name_or_path, model_args.model_name_or_path
     )
     if folder is None:
         raise InputError("pass --model_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_reward_request(model_args, lora_args, tokenizer)
+    check_reward_request(model_args, lora_args, tokenizer, reward_args.max_seq_length)
     training_run = open_run(training_args, model_args, lora_args, data_args, reward_args)
     template = resolve_template(reward_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so that answers are scored as they were trained

@@ -66,7 +66,7 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer)
+    check_training_request(model_args, extend_args, lora_args, tokenizer, tuning_args.max_seq_length)
     all_args = (model_args, extend_args, lora_args, data_args, tuning_args)
     training_run = open_run(training_args, *all_args)
     template = resolve_template(tuning_args.prompt_template, tokenizer)

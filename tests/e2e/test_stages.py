@@ -1,13 +1,17 @@
 """What holds for all five training scripts alike, each with a few records."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from support.models import save_llama
+from support.paths import SCRIPTS
 from support.stages import STAGES, run_main, stage_argv, stage_losses, write_records
+from utils.core.errors import InputError
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
 from utils.training import arguments
 
@@ -71,3 +75,37 @@ def test_a_type_that_float32_arithmetic_cannot_keep_is_said(stored, records, tmp
     with caplog.at_level(logging.WARNING):
         losses_of("sft", stored, "float32", records, tmp_path / "run", "--precision", "fp32", "--dtype", "float16")
     assert "--dtype float16 has no effect with --precision fp32" in caplog.text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_start_is_refused_at_once_and_the_first_loses_nothing(stage, tiny_model_folder, records, tmp_path):
+    """Before the first checkpoint, where nothing but the lock says that somebody is at work."""
+    out = tmp_path / "run"
+    argv = stage_argv(stage, tiny_model_folder, records, out)
+    code = (
+        "import sys, time; from pathlib import Path; from utils.core.files import HeldFolder\n"
+        "out = Path(sys.argv[1]); held = HeldFolder(out)\n"
+        "out.mkdir(); (out / 'run_config.yaml').touch(); print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=SCRIPTS, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with pytest.raises(InputError, match=rf"another run is writing it \(process {first.pid} on "):
+            run_main(stage, argv)
+        first.kill()
+    assert (out / "run_config.yaml").is_file() and not list(out.glob("all_results.json"))
+    if stage == "sft":  # the lock went with its process
+        run_main(stage, argv)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".token_cache", "run"]
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "ppo"])
+def test_flags_that_a_stage_does_not_ask_are_said_before_data_is_read(
+    stage, tiny_model_folder, records, tmp_path, caplog
+):
+    argv = stage_argv(stage, tiny_model_folder, records, tmp_path / "run", "--data_seed", "7")
+    with pytest.raises(InputError, match="absent"):
+        run_main(stage, [*argv, "--train_data", str(tmp_path / "absent.jsonl")])
+    assert "--data_seed has no effect: --seed decides the order" in caplog.text
+    if stage == "ppo":
+        with pytest.raises(InputError, match=r"--neftune_noise_alpha 5\.0: PPO compares"):
+            run_main(stage, [*argv, "--neftune_noise_alpha", "5"])

@@ -57,9 +57,6 @@ class ExtendArguments:
         help="New rows of embed_tokens and lm_head: mean of the rows of the pieces the old tokenizer cut the new "
         "piece into; mean of all old rows; random with the old rows' spread; zero.",
     )
-    compare_embedding_init: bool = arg(
-        False, help="Before training, report validation bits-per-byte at step 0 for every --embedding_init."
-    )
     resize_embeddings: bool = arg(
         False, help="Allow a larger vocabulary although embed_tokens and lm_head are not trained."
     )
@@ -110,18 +107,25 @@ class DataArguments:
     validation_split: float = arg(
         0.0, help="Share of every training corpus held out for evaluation when there is no --validation_data, 0-1."
     )
-    text_column: str = arg("text", help="Field with the text in json, jsonl and parquet files.")
     on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
     data_cache_dir: str | None = arg(help="Folder of the token caches; default: <output_dir>/../.token_cache.")
     preprocessing_num_workers: int | None = arg(help="Processes that tokenise; default: the cores available.")
-    max_train_samples: int | None = arg(help="Use only this many blocks or samples of each training corpus.")
-    max_eval_samples: int | None = arg(help="Use only this many blocks or samples of each validation corpus.")
+    max_train_samples: int | None = arg(
+        help="Train on at most this many blocks (pt.py) or records, from all files of --train_data alike."
+    )
+    max_eval_samples: int | None = arg(
+        help="Evaluate on at most this many blocks (pt.py) or records of each validation set."
+    )
 
     def __post_init__(self) -> None:
+        counts = ("preprocessing_num_workers", "max_train_samples", "max_eval_samples")
+        problems = [f"--{name} {value}: need at least 1" for name in counts
+                    if (value := getattr(self, name)) is not None and value < 1]  # fmt: skip
         if not 0 <= self.validation_split < 1:
-            raise InputError(
+            problems.append(
                 f"--validation_split {self.validation_split}: it is a fraction, 0 <= share < 1 (0.05 holds out 5 %)"
             )
+        raise_problems(problems)
 
 
 @dataclass

@@ -18,6 +18,7 @@ import math
 import os
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .arguments import InferenceArguments
 
 RUN_CONFIG = "run_config.yaml"
+NULL = "null"  # no value: how YAML and JSON spell it, and so the command line
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -53,7 +55,27 @@ def build_parser(types: Sequence[type], description: str | None = None) -> Argum
     from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
 
     parser: ArgumentParser = HfArgumentParser(types, allow_abbrev=False, description=description)
+    optional = _optional_names(types)
+    for action in parser._actions:
+        if action.dest in optional and action.choices is None and callable(action.type):
+            action.type = _or_null(action.type)
     return parser
+
+
+def _optional_names(types: Sequence[type]) -> set[str]:
+    """The flags that may have no value."""
+    hints = [(name, hint) for kind in types for name, hint in typing.get_type_hints(kind).items()]
+    return {name for name, hint in hints if type(None) in typing.get_args(hint)}
+
+
+def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The conversion of a flag that may also have no value, which the command line spells as YAML does."""
+
+    def converted(text: str) -> Any:
+        return None if text == NULL else convert(text)
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # argparse names it where a value is wrong
+    return converted
 
 
 def parse_args(
@@ -74,7 +96,9 @@ def parse_args(
     parser = build_parser(kinds, description)
     known = {action.dest for action in parser._actions}
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = _file_to_flags(argv[0], known, documented) + argv[1:]
+        flags, lists = _read_config(argv[0], known, _optional_names(kinds), documented)
+        _set_lists(argv[0], parser, lists)
+        argv = flags + argv[1:]
     argv = translate_old_flags(argv, known, documented)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -128,7 +152,10 @@ def _describe_unknown(where: str, names: Sequence[str], known: set[str]) -> str:
     return f"{where}: unknown: {', '.join(described)}"
 
 
-def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> list[str]:
+def _read_config(
+    path: str, known: set[str], optional: set[str], documented: Sequence[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """A config file as words of a command line, and its lists by their flag's name."""
     import yaml
 
     if not Path(path).is_file():
@@ -145,15 +172,38 @@ def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> lis
     if unknown := [str(name) for name in settings if name not in accepted]:
         raise InputError(_describe_unknown(path, unknown, known))
     flags: list[str] = []
+    lists: dict[str, list[str]] = {}
     for name, value in settings.items():
-        if value is None or value == []:
-            continue
-        values = value if isinstance(value, list) else [value]
-        # As words, for the parser to convert: YAML reads 1e-4 as a string, which would stay one.
-        words = [json.dumps(item) if isinstance(item, (bool, dict)) else str(item) for item in values]
-        # By "=", since a value may begin with dashes.
-        flags += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    return flags
+        if isinstance(value, list):
+            for flag in translate_old_flags([f"--{name}="], known, documented):
+                lists[flag[2:-1]] = [_to_word(item) for item in value]
+        elif value is not None or name in optional:
+            flags.append(f"--{name}={_to_word(value)}")  # by "=", since a value may begin with dashes
+    return flags, lists
+
+
+def _to_word(value: Any) -> str:
+    """A value as the command line spells it, for the parser to convert: YAML reads 1e-4 as a string."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, dict)) else str(value)
+
+
+def _set_lists(path: str, parser: ArgumentParser, lists: dict[str, list[str]]) -> None:
+    """Make a file's lists the parser's defaults: as words of a command line, none of theirs could begin with dashes.
+
+    A flag that takes one text has its parts joined by commas, as --target_modules.
+    """
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    for name, words in lists.items():
+        action, convert = actions[name], actions[name].type
+        values: Any = words
+        if action.nargs == "+" and callable(convert):
+            try:
+                values = [convert(word) for word in words]
+            except (ValueError, TypeError):
+                raise InputError(f"{path}: {name}: {words}: not all are {getattr(convert, '__name__', '')}") from None
+        elif action.nargs != "+":
+            values = ",".join(words) or action.default
+        parser.set_defaults(**{name: values})
 
 
 # ---------------------------------------------------------------- the record of a run
@@ -168,15 +218,21 @@ def describe_arguments(*arguments: Any) -> dict[str, Any]:
             if not field.init:
                 continue
             value = given.get(field.name, getattr(instance, field.name))
-            value = value.value if isinstance(value, enum.Enum) else value
+            value = _plain(value)
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            default = default.value if isinstance(default, enum.Enum) else default
-            plain = isinstance(value, (str, int, float, bool, list, dict))
+            default = _plain(default)
+            plain = value is None or isinstance(value, (str, int, float, bool, list, dict))
             if plain and value != default:
                 settings[field.name] = value
     return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def save_run_config(folder: str | Path, settings: dict[str, Any], notes: dict[str, str] | None = None) -> None:

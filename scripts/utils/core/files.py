@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -132,6 +134,42 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
         if lock.is_locked:
             path.unlink(missing_ok=True)  # while it is held: who gets a removed file tries again
             lock.release()
+
+
+class HeldFolder:
+    """A folder that this process alone writes, for as long as it lives or until `release`.
+
+    The lock stands beside the folder, `.<name>.lock`, and says whose it is. The system lets go of it when the process
+    ends, however that ends. A process may take again what it holds.
+    """
+
+    def __init__(self, folder: str | Path, flag: str = "--output_dir") -> None:
+        """Raises: InputError naming `flag` and, where it is known, the process that holds the folder."""
+        from filelock import FileLock, Timeout
+
+        path = Path(folder).resolve()
+        path = path.with_name(f".{path.name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, is_singleton=True)
+        try:
+            lock.acquire(blocking=False)
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        except Timeout:
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+            raise InputError(
+                f"{flag} {folder}: another run is writing it ({holder or 'an unknown process'}); wait for it, or pass "
+                "another folder"
+            ) from None
+        except OSError as error:
+            if error.filename is not None:
+                raise  # it cannot be made; otherwise this file system has no locks
+        self.release = weakref.finalize(self, _let_go, lock, path)  # at the latest when the process ends
+
+
+def _let_go(lock: Any, path: Path) -> None:
+    if lock.lock_counter == 1:
+        path.unlink(missing_ok=True)  # while it is held, as in locked
+    lock.release()
 
 
 def _publish(partial: Path, path: Path) -> None:

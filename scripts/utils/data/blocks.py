@@ -124,6 +124,16 @@ class PackedBlocks(Dataset[Item]):
         return row
 
 
+def share_evenly(sizes: Sequence[int], total: int) -> list[int]:
+    """How many to take of each to have `total` of all: equally many, and what one lacks of the others."""
+    shares = [0] * len(sizes)
+    waiting = sorted(range(len(sizes)), key=sizes.__getitem__)  # the smallest first: what it lacks is known then
+    for place, number in enumerate(waiting):
+        shares[number] = min(sizes[number], -(-total // (len(sizes) - place)))
+        total -= shares[number]
+    return shares
+
+
 class MixedBlocks(Dataset[Item]):
     """Blocks of several corpora: each as many passes an epoch as its weight says, and a share of replay blocks."""
 

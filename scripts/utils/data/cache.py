@@ -10,6 +10,7 @@ the version of the rules (RULES), because a changed rule must not meet an old ca
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -168,7 +169,7 @@ def _open_or_build(kind: type[Cache], folder: Path, build: Callable[[Path], None
     """Open a complete cache, or let one process of all that come here build it while the others wait."""
     if found := _open(kind, folder):
         return found
-    with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
+    with cache_lock(folder):
         if found := _open(kind, folder):
             return found
         _remove_abandoned(folder.parent)
@@ -195,10 +196,15 @@ def _describe(cache: TokenCache) -> str:
     return f"{cache.num_documents:,} documents, {tokens:,} tokens, {size / tokens:.2f} bytes of disk a token"
 
 
+def cache_lock(path: Path, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
+    """The lock of whoever makes `path`, which lies in a cache folder; what is made without it may be cleaned away."""
+    return locked(path.with_name(f".{path.name}.lock"), wait)
+
+
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Free the space of caches whose builder was killed."""
+    """Free the space of what was being made in a cache folder by a process that was killed."""
     for partial in cache_dir.glob(".*.partial"):
-        with locked(partial.with_suffix(".lock")) as held:
+        with cache_lock(partial.with_name(partial.name[1:].removesuffix(".partial")), wait=False) as held:
             if held:
                 remove(partial)
 
@@ -342,6 +348,20 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
 
 PARALLEL_BYTES = 8 << 20
 RECORDS_PER_UNIT = 500
+MOST_OPEN = 256  # files read in turn
+
+Item = TypeVar("Item")
+
+
+def take_in_turn(iterators: Sequence[Iterator[Item]]) -> Iterator[Item]:
+    """One item of each, again and again; those that are at their end are left out."""
+    waiting = collections.deque(iterators)
+    while waiting:
+        iterator = waiting.popleft()
+        for item in iterator:
+            yield item
+            waiting.append(iterator)
+            break
 
 
 class Record(NamedTuple):
@@ -357,7 +377,7 @@ class RecordEncoder(Encoder):
     Attributes:
         template: the jinja text of the chat template, see prompts.resolve_template.
         max_length: tokens of a row.
-        max_samples: only so many records are read, the first ones of all files together; None: all.
+        max_samples: only so many records are read, from all files in turn; None: all.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -372,11 +392,20 @@ class RecordEncoder(Encoder):
         return PARALLEL_BYTES
 
     def settings(self, files: Sequence[Path]) -> list[Any]:
-        return [self.template, self.max_length, self.max_samples]
+        # In turn: the limit once was the first records of all files.
+        return [self.template, self.max_length, self.max_samples and ["in turn", self.max_samples]]
 
     def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[list[Record]]:
-        every = (Record(place, path.stem, record) for path in files for place, record in iter_records(path, bad_text))
-        records = itertools.islice(every, self.max_samples)
+        def read(path: Path) -> Iterator[Record]:
+            return (Record(place, path.stem, record) for place, record in iter_records(path, bad_text))
+
+        if self.max_samples is None:
+            records: Iterator[Record] = itertools.chain.from_iterable(map(read, files))
+        else:
+            # Chains of files rather than files, so that not too many are open at once.
+            chains = [files[start::MOST_OPEN] for start in range(min(MOST_OPEN, len(files)))]
+            in_turn = take_in_turn([itertools.chain.from_iterable(map(read, chain)) for chain in chains])
+            records = itertools.islice(in_turn, self.max_samples)
         while unit := list(itertools.islice(records, RECORDS_PER_UNIT)):
             yield unit
 
@@ -408,7 +437,7 @@ def hash_files(files: Sequence[Path], cache_dir: Path) -> list[list[str]]:
         hashes.append([path.suffix.lower(), recorded[-1]])
     if changed:
         # Only a shortcut: a cache folder that cannot be written may still hold what is needed.
-        with contextlib.suppress(OSError), locked(cache_dir / f".{HASHES}.lock", wait=True):
+        with contextlib.suppress(OSError), cache_lock(index_path):
             write_json(index_path, index)
     return hashes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from ..weights.model_folder import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,12 @@ def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def check_loading(args: ModelArguments) -> None:
+    """Raises: InputError if a package that loading needs is not installed."""
+    choose_attention(args.attn_implementation)
+    quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, torch.float32)
 
 
 def training_dtype(dtype: str, compute_dtype: torch.dtype, full_finetuning: bool = False) -> str:
@@ -140,8 +147,8 @@ def _pack_whole_blocks_only(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreTrainedModel:
-    """A model with random weights from --config_name and --config_overrides, with `vocabulary` rows."""
+def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
+    """--config_name with --config_overrides and `vocabulary` rows. Raises: InputError, also for impossible shapes."""
     from transformers import AutoModelForCausalLM
 
     assert args.config_name is not None
@@ -150,18 +157,46 @@ def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreT
     if config is None:
         raise InputError(f"--config_name {args.config_name}: no such folder or file")
     for override in (args.config_overrides or "").split(","):
-        if not override:
-            continue
-        name, equals, text = override.partition("=")
-        if not equals or not hasattr(config, name):
-            raise InputError(f"--config_overrides {override}: need name=value with a name of {type(config).__name__}")
-        old = getattr(config, name)
-        value = text.lower() == "true" if isinstance(old, bool) else type(old)(text)
-        setattr(config, name, value)
+        if override.strip():
+            _override(config, override.strip())
     config.vocab_size = vocabulary
     check_padding(f"--config_name {args.config_name}", config)
+    try:
+        with torch.device("meta"):  # shapes only, no memory
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's code makes of sizes that do not go together
+        changes = f" --config_overrides {args.config_overrides}" if args.config_overrides else ""
+        raise InputError(f"--config_name {args.config_name}{changes}: {error}") from None
+    return config
+
+
+def _override(config: PreTrainedConfig, override: str) -> None:
+    """Set one name=value in a config. Values are read as JSON, other words are texts."""
+    name, equals, text = override.partition("=")
+    name, text = name.strip(), text.strip()
+    if not equals or not hasattr(config, name):
+        raise InputError(f"--config_overrides {override}: need name=value with a name of {type(config).__name__}")
+    old = getattr(config, name)
+    try:
+        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        value = text
+    if type(old) is float and type(value) is int:
+        value = float(value)
+    if old is not None and type(value) is not type(old):
+        raise InputError(f"--config_overrides {override}: need {type(old).__name__}, as {name} {old!r} is")
+    try:
+        setattr(config, name, value)
+    except (TypeError, ValueError) as error:  # transformers checks types
+        raise InputError(f"--config_overrides {override}: {error}") from None
+
+
+def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreTrainedModel:
+    """A model with random weights of new_config."""
+    from transformers import AutoModelForCausalLM
+
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=choose_attention(attention)
+        new_config(args, vocabulary), dtype=torch.float32, attn_implementation=choose_attention(attention)
     )
     return model
 

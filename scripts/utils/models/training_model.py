@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from dataclasses import replace
@@ -21,11 +22,11 @@ from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
-from .loading import create_model, load_model, training_dtype
+from .loading import check_loading, create_model, load_model, new_config, training_dtype
 from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +70,23 @@ def check_training_request(
     extend_args: ExtendArguments,
     lora_args: LoraArguments,
     tokenizer: PreTrainedTokenizerBase,
+    length: int = 0,
 ) -> None:
-    """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
+    """Find, before data is read, what would fail once weights are loaded.
+
+    Args: length: the longest row in tokens; beyond the model's window there is a warning.
+    Raises: InputError.
+    """
+    check_loading(model_args)
     if extend_args.config_name:
         if not lora_args.full_finetuning:
             raise InputError("--config_name makes a model from scratch: add --full_finetuning")
+        warn_beyond_window(new_config(extend_args, embedding_rows(tokenizer)), length)
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
     base = read_model(model_args.model_name_or_path)
+    warn_beyond_window(base.config, length)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
@@ -85,12 +94,59 @@ def check_training_request(
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
         )
-    trained = set((lora_args.modules_to_save or "").split(","))
+    check_modules(lora_args, base.config)
+    trained = set(split_names(lora_args.modules_to_save))
     if lora_args.adapter_name_or_path:
         trained = set(read_adapter(lora_args.adapter_name_or_path, base).config.modules_to_save)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
         refuse_untrained_rows(tokenizer, base.config.vocab_size)
+
+
+def split_names(names: str | None) -> list[str]:
+    """The names of a comma-separated list, without the spaces around them."""
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
+
+
+def check_modules(
+    args: LoraArguments, config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM", **settings: Any
+) -> None:
+    """Raises: InputError for names of --target_modules and --modules_to_save that no module of the model has.
+
+    Args: auto_class, settings: as load_model has them.
+    """
+    import transformers
+
+    if args.full_finetuning or args.adapter_name_or_path:
+        return
+    if "lm_head" in resolve_target_modules(args.target_modules, config):
+        raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
+    wanted = split_names(args.modules_to_save)
+    if not wanted:
+        return
+    shaped = copy.deepcopy(config)
+    shaped.update(settings)
+    with torch.device("meta"):  # names only, no memory
+        names = [name for name, _ in getattr(transformers, auto_class).from_config(shaped).named_modules()]
+    # As PEFT takes them: a module's name, or the end of its path.
+    if unknown := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in names)]:
+        known = dict.fromkeys(path.rpartition(".")[2] for path in names)
+        has = ", ".join(name for name in known if name and not name.isdecimal())
+        raise InputError(
+            f"--modules_to_save {args.modules_to_save}: no module is called {', '.join(unknown)}; the model has {has}"
+        )
+
+
+def warn_beyond_window(config: PreTrainedConfig, length: int) -> None:
+    """Say it where rows of `length` tokens are longer than the model's window."""
+    window = getattr(config, "max_position_embeddings", None)
+    if window is not None and length > window:
+        logger.warning(
+            "rows of %d tokens, but the model's window has %d: what stands beyond is learned at positions that the "
+            "model has never seen; lower --block_size (pt.py) or --max_seq_length, or take a base of a longer window",
+            length,
+            window,
+        )
 
 
 def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task_type: str = "CAUSAL_LM") -> Any:
@@ -114,7 +170,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
         wrapped: Any = load_with_peft(model, {"default": args.adapter_name_or_path}, is_trainable=True)
     else:
         targets = resolve_target_modules(args.target_modules, model.config)
-        saved = [name for name in (args.modules_to_save or "").split(",") if name]
+        saved = split_names(args.modules_to_save)
         if "lm_head" in targets:
             raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
         config = LoraConfig(

@@ -78,8 +78,10 @@ class Objective:
             losses = objectives.hinge_loss(*four, self.beta)
         elif self.kind == "orpo":
             losses = objectives.orpo_loss(*four[:2], self.beta)
-        else:
+        elif self.kind == "simpo":
             losses = objectives.simpo_loss(*four[:2], self.beta, self.simpo_gamma)
+        else:
+            raise AssertionError(f"no loss is called {self.kind}")
         mean = logprobs / lengths
         if self.sft_weight:
             losses = losses - self.sft_weight * mean[::2]

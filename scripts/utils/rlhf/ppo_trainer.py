@@ -71,6 +71,9 @@ CURVES = {
     "value_loss": "value loss",
 }
 
+# Figures of an evaluation; explained_variance is left out where it is not defined.
+METRICS = ("score", "score_std", "kl", "answer_entropy", "answer_tokens", "ended", "explained_variance")
+
 
 @dataclass
 class Sums:

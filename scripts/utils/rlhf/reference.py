@@ -23,7 +23,7 @@ from ..core.errors import InputError
 from ..core.files import atomic_file, hash_json
 from ..core.hub import find_folder
 from ..data.batches import Example, PairCollator, model_inputs, sum_by_answer
-from ..data.cache import hash_files
+from ..data.cache import cache_lock, hash_files
 from ..data.preferences import PairCache
 from ..models.gathering import whole_models_loaded
 from ..models.lm_loss import loss_targets
@@ -148,7 +148,7 @@ def load_reference_tables(
         for place in absent:
             table = tables[place] = _compute_table(model.eval(), files[place], training_args, collator)
             if training_args.should_save:
-                with atomic_file(paths[place], "wb") as stream:
+                with cache_lock(paths[place]), atomic_file(paths[place], "wb") as stream:
                     np.save(stream, table, allow_pickle=False)
         del model
         gc.collect()

@@ -23,8 +23,8 @@ from ..core.hub import find_folder
 from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
-from ..models.loading import bf16_is_supported, load_model
-from ..models.training_model import convert_at_borders
+from ..models.loading import bf16_is_supported, check_loading, load_model
+from ..models.training_model import check_modules, convert_at_borders, warn_beyond_window
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import check_embedding_rows, load_tokenizer
 from ..weights.config import load_config, local_folder
@@ -152,13 +152,20 @@ def adapter_task(folder: str | Path) -> str | None:
 
 
 def check_reward_request(
-    model_args: ModelArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase
+    model_args: ModelArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase, length: int = 0
 ) -> None:
-    """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
+    """Find, before data is read, what would fail once weights are loaded.
+
+    Args: length: the longest pair in tokens, as check_training_request has it.
+    Raises: InputError.
+    """
+    check_loading(model_args)
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path: the tuned model that the reward model starts from")
     base = read_model(model_args.model_name_or_path, REWARD_MODEL)
     config = base.config
+    warn_beyond_window(config, length)
+    check_modules(lora_args, config, REWARD_MODEL, num_labels=1)
     if is_classifier(config) and config.num_labels != 1:
         raise InputError(
             f"{model_args.model_name_or_path} is a classifier with {config.num_labels} labels; a reward model has one"

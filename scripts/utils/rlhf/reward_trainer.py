@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from ..core.errors import InputError
 from ..core.figures import saved_figure
 from ..core.files import write_json
 from ..data.batches import PairSet, model_inputs
@@ -136,13 +135,10 @@ def check_best_metric(args: RunArguments, names: Sequence[str]) -> None:
 
     Raises: InputError if evaluation, or a checkpoint's choice, is asked of validation sets that are not there.
     """
-    check_validation(args, names)
+    check_validation(args, names, METRICS, ("loss", "accuracy"))
     metric = args.metric_for_best_model
     if metric is not None and metric.endswith(SMALLER_IS_BETTER):
         args.greater_is_better = False
-    known = [f"eval_{name}_{metric}" for name in names for metric in METRICS] + ["eval_loss", "eval_accuracy"]
-    if names and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
-        raise InputError(f"--metric_for_best_model {metric}: need one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------- the report

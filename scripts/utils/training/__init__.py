@@ -1,9 +1,10 @@
 """Training: the arguments of a run, its output folder and resuming, the Trainer, curves.
 
+  flags      Flags of transformers: those without meaning here, and values that would be refused only later
   arguments  the arguments of a run, DeepSpeed configs made to fit, and what is measured
   runs       who may write into an output folder, what is resumed, and when a checkpoint or a run counts as complete
   trainer    chunked loss, complete checkpoints, evaluation in bits per byte, throughput
   plots      Curves of a run
 
-Others import: arguments, runs, trainer, plots.
+Others import: flags, arguments, runs, trainer, plots.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from ..core.errors import InputError, raise_problems
 from ..core.files import read_json
 from ..core.machine import peak_resident_bytes
 from ..models.loading import bf16_is_supported
+from .flags import MEANINGLESS, REFUSED, check_optimizer, check_trackers, check_values, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ class RunArguments(TrainingArguments):
         fsdp_config: Any
         gradient_checkpointing: Any
         dataloader_pin_memory: bool
-        resume_from_checkpoint: str | None
+        gradient_checkpointing_kwargs: Any
+        report_to: Any
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."
@@ -54,34 +57,23 @@ class RunArguments(TrainingArguments):
     restart: bool = arg(False, help="Start over, also where output_dir holds an unfinished run.")
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses (they stop training here)."}
+        default=False, metadata={"help": "No effect: a loss that is not finite stops training."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Not used: batches hold what the model needs."}
+        default=False, metadata={"help": "No effect: batches hold what the model needs."}
     )
     save_total_limit: int | None = field(default=3, metadata={"help": "How many checkpoints are kept."})
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in (
-            "learning_rate",
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            if not getattr(self, name) > 0:
-                problems.append(f"--{name} {getattr(self, name)}: need a number above 0")
-        if self.fp16 and self.bf16:
-            problems.append("--fp16 and --bf16 exclude each other")
-        raise_problems(problems)
+        check_values(self)
         # What was asked for; run_config.yaml records this, so that it fits another machine too.
         self.given = {name: getattr(self, name) for name in RESOLVED} | {
             "restart": False,
             "overwrite_output_dir": False,
         }
-        if self.resume_from_checkpoint:
-            logger.warning("--resume_from_checkpoint is not needed: an unfinished run resumes by itself")
-            self.resume_from_checkpoint = None
+        set_aside(self, MEANINGLESS, REFUSED)
+        if isinstance(self.report_to, str):
+            self.report_to = self.report_to.split(",")
         self._choose_precision()
         if self.deepspeed:
             self.deepspeed = prepare_deepspeed(self.deepspeed)
@@ -90,6 +82,8 @@ class RunArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._check_fsdp()
         super().__post_init__()
+        check_trackers(self)
+        check_optimizer(self)
         if self.deepspeed:
             join_deepspeed()
         if self.n_gpu > 1:
@@ -114,7 +108,7 @@ class RunArguments(TrainingArguments):
         if self.gradient_checkpointing or getattr(self, new):
             self.gradient_checkpointing = None if new != "gradient_checkpointing" else True
             setattr(self, new, True)
-            if getattr(self, f"{new}_kwargs") is None:
+            if getattr(self, f"{new}_kwargs") is None and self.gradient_checkpointing_kwargs is None:
                 # The re-entrant form loses gradients when the embeddings are frozen, as in LoRA training.
                 setattr(self, f"{new}_kwargs", {"use_reentrant": False})
 
@@ -146,6 +140,8 @@ class RunArguments(TrainingArguments):
 
 def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
     """Read a DeepSpeed config and mend what today's DeepSpeed or this machine refuses, each with a warning."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("--deepspeed needs the package deepspeed: pip install deepspeed")
     settings: dict[str, Any] = dict(config) if isinstance(config, dict) else read_json(config)
     fp16 = dict(settings.get("fp16", {}))
     if 0 < fp16.get("min_loss_scale", 1) < 1:
@@ -204,10 +200,23 @@ def peak_flops() -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
-def check_validation(args: TrainingArguments, names: Sequence[str]) -> None:
-    """Raises: InputError if evaluation is asked of validation sets (their names) that are not there."""
+METRICS = ("loss", "perplexity", "bits_per_byte")  # of the evaluation of text
+
+
+def check_validation(
+    args: TrainingArguments, names: Sequence[str], metrics: Sequence[str] = METRICS, means: Sequence[str] = ("loss",)
+) -> None:
+    """Look at what evaluation is asked for, before anything is trained.
+
+    Args: names: of the validation sets; metrics: figures of a set; means: those that are averaged over the sets.
+    Raises: InputError if there are none of these sets, or a checkpoint is to be chosen by a figure that they lack.
+    """
     if not names and (args.eval_strategy != "no" or args.load_best_model_at_end):
         raise InputError(
             "--eval_strategy and --load_best_model_at_end need validation data: pass --validation_data, or "
             "--validation_split 0.05"
         )
+    chosen = args.metric_for_best_model
+    known = [*(f"eval_{name}_{metric}" for name in names for metric in metrics), *(f"eval_{name}" for name in means)]
+    if names and chosen is not None and f"eval_{chosen.removeprefix('eval_')}" not in known:
+        raise InputError(f"--metric_for_best_model {chosen}: need one of {', '.join(known)}")

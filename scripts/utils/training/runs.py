@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.command_line import RUN_CONFIG, describe_arguments, save_run_config
 from ..core.errors import InputError
-from ..core.files import atomic_file, read_json, remove, write_json
+from ..core.files import HeldFolder, atomic_file, read_json, remove, write_json
 
 if TYPE_CHECKING:
     from .arguments import RunArguments
@@ -46,25 +46,36 @@ class Run:
         checkpoint: where to resume, None to start.
         settings: what run_config.yaml records.
         replaces: whether the folder holds a run that the user allowed to go.
+        held: keeps other runs out of the folder; None in processes other than the first.
     """
 
     folder: Path
     checkpoint: Path | None
     settings: dict[str, Any]
     replaces: bool
+    held: HeldFolder | None = None
+
+    def release(self) -> None:
+        """Let other runs write the folder."""
+        if self.held is not None:
+            self.held.release()
 
 
 def open_run(args: RunArguments, *arguments: Any) -> Run:
-    """Decide whether this run starts, resumes or is refused; nothing is written yet, so that bad data costs nothing.
+    """Decide whether this run starts, resumes or is refused; nothing in the folder changes yet, so that bad data costs
+    nothing. From here on no other run writes it.
 
     Sets the recorded seed in `args` when a run is resumed, and seeds the process.
-    Raises: InputError if output_dir holds a finished run, a run with other settings, or anything else.
+    Raises: InputError if output_dir holds a finished run, a run with other settings, or anything else, or another run
+        is writing it.
     """
     assert args.output_dir is not None
     folder = Path(args.output_dir)
     run = Run(folder, None, describe_arguments(*arguments, args), replaces=False)
     if folder.is_file():
         raise InputError(f"--output_dir {folder} is a file; pass the name of a folder")
+    if args.process_index == 0:
+        run.held = HeldFolder(folder)
     if folder.is_dir() and any(not item.name.startswith(".") for item in folder.iterdir()):  # a killed write's rest
         _inspect(run, args)
     prepare_process(args.seed)  # last: a run that resumes has the recorded seed by now
@@ -144,8 +155,10 @@ def changed_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> list
     """The settings that differ and would change the weights, each as "name old -> new"."""
     current = json.loads(json.dumps(settings))  # as YAML gives them back, so that equal settings compare equal
     names = sorted((recorded.keys() | current.keys()) - FREE_TO_CHANGE)
-    pairs = [(name, recorded.get(name), current.get(name)) for name in names]
-    return [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if old != new]
+    # What is not there has its default, which None need not be.
+    default = object()
+    changed = [name for name in names if recorded.get(name, default) != current.get(name, default)]
+    return [f"{name} {recorded.get(name)!r} -> {current.get(name)!r}" for name in changed]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -258,6 +258,7 @@ def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher
         finish_run(
             folder, metrics, next_command(trainer.accelerator.unwrap_model(trainer.model), folder, next_launcher)
         )
+    run.release()
     return metrics
 
 

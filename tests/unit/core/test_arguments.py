@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from support.paths import ROOT
-from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg, list_arg
 from utils.core.command_line import describe_arguments, parse_args, save_run_config, shell_command
 from utils.core.errors import InputError
 
@@ -149,3 +149,34 @@ def test_the_compiler_is_loaded_where_it_was_asked_for(asked):
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == f"{asked} {not asked}\n", done.stderr
+
+
+@dataclass
+class ShapeArguments:
+    kl_limit: float | None = arg(100.0, help="a limit, or none")
+    stop: list[str] = list_arg(help="texts")
+    weights: list[float] = list_arg(help="numbers")
+    target_modules: str = arg("q_proj", help="names, comma-separated")
+    rank: int = arg(8, help="a number")
+
+
+def test_a_config_file_says_no_value_and_lists_of_any_words(tmp_path):
+    """The oracle is what YAML itself reads."""
+    settings = {"kl_limit": None, "stop": ["###", "---", "--rank"], "weights": ["1e-1", 2], "rank": None}
+    path = write_yaml(tmp_path, yaml.safe_dump(settings) + "target_modules: [q_proj, v_proj]\n")
+    (read,) = parse_args(ShapeArguments, argv=[path])
+    assert read == ShapeArguments(None, ["###", "---", "--rank"], [0.1, 2.0], "q_proj,v_proj")
+    (read,) = parse_args(ShapeArguments, argv=[path, "--stop", "x", "--kl_limit", "3", "--target_modules", "o_proj"])
+    assert read == ShapeArguments(3.0, ["x"], [0.1, 2.0], "o_proj"), "the command line counts more"
+    assert parse_args(ShapeArguments, argv=["--kl_limit", "null"])[0].kl_limit is None
+    assert describe_arguments(read)["kl_limit"] == 3.0
+    save_run_config(tmp_path, describe_arguments(ShapeArguments(kl_limit=None)))
+    assert parse_args(ShapeArguments, argv=[str(tmp_path / "run_config.yaml")])[0].kl_limit is None
+    for text, message in ("weights: [1, many]\n", r"weights: .*'many'.* float"), ("rank: [1, 2]\n", "rank"):
+        with pytest.raises((InputError, SystemExit), match=message if "weights" in text else None):
+            parse_args(ShapeArguments, argv=[write_yaml(tmp_path, text)])
+
+
+def test_lists_under_an_old_name(tmp_path, caplog):
+    (data,) = parse_args(DataArguments, argv=[write_yaml(tmp_path, "dataset_dir: [a, --b]\n")])
+    assert data.train_data == ["a", "--b"] and "--dataset_dir is now --train_data" in caplog.text

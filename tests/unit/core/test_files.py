@@ -124,3 +124,19 @@ def test_read_json_names_the_line(tmp_path):
         files.read_json(path)
     with pytest.raises(InputError, match="file not found"):
         files.read_json(tmp_path / "absent.json")
+
+
+def test_one_process_holds_a_folder(tmp_path):
+    """Another process is refused by name and loses nothing; the same one may take it again; a kill lets it go."""
+    folder = tmp_path / "run"
+    code = "import sys; from utils.core import files; held = files.HeldFolder(sys.argv[1]); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, cwd=SCRIPTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(InputError, match=rf"--output_dir .*run: another run .*process {other.pid} on "):
+            files.HeldFolder(folder)
+        other.kill()
+    held = files.HeldFolder(folder)
+    files.HeldFolder(folder)
+    held.release()
+    assert list(tmp_path.iterdir()) == []

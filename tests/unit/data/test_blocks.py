@@ -10,7 +10,7 @@ import torch
 
 from utils.core.errors import InputError
 from utils.data.batches import Collator
-from utils.data.blocks import MixedBlocks, PackedBlocks, PackedSamples, PaddedSamples, describe_sample
+from utils.data.blocks import MixedBlocks, PackedBlocks, PackedSamples, PaddedSamples, describe_sample, share_evenly
 from utils.data.cache import CacheSettings, CacheWriter
 from utils.data.corpora import CorpusCache
 from utils.data.samples import SampleCache, load_sft_samples
@@ -384,3 +384,15 @@ def test_the_first_sample_is_shown_with_what_is_trained(tmp_path, extended_token
     assert answer.endswith("</s>⟧")
     document = {name: torch.tensor(row) for name, row in expected_row([([1, 300, 301, 2], [True] * 4)]).items()}
     assert describe_sample(document, tokenizer).startswith("⟦<s>")
+
+
+@pytest.mark.parametrize("total", [0, 1, 5, 12, 40])
+def test_a_limit_is_shared_evenly(total):
+    """Against giving one to each in turn."""
+    sizes = [7, 1, 9, 3]
+    shares = [0] * len(sizes)
+    for _ in range(min(total, sum(sizes))):
+        room = [number for number, size in enumerate(sizes) if shares[number] < size]
+        shares[min(room, key=shares.__getitem__)] += 1
+    found = share_evenly(sizes, total)
+    assert sorted(found) == sorted(shares) and all(map(int.__le__, found, sizes))

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,6 +126,43 @@ def test_limits_of_records_read(data, run, tokenizer, script):
     name = file.split(".")[0]
     assert (train, evaluated) == (41, {name: 5})
     assert list(keys) == [f"train/{name}+{name}-2", f"validation/{name}"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_limit_takes_from_all_files_alike(data, run, tokenizer, script, tmp_path):
+    """Named one by one, or in a folder: no file is left out, and the smaller one's lack is the larger one's gain."""
+    _, file = SCRIPTS[script]
+    paths = [str(data / part / file) for part in ("training", "validation")]
+    for part, path in zip(("first", "second"), paths, strict=True):
+        (tmp_path / "all").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "all" / f"{part}{Path(file).suffix}")
+    for sources in (paths, [str(tmp_path / "all")]):
+        args = DataArguments(train_data=sources, max_train_samples=30)
+        if script == "pt":
+            args.max_train_samples = 100
+            blocks, _, _ = pt.load_pretraining_data(args, pt.PretrainingArguments(block_size=16), run, tokenizer)
+            texts = [tokenizer.decode(blocks[number]["input_ids"]) for number in range(len(blocks))]
+            counts = [sum(part in text for text in texts) for part in ("training", "validation")]
+            assert len(blocks) == 100 and min(counts) >= (50 if len(sources) == 2 else 8)
+        else:
+            load = {"sft": sft_texts, "rm, dpo": pair_texts, "ppo": prompt_texts}[script]
+            texts = load(args, run, tokenizer)
+            assert [sum(part in text for text in texts) for part in ("training", "validation")] == [18, 12]
+
+
+def sft_texts(args, run, tokenizer):
+    rows = sft.load_tuning_data(args, sft.TuningArguments(packing=False), run, tokenizer, TEMPLATE)[0]
+    return [tokenizer.decode(rows[number]["input_ids"]) for number in range(len(rows))]
+
+
+def pair_texts(args, run, tokenizer):
+    pairs = load_pair_sets(args, run, tokenizer, TEMPLATE, 100)[0]
+    return [tokenizer.decode(pairs[number].pair.prompt) for number in range(len(pairs))]
+
+
+def prompt_texts(args, run, tokenizer):
+    prompts = ppo.load_prompt_sets(Sources(args, run), ppo.RolloutArguments(), tokenizer, TEMPLATE)[0]
+    return [tokenizer.decode(ids) for ids in prompts]
 
 
 def test_held_out_rows_are_the_first_of_the_split(data, run, tokenizer):

@@ -38,6 +38,17 @@ def test_a_model_is_created_from_a_config_with_overrides(tiny_model_folder):
             loading.create_model(
                 ExtendArguments(config_name=str(tiny_model_folder), config_overrides=wrong), 300, "eager"
             )
+    for wrong, message in {
+        "hidden_size=abc": "need int, as hidden_size 32 is",
+        "hidden_size=16.5": "need int",
+        "tie_word_embeddings=1": "need bool",
+        "hidden_act=abc": "--config_overrides hidden_act=abc: ",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            loading.new_config(ExtendArguments(config_name=str(tiny_model_folder), config_overrides=wrong), 300)
+    made = "pad_token_id=0, rms_norm_eps=1"
+    read = loading.new_config(ExtendArguments(config_name=str(tiny_model_folder), config_overrides=made), 300)
+    assert (read.pad_token_id, read.rms_norm_eps) == (0, 1.0)
     with pytest.raises(InputError, match="no such folder"):
         loading.create_model(ExtendArguments(config_name=str(tiny_model_folder / "absent")), 300, "eager")
 

@@ -1,5 +1,7 @@
 """What may be trained: a larger tokenizer, a head among targets."""
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,3 +67,37 @@ def test_gradients_of_a_float16_base_can_be_scaled(way, tiny_model_folder, tmp_p
             losses[dtype].append(loss.item())
     assert losses["auto"][1] < losses["auto"][0]
     assert losses["auto"] == pytest.approx(losses["float32"], abs=0.02)
+
+
+def test_names_that_no_module_has_are_an_error(tiny_model_folder):
+    tokenizer = load_tokenizer(tiny_model_folder)
+    request = (ModelArguments(model_name_or_path=str(tiny_model_folder)), ExtendArguments())
+    for wrong in ("embed_token", "embed_tokens, lm-head"):
+        with pytest.raises(InputError, match=rf"no module is called {wrong.split(', ')[-1]}; .*embed_tokens.*lm_head"):
+            training_model.check_training_request(*request, LoraArguments(modules_to_save=wrong), tokenizer)
+    for targets, message in (("q_proj,v_prj", "v_prj"), ("q_proj, lm_head", "lm_head cannot")):
+        with pytest.raises(InputError, match=message):
+            training_model.check_training_request(*request, LoraArguments(target_modules=targets), tokenizer)
+
+
+def test_spaces_around_names_mean_nothing(tiny_model_folder):
+    args = LoraArguments(target_modules="q_proj, v_proj", modules_to_save=" embed_tokens, lm_head ")
+    training_model.check_modules(args, LlamaForCausalLM.from_pretrained(tiny_model_folder).config)
+    model = training_model.attach_adapter(LlamaForCausalLM.from_pretrained(tiny_model_folder), args, 16)
+    trained = {name.split(".modules_to_save")[0] for name, part in model.named_parameters() if part.requires_grad}
+    assert {"base_model.model.model.embed_tokens", "base_model.model.lm_head"} <= trained
+
+
+def test_rows_longer_than_the_window_are_said(tiny_model_folder, caplog):
+    request = (ModelArguments(model_name_or_path=str(tiny_model_folder)), ExtendArguments(), LoraArguments())
+    training_model.check_training_request(*request, load_tokenizer(tiny_model_folder), 512)
+    assert not caplog.records
+    training_model.check_training_request(*request, load_tokenizer(tiny_model_folder), 4096)
+    assert "rows of 4096 tokens, but the model's window has 512" in caplog.text
+
+
+def test_a_package_that_loading_needs_is_missed_before_data_is_read(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    request = (ModelArguments(model_name_or_path=str(tiny_model_folder), load_in_kbits=4), ExtendArguments())
+    with pytest.raises(InputError, match="needs bitsandbytes"):
+        training_model.check_training_request(*request, LoraArguments(), load_tokenizer(tiny_model_folder))

@@ -521,3 +521,8 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tiny_model_folder, p
     data.write_text("\n".join(map(json.dumps, rows[-3:])))
     with pytest.raises(InputError, match=r"nothing is left of 3 records"):
         run_dpo(dpo_argv(tiny_model_folder, data, tmp_path / "none", *STEP))
+
+
+def test_a_loss_that_there_is_not_is_no_other():
+    with pytest.raises(AssertionError, match="no loss is called dpo"):
+        Objective("dpo", 0.1).evaluate(torch.zeros(2), torch.ones(2), torch.zeros(2))
