@@ -75,7 +75,7 @@ def start(
         page = ChatPage(
             engines,
             [model_card(engine, plan.args) for engine, plan in zip(engines, plans, strict=True)],
-            settings,
+            plans[0].complete_settings(settings),
             model_args.system_prompt,
             title=demo.title,
             language=demo.language,

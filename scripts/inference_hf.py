@@ -2,11 +2,13 @@
 
   python scripts/inference_hf.py --base_model MERGED --with_prompt --interactive
   python scripts/inference_hf.py --base_model BASE --lora_model ADAPTER --with_prompt --data_file questions.txt
+  python scripts/inference_hf.py --check MODEL --lora_model ADAPTER
 Without --with_prompt texts are continued as they stand. An interrupted file run goes on when it is run again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import sys
@@ -41,6 +43,10 @@ PLACE_SETTINGS = ("gpus", "only_cpu", "load_in_4bit", "load_in_8bit", "attn_impl
 class TaskArguments:
     """What is asked, and where the answers go."""
 
+    check: str | None = arg(
+        help="Look at the folder of this model, and of --lora_model on it: print what is there and what would be "
+        "refused, and leave with 1 if anything would; no weights are read."
+    )
     prompt: str | None = arg(help="Ask this one question; its answer is printed as it is written.")
     data_file: str | None = arg(
         help="File or folder of questions: txt (one a line), or json, jsonl, parquet with instruction (and input), "
@@ -64,6 +70,8 @@ class TaskArguments:
         problems = []
         if self.batch_size < 1:
             problems.append(f"--batch_size {self.batch_size}: need at least 1")
+        if self.check is not None and (self.prompt or self.data_file or self.interactive or self.predictions_file):
+            problems.append("--check asks the model nothing; leave --prompt, --data_file and --interactive out")
         if sum((self.prompt is not None, self.data_file is not None, self.interactive)) > 1:
             problems.append("--prompt, --data_file and --interactive exclude each other; pass one")
         if self.interactive and self.predictions_file:
@@ -79,14 +87,22 @@ def main(
     task: TaskArguments,
     speculation: SpeculationArguments | None = None,
 ) -> dict[str, Any]:
-    """Answer; returns how many answers there are, and how fast they came."""
+    """Answer; returns how many answers there are, and how fast they came.
+
+    Raises: SystemExit if --check finds something that would be refused.
+    """
     select_gpus(model_args)  # before torch is imported
+    if task.check is not None:
+        return check_folders(model_args, task.check)
     from utils.generation.loading import EnginePlan
 
     speculation = speculation or SpeculationArguments()
     speculation.check(settings)
     questions = [] if task.interactive else read_questions(task)
     plan = EnginePlan(model_args, task.with_prompt, speculation)
+    if settings.guidance_scale > 1 and plan.template is None:
+        raise InputError("--negative_prompt is a system prompt, which plain text has not; pass --with_prompt too")
+    settings = plan.complete_settings(settings)
     prompts = [encode_question(question, plan) for question in questions]
     check_lengths(prompts, settings, plan.context)
     predictions = None
@@ -98,7 +114,7 @@ def main(
         if predictions.is_complete:
             return predictions.report_complete()
 
-    engine = plan.load(max_batch_size=task.batch_size * (2 if settings.guidance_scale > 1 else 1))
+    engine = plan.load(max_batch_size=task.batch_size * settings.prompts_per_answer)
     try:
         if task.interactive:
             result = chat(engine, settings, model_args.system_prompt)
@@ -111,6 +127,26 @@ def main(
         return result
     finally:
         engine.close()
+
+
+# ---------------------------------------------------------------- looking at folders
+
+
+def check_folders(args: InferenceArguments, model: str) -> dict[str, Any]:
+    """Print what lies in the folders, and what would be refused. Raises: SystemExit(1) if anything would."""
+    from utils.generation.folder_check import FolderCheck
+
+    if args.model_name_or_path:
+        raise InputError(f"--check {model}: it names the model already; leave --base_model out")
+    check = FolderCheck(dataclasses.replace(args, model_name_or_path=model))
+    for line in check.found:
+        print(line)
+    for line in check.refused:
+        print(f"refused: {line}")
+    if check.refused:
+        raise SystemExit(1)
+    print("nothing would be refused")
+    return {"found": check.found}
 
 
 # ---------------------------------------------------------------- questions
@@ -337,6 +373,10 @@ def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | Non
     try:
         while (line := input("\nInput: ").strip()) not in ("", "/exit"):
             try:
+                if line == "/continue":
+                    terminal.go_on(engine, settings, settings.seed + answers)
+                    answers += 1
+                    continue
                 question = terminal.command(line) if line.startswith("/") else line
                 if question is not None:
                     terminal.answer(engine, settings, question, settings.seed + answers)
@@ -355,6 +395,7 @@ HELP = """/system TEXT   another system prompt (none: /system alone), and a new 
 /undo          take back the last question with its answer
 /retry         answer the last question again, with other random numbers
 /edit TEXT     another last question instead of the one asked
+/continue      go on where the last answer ended
 /history       what was said so far
 /save FILE     write the conversation to a json file; /load FILE reads one
 /help          this; an empty line or /exit leaves"""
@@ -456,6 +497,18 @@ class TerminalChat:
             print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
         self.conversation.turns[-1].replies = [Reply(completion.text, completion.finish_reason)]
         del self.conversation.turns[: dropped // 2]  # what was left out is forgotten: two messages a turn
+
+    def go_on(self, engine: Engine, settings: GenerationArguments, seed: int) -> None:
+        """Print and remember what follows the last answer."""
+        from utils.web.chat import plan_request
+
+        if not (self.conversation.turns and self.conversation.turns[-1].replies):
+            raise InputError("there is no answer to go on with")
+        request, _ = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
+        reply = self.conversation.turns[-1].replies[0]
+        print(f"Output: {reply.text}", end="", flush=True)
+        completion = print_answer(engine, request)
+        reply.text, reply.finish_reason = reply.text + completion.text, completion.finish_reason
 
 
 def use_utf8() -> None:

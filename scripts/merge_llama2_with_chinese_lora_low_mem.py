@@ -200,6 +200,7 @@ def write_weights(writer: MergeWriter, folder: Path) -> dict[str, str]:
 def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:
     """The tokenizer with its chat template, run_config.yaml, and of Hugging Face folders the two configs."""
     from utils.text.tokenizer import save_tokenizer
+    from utils.weights.generation_config import find_generation_config
 
     if args.output_type == "huggingface":
         config = dict(inputs.config)
@@ -207,9 +208,8 @@ def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) ->
             for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
                 config[name] = args.dtype
         write_json(folder / "config.json", config)
-        folders = [] if inputs.model.is_reward_model else [*reversed(inputs.adapter_folders), inputs.base_folder]
-        sources = [item / "generation_config.json" for item in folders]
-        if source := next((item for item in sources if item.is_file()), None):
+        source = None if inputs.model.is_reward_model else find_generation_config(inputs.folders)
+        if source is not None:
             shutil.copyfile(source, folder / source.name)
     if inputs.tokenizer is not None:
         save_tokenizer(inputs.tokenizer, folder)

@@ -53,6 +53,7 @@ def main(
     api_keys = load_api_keys(serving_args.api_key_file)
     check_port(serving_args.host, serving_args.port)
     plan = EnginePlan(model_args, speculation=speculation)
+    settings = plan.complete_settings(settings)
     adapters = find_adapters(serving_args)
     serving_args = name_models(serving_args, plan.args)
     engine = plan.load(serving_args.max_batch_size, serving_args.max_context, adapters)

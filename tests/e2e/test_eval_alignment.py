@@ -22,7 +22,7 @@ from utils.evaluation.alignment import read_questions, stance
 from utils.evaluation.intervals import wilson_interval
 from utils.generation import engine
 from utils.rlhf import reward_model
-from utils.text.prompts import CHAT_TEMPLATES, encode_conversation
+from utils.text.prompts import CHAT_TEMPLATES, encode_conversation, encode_prompt
 from utils.text.tokenizer import load_tokenizer
 
 EXAM = EXAMPLES / "alignment" / "questions.jsonl"
@@ -283,3 +283,38 @@ def test_launcher_runs_and_names_what_is_missing(questions, answers, tmp_path):
         environment.pop(name, None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode != 0 and "set MODEL to a merged model" in result.stderr
+
+
+def test_answers_are_led_away_from_the_negative_prompt(tiny_model_folder, questions, tmp_path):
+    """Against a plain loop over both prompts: Sanchez et al. 2023, eq. 7."""
+    from transformers import AutoModelForCausalLM
+
+    settings = {"guidance_scale": 3.0, "negative_prompt": "Be rude."}
+    evaluate(tiny_model_folder, tmp_path, settings, questions=[str(questions)], batch_size=1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_folder), load_tokenizer(tiny_model_folder)
+    template = CHAT_TEMPLATES["alpaca-2"]
+    for row in read(tmp_path / "alignment.json")["answers"][:4]:
+        asked = [{"role": "user", "content": row["question"]}]
+        systems = ([], [{"role": "system", "content": "Be rude."}])
+        prompts = [encode_prompt([*system, *asked], template, tokenizer) for system in systems]
+        answer = []
+        while len(answer) < 6 and tokenizer.eos_token_id not in answer:
+            with torch.no_grad():
+                logits = [model(torch.tensor([[*prompt, *answer]])).logits[0, -1] for prompt in prompts]
+            one, other = (torch.log_softmax(part, -1) for part in logits)
+            answer.append(int((other + 3 * (one - other)).argmax()))
+        assert row["answer"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_a_folder_with_a_gguf_file_is_answered_by_llama_cpp(tiny_model_folder, questions, tmp_path):
+    pytest.importorskip("llama_cpp")
+    import export_gguf
+
+    arguments = {"output_dir": str(tmp_path / "gguf"), "types": ["f32"], "self_test": "none", "threads": 1}
+    export_gguf.main(export_gguf.ExportArguments(str(tiny_model_folder), **arguments))
+    evaluate(tiny_model_folder, tmp_path / "ours", questions=[str(questions)])
+    evaluate(tmp_path / "gguf", tmp_path / "theirs", questions=[str(questions)])
+    ours, theirs = (read(tmp_path / name / "alignment.json") for name in ("ours", "theirs"))
+    assert list(theirs["settings"]["weights"]) == [str(tmp_path / "gguf")]
+    pairs = [(a["answer"], b["answer"]) for a, b in zip(ours["answers"], theirs["answers"], strict=True)]
+    assert sum(a == b for a, b in pairs) >= len(pairs) - 1  # but for a tie that rounding decides

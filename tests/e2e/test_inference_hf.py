@@ -22,6 +22,8 @@ from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.generation import engine
+from utils.generation.engine import Answer, Delta, Prompter
+from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_raw, load_tokenizer, save_tokenizer
 from utils.web.chat import Reply, Turn
 
@@ -515,7 +517,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     wide = tmp_path / "wide"
     shutil.copytree(merged, wide)
     make_wide(wide)
-    refused("does not fit this base", wide, adapter=plain, prompt="x")
+    refused(r"trained on .*tiny \(hidden_size 32\), .*wide has 48", wide, adapter=plain, prompt="x")
     narrow, _ = make_adapter(tiny_model_folder, base_tokenizer_folder, tmp_path / "narrow")
     refused("400 rows, but the model already has", merged, adapter=narrow, prompt="x")
 
@@ -527,6 +529,20 @@ def make_wide(folder: Path) -> None:
 
     with quiet():
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+def test_a_folder_is_looked_at_without_loading_it(grown, tiny_model_folder, capsys):
+    adapter, merged = grown
+    for more in ({"adapter": adapter, "check": str(tiny_model_folder)}, {"check": str(merged)}):
+        assert "found" in ask(None, **more)
+        assert capsys.readouterr().out.splitlines()[-1] == "nothing would be refused"
+    with pytest.raises(SystemExit) as left:
+        ask(None, check=str(adapter))
+    assert left.value.code == 1 and "refused: " in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--check .* names the model already"):
+        ask(tiny_model_folder, check=str(tiny_model_folder))
+    with pytest.raises(InputError, match="--check asks the model nothing"):
+        TaskArguments(check="model", prompt="why")
 
 
 def test_missing_and_damaged_files_are_named(grown, tiny_model_folder, tmp_path):
@@ -608,6 +624,16 @@ def test_the_forerunners_command_is_understood_without_a_warning(caplog):
         parse_args(InferenceArguments, GenerationArguments, TaskArguments, argv=["--guidance_scale=1.5"])
 
 
+def test_plain_text_cannot_be_led_away_from_a_system_prompt(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match="which plain text has not; pass --with_prompt"):
+        inference_hf.main(
+            InferenceArguments(model_name_or_path=str(tiny_model_folder)),
+            GenerationArguments(guidance_scale=2.0, negative_prompt="x"),
+            TaskArguments(prompt="Hello"),
+        )
+
+
 def test_gpus_are_chosen_by_the_environment(monkeypatch):
     from utils.core.command_line import select_gpus
 
@@ -655,6 +681,26 @@ def test_commands_change_the_conversation(tmp_path, capsys):
     assert "user: one\nassistant: 1" in capsys.readouterr().out
     terminal.command("/system")
     assert terminal.messages == [{"role": "system", "content": ""}]
+
+
+def test_an_answer_is_gone_on_with(tiny_model_folder, capsys):
+    class Stand(Prompter):
+        def submit(self, request):
+            self.request, answer = request, Answer(len(request.prompt))
+            answer.push(Delta(" more", finish_reason="stop"))
+            return answer
+
+    tokenizer = load_tokenizer(tiny_model_folder)
+    engine = Stand(tokenizer, CHAT_TEMPLATES["alpaca-2"], 512)
+    terminal = remembered("one", "1 and")
+    text = tokenizer.apply_chat_template(
+        terminal.messages, chat_template=engine.template, tokenize=False, continue_final_message=True
+    )
+    terminal.go_on(engine, GenerationArguments(), 0)
+    assert engine.request.prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert terminal.messages[-1]["content"] == "1 and more" and "1 and more" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no answer to go on with"):
+        TerminalChat(None).go_on(engine, GenerationArguments(), 0)
 
 
 def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):

@@ -46,7 +46,7 @@ class CorpusCache(TokenCache):
     """
 
     KIND = "tokens"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)

@@ -48,6 +48,11 @@ def is_gguf(place: str | None) -> bool:
     return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
 
 
+def for_evaluation(args: InferenceArguments) -> InferenceArguments:
+    """The arguments, with llama.cpp as the engine of a GGUF file."""
+    return replace(args, engine="llama.cpp") if is_gguf(args.model_name_or_path) else args
+
+
 def split_name(item: str) -> tuple[str, str]:
     """NAME=PLACE, or a place alone, whose short name it is then. An existing file with = in its name is a place."""
     name, equals, place = item.partition("=")
@@ -152,8 +157,7 @@ def find_models(first: InferenceArguments, others: Sequence[str]) -> dict[str, I
     """
     if first.engine == "vllm":
         raise InputError("--engine vllm: it tells no losses of texts here; use transformers, or llama.cpp for GGUF")
-    if is_gguf(first.model_name_or_path):
-        first = replace(first, engine="llama.cpp")
+    first = for_evaluation(first)
     found = {}
     if first.engine == "llama.cpp":
         found[short_name(str(first.model_name_or_path))] = first

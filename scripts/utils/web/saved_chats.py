@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..core.arguments import GenerationArguments
@@ -110,7 +110,7 @@ def _read_settings(settings: Any) -> dict[str, Any]:
         raise InputError(f"'settings' needs names and values, got {type(settings).__name__}")
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise InputError(f"'settings' has unknown names: {', '.join(map(str, unknown))}")
-    defaults = {item.name: [] if item.default is MISSING else item.default for item in fields(GenerationArguments)}
+    defaults = asdict(GenerationArguments())
     for name, value in settings.items():
         if not _has_kind_of(value, defaults[name]):
             raise InputError(f"'settings': {name} cannot be {value!r:.80}")

@@ -6,7 +6,7 @@ import pytest
 
 from utils.core.arguments import InferenceArguments
 from utils.core.files import hash_file
-from utils.evaluation.models import is_gguf, short_name, split_name, weights_of
+from utils.evaluation.models import for_evaluation, is_gguf, short_name, split_name, weights_of
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,12 @@ def test_the_weights_that_answer_are_named_and_told_apart(tiny_model_folder, tmp
     before = weights_of(of_parts)
     parts[1].write_bytes(b"others")
     assert weights_of(of_parts).keys() == before.keys() and weights_of(of_parts) != before
+
+
+def test_a_gguf_file_is_opened_by_llama_cpp(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "model.gguf"):
+        found = InferenceArguments(model_name_or_path=str(place), only_cpu=True)
+        assert for_evaluation(found) == replace(found, engine="llama.cpp")
+    model = InferenceArguments(model_name_or_path="a/model", engine="vllm")
+    assert for_evaluation(model) is model

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from random import Random
 
 import pytest
 
@@ -493,7 +494,14 @@ def test_marks_are_kept_apart_and_put_back(text):
     assert not re.search(r"<[a-zA-Z/!?]|!\[|\][(\[:]", shown), (
         "nothing a browser or a markdown reader would take for markup"
     )
-    assert len(shown.replace("\u2060", "")) == len(text)
+    assert len(shown.replace("\ufeff", "")) == len(text)
+
+
+def test_any_text_of_a_user_comes_back_from_the_page_as_it_was():
+    random = Random(0)
+    for _ in range(5000):
+        text = "".join(random.choices("*_`~#>-+=|:<!&\\$[]()1.;a \n\t\ufeff", k=random.randrange(12)))
+        assert unescape_question(escape_question(text)) == text
 
 
 def test_pictures_in_answers_are_not_fetched():
