@@ -24,8 +24,17 @@ $(MARK):
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-setup-llamacpp: setup  ## llama-cpp-python for the full tests (builds about 5 minutes)
-	$(PY) -c "import llama_cpp" 2>/dev/null || $(PY) -m pip install -r requirements-llamacpp.txt
+# The processor's instructions that llama.cpp is built for, by name: built for the "native" ones it would use AMX too,
+# which many virtual machines list and deny. What runs here already is not built again.
+CPU := $(shell grep -m1 ^flags /proc/cpuinfo 2>/dev/null)
+has = $(if $(filter $(1),$(CPU)),ON,OFF)
+LLAMACPP_BUILD := -DGGML_AVX=$(call has,avx) -DGGML_AVX2=$(call has,avx2) -DGGML_FMA=$(call has,fma) \
+  -DGGML_F16C=$(call has,f16c) -DGGML_BMI2=$(call has,bmi2) -DGGML_AVX512=$(call has,avx512bw) \
+  -DGGML_AVX512_VNNI=$(call has,avx512_vnni)
+setup-llamacpp: setup  ## llama-cpp-python for the full tests, for this processor (builds about 5 minutes)
+	PYTHONPATH=scripts $(PY) -c "from utils.gguf.llamacpp import require_llama_cpp as check; check('$@')" 2>/dev/null || { \
+	  $(PY) -m pip uninstall --yes llama-cpp-python; \
+	  CMAKE_ARGS="$(LLAMACPP_BUILD) $$CMAKE_ARGS" $(PY) -m pip install --no-cache-dir -r requirements-llamacpp.txt; }
 
 demo: setup  ## the whole recipe on a laptop CPU, with a report in output/demo
 	PYTHON=$(PY) bash scripts/run_demo.sh
@@ -39,7 +48,7 @@ test-all: setup-llamacpp  ## all counts: kills, fuzz, llama.cpp, full disks (at 
 check: setup  ## lint, format, types, shell
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy scripts/utils
+	$(PY) -m mypy scripts
 	$(abspath $(VENV))/bin/shellcheck -x scripts/*.sh .ci/run
 
 style: setup  ## mend what ruff can mend

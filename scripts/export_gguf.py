@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import RopeArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
 from utils.core.files import atomic_folder, refuse_existing_output, write_json
 from utils.core.machine import peak_resident_bytes
@@ -57,8 +57,8 @@ class ExportArguments:
     )
     self_test: Literal["auto", "full", "tokens", "none"] = arg(
         "auto",
-        help="full: compare tokens, greedy continuations and perplexity with the model's; tokens: tokens only; auto: "
-        "the most that this machine can do in minutes.",
+        help="full: compare tokens, greedy continuations and next-token distributions with the model's; tokens: "
+        "tokens only; auto: the most that this machine can do in minutes.",
     )
     self_test_data: list[str] = list_arg(
         help="Files or folders (txt, json, jsonl, parquet) with texts to test on besides the built-in ones."
@@ -274,11 +274,17 @@ def write_files(
 def prove_arithmetic(
     inputs: MergeInputs, files: dict[str, dict[str, Any]], folder: Path, texts: list[str], threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Compare llama.cpp's arithmetic with the model's. Raises: InputError listing every difference."""
+    """Compare llama.cpp's arithmetic with the model's; warn of what the texts cannot decide.
+
+    Raises: InputError listing every difference.
+    """
     from utils.gguf.self_test import PASSAGES, run_self_test
 
     paths = {name: folder / file["file"] for name, file in files.items()}
     results = run_self_test(inputs, paths, [*PASSAGES, *texts], threads)
+    for name, result in results.items():
+        for doubt in result["doubts"]:
+            logger.warning("DOUBTFUL, %s: %s; more text decides it: --self_test_data", name, doubt)
     problems = [f"{name}: {problem}" for name, result in results.items() for problem in result["problems"]]
     if problems:
         raise InputError(
@@ -308,14 +314,16 @@ def log_summary(report: dict[str, Any], output: str) -> None:
         line = f"  {output}/{file['file']}: {file['size_gb']:.3f} GB"
         if result := report["self_test"]["results"].get(name):
             line += (
-                f", perplexity {result['perplexity']:.4g} ({result['perplexity_ratio']:.5f} times the model's), "
-                f"{result['top1_agreement']:.2%} of likeliest tokens agree"
+                f", KL divergence {result['kl_divergence']:.2g} nats, perplexity {result['perplexity']:.4g} "
+                f"({result['perplexity_ratio']:.5f} times the model's), {result['top1_agreement']:.2%} of likeliest "
+                f"tokens agree{'' if result['passed'] else '; DOUBTFUL'}"
             )
         lines.append(line)
-    last = list(report["files"].values())[-1]["file"]
+    last = Path(output) / list(report["files"].values())[-1]["file"]
     logger.info(
-        "exported in %.1f s, peak memory %.2f GB, self-test: %s\n%s\n  next: llama-cli -m %s/%s -cnv",
-        *(report["seconds"], report["peak_memory_gb"], report["self_test"]["level"], "\n".join(lines), output, last),
+        "exported in %.1f s, peak memory %.2f GB, self-test: %s\n%s\n  next: %s",
+        *(report["seconds"], report["peak_memory_gb"], report["self_test"]["level"], "\n".join(lines)),
+        shell_command("llama-cli", "-m", last, "-cnv"),
     )
 
 

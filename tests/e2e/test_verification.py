@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from support.merging import (
     DENSE,
@@ -260,11 +262,34 @@ def test_a_change_smaller_than_rounding_is_found(llama, tmp_path):
     report = run_merge(llama, tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
     out = damaged(tmp_path / "out", tmp_path / "left_out", lambda w: _restore(O_PROJ)(w, all_weights(llama)))
     assert report["relative_delta"][O_PROJ] < 2**-8  # the largest relative error of rounding
-    assert verify(llama, tmp_path / "adapter", tmp_path / "out").passed
-    found = verify(llama, tmp_path / "adapter", out)
-    assert found.failed == [O_PROJ]
-    rounding = verify(llama, tmp_path / "adapter", tmp_path / "out").max_difference
-    assert found.max_difference < 3 * rounding  # the logits alone would not tell
+    right, found = (verify(llama, tmp_path / "adapter", folder) for folder in (tmp_path / "out", out))
+    assert right.failed == [] and found.failed == [O_PROJ]
+    assert found.max_difference < 3 * right.max_difference  # the logits alone would not tell
+
+
+def test_an_adapter_that_rounding_took_away_does_not_pass(tmp_path):
+    """Against a plain loop of transformers and PEFT: in bfloat16 the merge of a hardly trained adapter is its base."""
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    make_adapter(base, tmp_path / "adapter", lora_alpha=0.01)
+    exact = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    exact = PeftModel.from_pretrained(exact, tmp_path / "adapter")(TEXT).logits[0].detach()
+    for dtype in ("auto", "float32"):
+        run_merge(base, tmp_path / "adapter", tmp_path / dtype, dtype=dtype)
+        report = verify(base, tmp_path / "adapter", tmp_path / dtype, ids=TEXT[0])
+        alone, merged = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TEXT).logits[0].detach()
+            for folder in (base, tmp_path / dtype)
+        )
+        share = (merged - exact).norm() / (exact - alone).norm()
+        assert report.rounding_of_effect == pytest.approx(float(share), rel=0.02, abs=0.02)
+        assert report.failed == [] and report.passed == (dtype == "float32")
+        assert report.token_agreement == float((merged.argmax(-1) == exact.argmax(-1)).float().mean())
+    lost = verify(base, tmp_path / "adapter", tmp_path / "auto")
+    assert lost.rounding_of_effect > 0.8
+    assert lost.verdict.startswith("rounding to bfloat16 moves the logits ") and "--dtype float32" in lost.verdict
+    with pytest.raises(InputError, match=r"--verify: rounding to bfloat16 .* nothing was published"):
+        run_merge(base, tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layout", ["one_by_one", "fused"])
@@ -319,7 +344,7 @@ def test_logits_decide_too(llama, merges, monkeypatch):
 
     def run(self, *_):
         self.layers, self.differences = [0.0] * 2, {"lm_head.weight": 0.0}
-        return torch.tensor([[[1.0, 2.0]], [[1.0, 2.1]]])
+        return torch.tensor([[[1.0, 2.0]], [[1.0, 2.1]], [[3.0, 2.0]]])
 
     monkeypatch.setattr(Comparison, "run", run)
     report = verify(llama, merges / "adapter", merges / "float32")

@@ -219,3 +219,14 @@ def test_set_up_is_skipped_by_content_not_by_time(tmp_path):
     assert "pip install" not in plan()
     (tmp_path / "requirements.txt").write_text("numpy\n")
     assert "pip install" in plan()
+
+
+def test_next_commands_are_quoted_for_the_shell():
+    """What a run names as the next step is made by shell_command, or is no command."""
+    free = ("%s", "{shell_command(", "open ", "the same command without --dry_run")
+    found = {
+        f"{path.name}: {step[:60]}": step.startswith(free)
+        for path in sorted(SCRIPTS.rglob("*.py"))
+        for step in re.findall(r"(?:[\"\\]n?|  )next: (.*)", path.read_text(encoding="utf-8"))
+    }
+    assert len(found) >= 14 and all(found.values()), found

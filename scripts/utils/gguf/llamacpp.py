@@ -1,6 +1,7 @@
 """llama.cpp, through llama-cpp-python: opening GGUF files, its own quantiser, importance matrices.
 
-The package is optional; nothing here imports it before it is needed.
+The package is optional; nothing here imports it before it is needed. Where llama.cpp fails it may end the process it
+runs in: whatever it does with files that nobody has tried yet runs in a process of its own (`separate_process`).
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import contextlib
 import functools
 import importlib.util
 import struct
-import threading
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
+import gguf  # but neither torch nor what brings it in: every process of llama.cpp's own imports this module
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from ..core.errors import InputError
-from .file import describe_types, file_type_number
+from ..core.workers import WorkerDied, one_worker
 
 _ERROR = 4  # ggml's GGML_LOG_LEVEL_ERROR
 _QUANTIZE_BUFFER = 256 << 20  # bytes of rows that llama.cpp holds at a time
@@ -30,9 +32,49 @@ def is_installed() -> bool:
 
 
 def require_llama_cpp(purpose: str) -> None:
-    """Raises: InputError if llama-cpp-python is not installed."""
+    """Raises: InputError if llama-cpp-python is not installed, or does not run on this processor."""
     if not is_installed():
         raise InputError(f"{purpose} needs llama-cpp-python: pip install -r requirements-llamacpp.txt")
+    _try_out()
+
+
+@functools.cache
+def _try_out() -> None:
+    """Let llama.cpp compute with every kind of weights: what it is built for is known by running it only.
+
+    Raises: InputError if that ends its process.
+    """
+    with tempfile.TemporaryDirectory() as folder, separate_process(threads=2, context=32) as run:
+        path = Path(folder) / "trial.gguf"
+        _write_trial(path)
+        run(compute_logits, path, list(range(24)))
+        run(compute_logits, path, [1])  # one token takes other routines than many
+
+
+def _write_trial(path: Path) -> None:
+    """A model of one layer whose weights are zero, each of another type."""
+    width, rows = 256, 256  # what processors have special routines for comes in blocks of such sizes
+    kinds = [GGMLQuantizationType[name] for name in ("F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")]
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(rows)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_context_length(32)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tensors = {f"blk.0.{name}": kind for name, kind in zip(names, kinds, strict=True)}
+    for name, kind in (tensors | {"token_embd": kinds[0], "output": kinds[5]}).items():
+        shape = gguf.quant_shape_to_byte_shape((rows, width), kind)
+        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.uint8), raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @functools.cache
@@ -62,6 +104,42 @@ def last_error() -> str:
 
 
 @contextlib.contextmanager
+def separate_process(threads: int, context: int) -> Iterator[Callable[..., Any]]:
+    """A process of llama.cpp's own, to call as run(task, path, *arguments) -> task(model, *arguments).
+
+    The model of the last path stays open there. Args: of `open_model`.
+    Raises (the call): InputError if the process died, or of the task.
+    """
+    with _own_process(_work_on_model, (threads, context)) as run:
+        yield lambda task, path, *arguments: run((task, path, arguments))
+
+
+@contextlib.contextmanager
+def _own_process(function: Callable[[Any, Any], Any], state: Any) -> Iterator[Callable[[Any], Any]]:
+    try:
+        with one_worker(function, state) as run:
+            yield run
+    except WorkerDied as error:
+        remedy = {
+            "SIGILL": "it is built for another processor than this one; build it anew with `make setup-llamacpp`, "
+            "which asks this processor first",
+            "SIGKILL": "most likely for want of memory",
+        }
+        reason = remedy.get(str(error.signal), "the file, or a fault in llama.cpp; its own words stand above, if any")
+        raise InputError(f"llama.cpp was ended by {error.signal or 'itself'}: {reason}") from None
+
+
+def _work_on_model(state: tuple[int, int], work: tuple[Callable[..., Any], Path, tuple[Any, ...]]) -> Any:
+    task, path, arguments = work
+    return task(_opened(path, *state), *arguments)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, threads: int, context: int) -> Any:
+    return _load_model(path, threads, context)  # closed when another takes its place, or with the process
+
+
+@contextlib.contextmanager
 def open_model(
     path: Path, threads: int, context: int | None = None, batch: int | None = None, **others: Any
 ) -> Iterator[Any]:
@@ -73,6 +151,11 @@ def open_model(
         others: further settings of Llama, such as rope.llama_cpp_rope_parameters.
     Raises: InputError if llama.cpp cannot read the file.
     """
+    with contextlib.closing(_load_model(path, threads, context, batch, **others)) as model:
+        yield model
+
+
+def _load_model(path: Path, threads: int, context: int | None = None, batch: int | None = None, **others: Any) -> Any:
     import llama_cpp
 
     listen()
@@ -86,13 +169,9 @@ def open_model(
         # Keys and values in float32: their rounding is no property of the file.
         settings |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, **others}
     try:
-        model = llama_cpp.Llama(str(path), verbose=False, **settings)
+        return llama_cpp.Llama(str(path), verbose=False, **settings)
     except (ValueError, RuntimeError):
         raise InputError(f"llama.cpp cannot read {path.name}: {last_error()}") from None
-    try:
-        yield model
-    finally:
-        model.close()
 
 
 def tokenize(model: Any, text: str) -> list[int]:
@@ -123,14 +202,22 @@ def continue_greedily(model: Any, ids: Sequence[int], count: int) -> list[int]:
 
 
 def quantize(source: Path, target: Path, file_type: str, imatrix: dict[str, np.ndarray] | None, threads: int) -> None:
-    """Make a file of a type in QUANTIZED_TYPES from a full-precision one. Raises: InputError if llama.cpp refuses."""
+    """Make a file of a type in QUANTIZED_TYPES from a full-precision one. Raises: InputError if llama.cpp fails."""
+    from .file import file_type_number
+
+    with _own_process(_quantize, (source, target, threads)) as run:
+        run((file_type, int(file_type_number(file_type)), imatrix))
+
+
+def _quantize(state: tuple[Path, Path, int], work: tuple[str, int, dict[str, np.ndarray] | None]) -> None:
     import ctypes
 
     import llama_cpp
 
+    (source, target, threads), (file_type, number, imatrix) = state, work
     listen()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = int(file_type_number(file_type)), threads
+    params.ftype, params.nthread = number, threads
     if hasattr(params, "max_buf_size"):
         params.max_buf_size = _QUANTIZE_BUFFER
     if imatrix is not None:
@@ -139,17 +226,7 @@ def quantize(source: Path, target: Path, file_type: str, imatrix: dict[str, np.n
             entry.name, entry.size = name.encode(), values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
-    status: list[int] = []
-
-    def work() -> None:
-        status.append(llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)))
-
-    # In a thread, so that Ctrl-C is heard while llama.cpp works.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if status != [0]:
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise InputError(f"llama.cpp could not quantise to {file_type}: {last_error()}")
 
 
@@ -208,5 +285,7 @@ def _read_imatrix_dat(data: bytes) -> dict[str, np.ndarray]:
 
 def describe_file(path: Path, file_type: str) -> dict[str, Any]:
     """file.describe_types of a file that llama.cpp may have written; reads its whole header, which is slow."""
+    from .file import describe_types
+
     tensors = gguf.GGUFReader(path).tensors
     return describe_types(((t.name, t.shape.tolist()[::-1], t.tensor_type.name) for t in tensors), file_type)

@@ -5,7 +5,7 @@ Memory does not grow with the model's size: the modules stand on the meta device
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -79,8 +79,8 @@ class StreamedModel:
         return 5 * max(sizes) + (1 << 30)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Logits after every token of every row of token ids: (tokens, vocabulary) float32 each."""
+    def run(self, rows: Sequence[Sequence[int]]) -> Logits:
+        """Logits after every token of every row of token ids."""
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)  # what follows a row's end does not reach back to it
@@ -91,10 +91,8 @@ class StreamedModel:
         hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
-        # Not by the model's own head: the logits of all rows at once would be the largest thing in memory.
         weight = self._read(EMBEDDING if self._merged.tied else HEAD)
-        for number, row in enumerate(rows):
-            yield (hidden[number, : len(row)] @ weight.T).numpy()
+        return Logits([states[: len(row)] for states, row in zip(hidden, rows, strict=True)], weight)
 
     def _load(self, path: str, part: nn.Module, _: Any) -> None:
         state = {name: self._value(f"{path}.{name}", value.shape) for name, value in part.named_parameters()}
@@ -118,6 +116,23 @@ class StreamedModel:
             value[row : row + len(block)] = block
             row += len(block)
         return value.view(shape)
+
+
+class Logits(Sequence[np.ndarray]):
+    """(tokens, vocabulary) float32 of every row, computed each time it is asked for.
+
+    All rows' logits at once would be the largest thing in memory.
+    """
+
+    def __init__(self, hidden: Sequence[Tensor], head: Tensor):
+        """`hidden`: the last states of every row, (tokens, H); `head`: (vocabulary, H)."""
+        self._hidden, self._head = hidden, head
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def __getitem__(self, row: Any) -> Any:
+        return (self._hidden[row] @ self._head.T).numpy()
 
 
 def _drop_weights(part: nn.Module, *_: Any) -> None:

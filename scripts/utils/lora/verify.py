@@ -1,9 +1,9 @@
 """Verification: a merged folder against its base with the adapters beside it, as training ran them.
 
-Both are run at once through transformers' own model, as the two halves of one batch: the first half sees the base's
-weights and the adapters' factors, the second half the merged folder's weights. Weights are read from disk a block of
-rows at a time, so that memory does not grow with the model. First which tokens are run, what counts as a mistake and
-the verdict; then the two halves.
+Both are run at once through transformers' own model, as parts of one batch: the first sees the base's weights and the
+adapters' factors, the second the merged folder's weights, and a third the base's alone, which says how much the
+adapters do. Weights are read from disk a block of rows at a time, so that memory does not grow with the model. First
+which tokens are run, what counts as a mistake and the verdict; then the parts.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ TEXT = (
     "The merged model should answer as the adapter did. In 2023 the committee met 14 times; most of its members "
     "agreed. 合并后的模型应当与适配器给出相同的回答。春天来了,山上的花都开了,孩子们在河边唱歌。"
 )
+LARGEST_ROUNDING = 0.5  # how far rounding may move the logits, in units of how far the adapters do
 NUM_TEXT_TOKENS, NUM_ROWS = 64, 16
 _FREE_KEYS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}  # may differ in the merged config.json
 
@@ -60,6 +61,7 @@ class VerificationReport:
     relative_difference: float  # max_difference / max_abs_logit
     logit_tolerance: float | None  # of relative_difference; None where rounded weights decide it
     token_agreement: float  # of positions, how many have the same likeliest next token, 0-1
+    rounding_of_effect: float | None  # |merged - adapted| / |adapted - base| of all logits; None without effect
     layer_differences: list[float]  # hidden states after each layer
     tensor_differences: dict[str, float]  # in the order of the model
     failed: list[str]  # tensors beyond their tolerance, in the order of the model
@@ -86,12 +88,13 @@ def verify_merge(
     by at most `tolerance_of` its type, relative, in every block of rows. The second term is what rounding each merged
     weight to the stored type does; in float32 it is zero. It is computed, not bounded, so a mistake shows even where
     it is smaller than the rounding. Where all weights are float32, logits must agree, too, within TOLERANCE of the
-    largest for every layer on their way: float32's own errors add up like that. Of half-precision weights no such
-    bound is asked: how far rounding moves logits depends on the model, and once every tensor passes, rounding is all
-    there is.
+    largest for every layer on their way: float32's own errors add up like that. How far half-precision weights move
+    logits by rounding depends on the model; once every tensor passes, rounding is all there is. It is measured by what
+    the adapters do: a change smaller than half a weight's last place is rounded away, and then the folder is the base
+    again, whose logits are as far from those of base + adapters as can be. Beyond LARGEST_ROUNDING nothing is passed.
 
-    Mixtral: a near-tie in the router would send a token to other experts and say nothing about the merge, so both
-    halves take the routing of base + adapters; the router's own outputs are compared as every module's are.
+    Mixtral: a near-tie in the router would send a token to other experts and say nothing about the merge, so all
+    parts take the routing of base + adapters; the router's own outputs are compared as every module's are.
 
     Args:
         inputs: as `open_merge` gives them, open.
@@ -162,34 +165,44 @@ def _check_folder(inputs: MergeInputs, merged: Checkpoint) -> None:
 
 
 def _report(comparison: Comparison, logits: Tensor, seconds: float) -> VerificationReport:
-    ours, theirs = logits
+    ours, theirs, base = logits
     difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
     relative = difference / largest if largest else math.inf if difference else 0.0
     types = {comparison.merged.tensors[name].dtype for name in comparison.differences}
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in types)
     tolerance = TOLERANCE * len(comparison.layers) if all(dtype.itemsize >= 4 for dtype in types) else None
     limits = {name: tolerance_of(comparison.merged.tensors[name].dtype) for name in comparison.differences}
     # Written so that NaN fails.
     failed = [name for name, value in comparison.differences.items() if not value <= limits[name]]
-    passed = not failed and relative <= (math.inf if tolerance is None else tolerance)
+    effect, deviation = (float(torch.linalg.vector_norm(ours - other)) for other in (base, theirs))
+    rounding = deviation / effect if effect else None
+    same = relative <= (math.inf if tolerance is None else tolerance)
+    passed = not failed and same and (rounding is None or rounding <= LARGEST_ROUNDING)
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     figures = f"largest logit difference {difference:.3g} of {largest:.3g}, {agreement:.1%} of tokens agree"
     if failed:
         value, more = comparison.differences[failed[0]], f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         verdict = f"first apart at {failed[0]} (by {value:.2g}, allowed {limits[failed[0]]:.2g}){more}; {figures}"
-    elif not passed:
+    elif not same:
         verdict = f"every tensor agrees, but the logits do not: {figures}"
+    elif not passed:
+        verdict = (
+            f"rounding to {' and '.join(names)} moves the logits {rounding:.2f} times as far as the adapters do, so "
+            f"that little of them is left: {figures}; merge with --dtype float32, or train the adapters further"
+        )
     else:
         verdict = f"the merged model computes what base and adapters do: {figures}"
     return VerificationReport(
         passed=passed,
         verdict=verdict,
-        dtypes=sorted(str(dtype).removeprefix("torch.") for dtype in types),
+        dtypes=names,
         tokens=len(ours),
         max_abs_logit=largest,
         max_difference=difference,
         relative_difference=relative,
         logit_tolerance=tolerance,
         token_agreement=agreement,
+        rounding_of_effect=rounding,
         layer_differences=comparison.layers,
         tensor_differences=comparison.differences,
         failed=failed,
@@ -343,13 +356,14 @@ def _gather(checkpoint: Checkpoint, name: str, index: Tensor) -> Tensor:
     return rows if len(known) == len(index) else torch.cat([rows, rows.new_zeros(len(index) - len(known), width)])
 
 
-# ---------------------------------------------------------------- both at once
+# ---------------------------------------------------------------- all at once
 
 
 class Comparison:
-    """Runs both halves and keeps how far every tensor's outputs are apart.
+    """Runs the three parts and keeps how far the outputs of every tensor of the first two are apart.
 
-    Inputs and outputs of its methods hold both halves, base + adapters first, along the first dimension.
+    Inputs and outputs of its methods hold base + adapters, the merged folder and the base alone along the first
+    dimension.
     """
 
     def __init__(self, inputs: MergeInputs, merged: Checkpoint):
@@ -363,7 +377,7 @@ class Comparison:
         self._streamed = StreamedModel(inputs, FLAG)
 
     def run(self, ids: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """Logits of base + adapters and of the merged folder, (2, tokens, vocabulary), of `ids`: (tokens,)."""
+        """Logits of the three parts, (3, tokens, vocabulary), of `ids`: (tokens,)."""
         rows = self.weights[EMBEDDING].shape[0]
         if ids.dim() != 1 or not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             raise InputError(f"token ids to verify with must be a list of numbers from 0 to {rows - 1}")
@@ -371,7 +385,7 @@ class Comparison:
         layers = model.model.layers
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            ours, theirs = (output[0] if isinstance(output, tuple) else output).chunk(2)
+            ours, theirs, _ = (output[0] if isinstance(output, tuple) else output).chunk(3)
             self.layers.append(_relative(theirs, ours))
             if progress is not None:
                 progress(len(self.layers), len(layers))
@@ -379,7 +393,7 @@ class Comparison:
         for layer in layers:
             layer.register_forward_hook(note)
         with torch.no_grad():
-            logits: Tensor = model(input_ids=ids.expand(2, -1), use_cache=False).logits
+            logits: Tensor = model(input_ids=ids.expand(3, -1), use_cache=False).logits
         return logits
 
     def _fill(self) -> Any:
@@ -407,23 +421,22 @@ class Comparison:
         """Note how far a tensor's outputs are apart; the largest of its row blocks counts."""
         self.differences[name] = max(self.differences.get(name, 0.0), _relative(got, expected))
 
-    def rows(self, name: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of a tensor, rising: (adapted, the same rounded to the stored type, stored), (rows, columns) each."""
+    def rows(self, name: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of a tensor, rising: (adapted, rounded to the stored type, stored, base's), (rows, columns) each."""
         weight = self._adapted(name)
         base = weight.base_rows(index)
         rows, _ = weight.apply(base, index, base[:0])
         rounded = weight.rounded(rows, base, index, self.merged.tensors[name].dtype)
-        return rows, rounded, _gather(self.merged, name, index)
+        return rows, rounded, _gather(self.merged, name, index), base
 
-    def values(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def values(self, name: str) -> list[Tensor]:
         """A small tensor as `rows` gives it, in its own shape."""
         shape = self.weights[name].shape
-        adapted, rounded, stored = self.rows(name, torch.arange(row_shape(shape)[0]))
-        return adapted.view(shape), rounded.view(shape), stored.view(shape)
+        return [rows.view(shape) for rows in self.rows(name, torch.arange(row_shape(shape)[0]))]
 
     def linear(self, name: str, x: Tensor, region: tuple[int, int] | None = None) -> Tensor:
-        """(2 * tokens, columns) -> (2 * tokens, rows), by the rows `region` of the weight, or all."""
-        ours, _ = x.chunk(2)
+        """(3 * tokens, columns) -> (3 * tokens, rows), by the rows `region` of the weight, or all."""
+        ours, theirs, alone = x.chunk(3)
         weight = self._adapted(name, region)
         first, stop = region or (0, self.weights[name].shape[0])
         output = x.new_empty(len(x), stop - first)
@@ -431,10 +444,10 @@ class Comparison:
             rows, y = weight.apply(base, index, ours)
             rounded = weight.rounded(rows, base, index, self.merged.tensors[name].dtype)
             expected = y if rounded is rows else y + ours @ (rounded - rows).T
-            got = x @ stored.float().T
-            self.record(name, got[: len(ours)], expected)
+            stored = stored.float()
+            self.record(name, ours @ stored.T, expected)
             place = slice(int(index[0]) - first, int(index[-1]) + 1 - first)
-            output[: len(ours), place], output[len(ours) :, place] = y, got[len(ours) :]
+            output[:, place] = torch.cat([y, theirs @ stored.T, alone @ base.T])
         return output
 
     def _blocks(
@@ -466,11 +479,10 @@ class _LinearModule(nn.Module):
         """(2 * batch, ..., in) -> (2 * batch, ..., out)."""
         y = self.comparison.linear(self.tensors["weight"], x.flatten(0, -2))
         if bias := self.tensors.get("bias"):
-            adapted, rounded, stored = self.comparison.values(bias)
+            adapted, rounded, stored, base = self.comparison.values(bias)
             self.comparison.record(bias, stored, rounded)
-            ours, theirs = y.chunk(2)
-            ours += adapted
-            theirs += stored
+            for part, value in zip(y.chunk(3), (adapted, stored, base), strict=True):
+                part += value
         return y.view(*x.shape[:-1], -1)
 
 
@@ -480,11 +492,11 @@ class _EmbeddingModule(nn.Module):
         self.comparison, self.name = comparison, tensors["weight"]
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(2, tokens), both halves alike -> (2, tokens, hidden)."""
+        """(3, tokens), all parts alike -> (3, tokens, hidden)."""
         index, places = torch.unique(ids[0], return_inverse=True)
-        adapted, rounded, stored = self.comparison.rows(self.name, index)
+        adapted, rounded, stored, base = self.comparison.rows(self.name, index)
         self.comparison.record(self.name, stored, rounded)
-        return torch.stack([adapted[places], stored[places]])
+        return torch.stack([adapted[places], stored[places], base[places]])
 
 
 class _SmallModule(nn.Module):
@@ -496,19 +508,21 @@ class _SmallModule(nn.Module):
         self.original = [module]  # in a list, its weights are not this module's
 
     def forward(self, x: Tensor) -> Any:
-        ours, theirs = x.chunk(2)
+        ours, theirs, alone = x.chunk(3)
         values = {name: self.comparison.values(tensor) for name, tensor in self.tensors.items()}
-        adapted, rounded, stored = ({name: value[kind] for name, value in values.items()} for kind in range(3))
-        output, expected, got, merged = (
+        adapted, rounded, stored, base = ({name: value[kind] for name, value in values.items()} for kind in range(4))
+        output, expected, got, merged, plain = (
             torch.func.functional_call(self.original[0], weights, (part,))
-            for weights, part in ((adapted, ours), (rounded, ours), (stored, ours), (stored, theirs))
-        )
+            for weights, part in (
+                (adapted, ours), (rounded, ours), (stored, ours), (stored, theirs), (base, alone)
+            )
+        )  # fmt: skip
         single = isinstance(output, Tensor)
         for tensor in self.tensors.values():
             self.comparison.record(tensor, got if single else got[0], expected if single else expected[0])
         if single:
-            return torch.cat([output, merged])
-        return tuple(torch.cat(pair) for pair in zip(output, merged, strict=True))
+            return torch.cat([output, merged, plain])
+        return tuple(torch.cat(parts) for parts in zip(output, merged, plain, strict=True))
 
 
 class _ExpertsModule(nn.Module):
@@ -519,17 +533,17 @@ class _ExpertsModule(nn.Module):
         self.comparison, self.experts, self.activation = comparison, experts, activation
 
     def forward(self, x: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
-        """x: (2 * tokens, hidden); chosen, routing: (2 * tokens, experts of a token) -> (2 * tokens, hidden)."""
-        count = len(x) // 2
+        """x: (3 * tokens, hidden); chosen, routing: (3 * tokens, experts of a token) -> (3 * tokens, hidden)."""
+        count = len(x) // 3
         output = torch.zeros_like(x)
         for number in range(self.experts.count):
-            token, slot = torch.where(chosen[:count] == number)  # the routing of base + adapters, for both
+            token, slot = torch.where(chosen[:count] == number)  # the routing of base + adapters, for all
             if not len(token):
-                self._expert(number, x[[0, count]])  # compared all the same
+                self._expert(number, x[[0, count, 2 * count]])  # compared all the same
                 continue
-            both = torch.cat([token, token + count])
-            weights = routing[token, slot].repeat(2)[:, None]
-            output.index_add_(0, both, self._expert(number, x[both]) * weights)
+            rows = torch.cat([token, token + count, token + 2 * count])
+            weights = routing[token, slot].repeat(3)[:, None]
+            output.index_add_(0, rows, self._expert(number, x[rows]) * weights)
         return output
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
