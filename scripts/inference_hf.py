@@ -21,7 +21,7 @@ from utils.core.arguments import GenerationArguments, InferenceArguments, Specul
 from utils.core.command_line import describe_arguments, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_json, read_json, write_json
-from utils.core.records import BadText, iter_document_batches, iter_records, list_data_files
+from utils.core.records import BadRecords, iter_document_batches, iter_records, list_data_files
 from utils.evaluation.progress import Predictions, Question, answer_all
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ class TaskArguments:
     overwrite: bool = arg(
         False, help="Replace a predictions file that is finished or holds other answers; an unfinished one goes on."
     )
-    on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
+    on_bad_record: Literal["error", "skip"] = arg(
+        "error", help="A line or record that cannot be read or used: stop with file:line, or skip and count."
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -121,24 +123,26 @@ def read_questions(task: TaskArguments) -> list[Question]:
     if task.data_file is None:
         return [SAMPLE_QUESTION if task.prompt is None else task.prompt]
     questions: list[Question] = []
-    bad_text, blank = BadText(task.on_bad_text), 0
+    bad_records, blank = BadRecords(task.on_bad_record), 0
     for path in list_data_files(task.data_file):
         if path.suffix.lower() == ".txt":
-            before, skipped = len(questions), bad_text.skipped
-            for texts in iter_document_batches(path, bad_text=bad_text):
+            before, skipped = len(questions), bad_records.skipped
+            for texts in iter_document_batches(path, bad_records=bad_records):
                 questions += [text.strip() for text in texts]
             with open(path, "rb") as file:
                 lines = sum(1 for _ in file)
-            blank += lines - (len(questions) - before) - (bad_text.skipped - skipped)
+            blank += lines - (len(questions) - before) - (bad_records.skipped - skipped)
         else:
-            questions += [read_question(record, location) for location, record in iter_records(path, bad_text)]
+            for location, record in iter_records(path, bad_records):
+                with bad_records.handled():
+                    questions.append(read_question(record, location))
     if not questions:
         raise InputError(f"--data_file {task.data_file}: no question in it")
     logger.info("%d questions", len(questions))
     if blank:
         logger.info("%d blank lines left out", blank)
-    if bad_text.skipped:
-        logger.warning("%d skipped: not valid UTF-8: %s", bad_text.skipped, ", ".join(bad_text.locations))
+    if bad_records.skipped:
+        logger.warning("%s", bad_records)
     return questions
 
 

@@ -94,7 +94,7 @@ class PromptCache(TokenCache):
             "records": self.counters["records"],
             "kept": len(self),
             "dropped": {reason: self.counters[reason] for reason in DROPS},
-            "skipped_bad_text": self.skipped,
+            "skipped_bad_records": self.skipped,
             "sources": dict(zip(self.source_names, counts, strict=True)),
         }
 

@@ -25,16 +25,16 @@ class SampleCache(TokenCache):
 
     Attributes:
         trained: (num_tokens,) bool, where the label is the token itself and not IGNORE_INDEX.
-        counters: samples, truncated, dropped_no_label, skipped_bad_text, tokens, label_tokens.
+        counters: samples, truncated, dropped_no_label, skipped_bad_records, tokens, label_tokens.
     """
 
     KIND = "samples"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         self.trained = self._map("trained")
-        self.counters["skipped_bad_text"] = self.skipped
+        self.counters["skipped_bad_records"] = self.skipped
 
     @property
     def num_samples(self) -> int:

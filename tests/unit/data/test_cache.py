@@ -20,7 +20,7 @@ from utils.text.tokenizer import load_tokenizer
 # or caches of the old rules would be taken for those of the new ones.
 GOLDEN = {
     "tokens": {1: "ded75ca4281c175b"},
-    "samples": {1: "c33d8c11620887b4"},
+    "samples": {1: "c33d8c11620887b4", 2: "9fd368e1a977907c"},
     "pairs": {1: "f07ace143e5837c5"},
     "prompts": {1: "c5d580c164b1f267"},
 }

@@ -384,8 +384,8 @@ def test_broken_records_name_file_and_line(tmp_path, tokenizer):
     path.write_bytes(json.dumps(make_pairs(3, 1)[0]).encode() + b'\n{"prompt": "\xff"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl:2: invalid UTF-8"):
         load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
-    file = load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_text="skip"))
-    assert (len(file), file.skipped, file.statistics()["skipped_bad_text"]) == (1, 1, 1)
+    file = load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_record="skip"))
+    assert (len(file), file.skipped, file.statistics()["skipped_bad_records"]) == (1, 1, 1)
 
 
 def test_statistics_are_those_of_a_plain_count(tmp_path, tokenizer):

@@ -73,7 +73,7 @@ def test_samples_are_those_of_a_plain_loop(tmp_path, monkeypatch, tokenizer, num
         "samples": 20,
         "truncated": 0,
         "dropped_no_label": 0,
-        "skipped_bad_text": 0,
+        "skipped_bad_records": 0,
         "tokens": sum(len(ids) for ids, _ in expected),
         "label_tokens": len(labels),
     }
@@ -138,13 +138,13 @@ def test_bad_records_are_named(tmp_path, tokenizer):
         )
 
 
-def test_bad_text_is_skipped_and_counted(tmp_path, tokenizer):
+def test_bad_records_are_skipped_and_counted(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "\xff", "output": "b"}\n')
     with pytest.raises(InputError, match=re.escape(f"{path}:2: invalid UTF-8")):
         load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
-    file = load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_text="skip"))
-    assert (file.num_samples, file.skipped, file.counters["skipped_bad_text"]) == (1, 1, 1)
+    file = load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_record="skip"))
+    assert (file.num_samples, file.skipped, file.counters["skipped_bad_records"]) == (1, 1, 1)
 
 
 def test_the_key_is_content_template_and_settings(tmp_path, tokenizer):
