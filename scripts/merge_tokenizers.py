@@ -85,7 +85,7 @@ class MergeTokenizersArguments:
         help=f"Chat template saved with it: a name (see docs), a jinja file, or '{OWN_TEMPLATE}' for the base's.",
     )
     report_text: list[str] = list_arg(
-        help="Held-out files or folders to measure efficiency on, each optionally name=path."
+        help="Held-out files or folders to measure efficiency on, each optionally name=path; equal names get a number."
     )
     model_config: str | None = arg(
         help="Model folder or config.json for the cost figures; default: the base's folder."
@@ -116,6 +116,7 @@ class MergeTokenizersArguments:
 
 def main(args: MergeTokenizersArguments) -> dict[str, Any]:
     """Extend, write, check, measure. Returns: the report."""
+    from utils.data.corpora import parse_corpora
     from utils.text.tokenizer import load_tokenizer
     from utils.text.vocabulary import Selection, save_extended
     from utils.text.vocabulary_report import compare, write_report
@@ -126,8 +127,9 @@ def main(args: MergeTokenizersArguments) -> dict[str, Any]:
     template = read_chat_template(args.chat_template)
     model_size = read_model_size(args)
     bad_records = BadRecords(args.on_bad_record)
-    texts = {name: read_texts([path], args, bad_records) for name, path in map(split_name, args.report_text)}
-    sample = read_texts(args.base_language_sample, args, bad_records) if args.base_language_sample else []
+    held_out = parse_corpora(args.report_text) if args.report_text else {}
+    texts = {name: read_texts(paths, args, bad_records) for name, paths in held_out.items()}
+    sample = read_texts(list_corpus(args.base_language_sample), args, bad_records) if args.base_language_sample else []
     base = load_tokenizer(args.base_tokenizer)
     selection = Selection(args.keep_unreachable, args.keep_base_language_pieces, args.max_new_tokens, sample)
     extended = extend(base, args, selection, bad_records)
@@ -182,15 +184,9 @@ def read_model_size(args: MergeTokenizersArguments) -> Any:
     return None if args.hidden_size is None else ModelSize(args.hidden_size, tied=False)
 
 
-def split_name(item: str) -> tuple[str, str]:
-    """A name=path item as (name, path); without a name, the file's."""
-    name, equals, path = item.partition("=")
-    return (name, path) if equals and not Path(item).exists() else (Path(item).stem, item)
-
-
-def read_texts(sources: list[str], args: MergeTokenizersArguments, bad_records: BadRecords) -> list[str]:
+def read_texts(paths: list[Path], args: MergeTokenizersArguments, bad_records: BadRecords) -> list[str]:
     """A seeded sample of the documents of some files."""
-    documents = itertools.chain.from_iterable(iter_corpus(list_corpus(sources), args.text_column, bad_records))
+    documents = itertools.chain.from_iterable(iter_corpus(paths, args.text_column, bad_records))
     return sample_texts(documents, args.sample_bytes, None, args.seed).texts
 
 
@@ -222,7 +218,7 @@ def extend(
             f"{args.base_tokenizer} has no sentencepiece model (tokenizer.model) to merge into: pass the original "
             "folder, or, for byte-level bases (Llama-3, Qwen), text as --input"
         )
-    texts = read_texts(args.input, args, bad_records)
+    texts = read_texts(list_corpus(args.input), args, bad_records)
     batches = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
     number = args.max_new_tokens or DEFAULT_NEW_TOKENS
     logger.info("training up to %d merges on %d documents", number, len(texts))
