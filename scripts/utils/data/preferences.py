@@ -181,18 +181,23 @@ def _spread(lengths: np.ndarray) -> dict[str, float]:
 
 
 def encode_answers(
-    messages: Sequence[Message], answers: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message],
+    answers: Sequence[str],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prompt, as encode_prompt's, and of each answer up to and with its end token.
 
     Prompt and answer together are encode_conversation's, less what a template writes after the end token.
     Raises: InputError if the template writes the prompt of a whole conversation in another way.
     """
-    prompt = encode_prompt(messages, template, tokenizer)
+    prompt = encode_prompt(messages, template, tokenizer, tools)
+    earlier: list[Message] = [{**message, "weight": 0} for message in messages]  # they are the prompt's
     encoded = []
     for answer in answers:
-        conversation = [*messages, {"role": "assistant", "content": answer}]
-        ids, labels = encode_conversation(conversation, template, tokenizer)
+        conversation = [*earlier, {"role": "assistant", "content": answer}]
+        ids, labels = encode_conversation(conversation, template, tokenizer, tools)
         # Some templates go on after the end token, with a line break for instance, which no answer needs.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORE_INDEX), default=0)
         if ids[: len(prompt)] != prompt or end <= len(prompt):

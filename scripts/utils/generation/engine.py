@@ -10,7 +10,7 @@ import codecs
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
@@ -246,10 +246,15 @@ class Prompter:
         self.stop_ids = stop_token_ids(template, tokenizer) if template else [] if end is None else [int(end)]
         self.token_bytes = token_surfaces(tokenizer)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers."""
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        continue_final: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers; see encode_prompt."""
         assert self.template is not None, "conversations need a template"
-        return encode_prompt(messages, self.template, self.tokenizer)
+        return encode_prompt(messages, self.template, self.tokenizer, tools, continue_final)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text to be continued."""

@@ -16,7 +16,7 @@ from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..generation.engine import Engine, Request
 from ..text.prompts import Message, with_system_prompt
-from ..text.tool_calls import add_tools, call_forms, write_call
+from ..text.tool_calls import add_tools, call_forms, write_calls
 from .errors import ApiError, bad_request, context_error, missing
 from .grammar import JSON_OBJECT, Grammars, JsonConstraint
 from .requests import ChatMessage, ChatRequest, CompletionRequest, NamedTool, SamplingRequest
@@ -349,5 +349,6 @@ def _read_content(message: ChatMessage, param: str) -> str:
         if text is None:
             raise missing(f"{param}.content[{number}].text")
         texts.append(text)
-    calls = [write_call(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-    return "\n".join([*texts, *calls])
+    if message.tool_calls:
+        texts.append(write_calls((call.function.name, call.function.arguments) for call in message.tool_calls))
+    return "\n".join(texts)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.engine import Delta
 from ..generation.sampling import TokenLogprob
-from ..text.tool_calls import read_call
+from ..text.tool_calls import Call, read_calls
 from .planning import RequestPlan
 from .responses import (
     AnswerMessage,
@@ -199,7 +199,7 @@ class ChatResponseBuilder(ResponseBuilder):
     def whole(self, usage: Usage) -> BaseModel:
         choices = []
         for number, choice in enumerate(self.choices):
-            call = read_call(choice.text) if self.plan.calls else None
+            call = _only_call(choice.text) if self.plan.calls else None
             choices.append(
                 ChatChoice(
                     index=number,
@@ -222,7 +222,7 @@ class ChatResponseBuilder(ResponseBuilder):
         text = delta.text
         if self.plan.calls and choice.text.startswith("{"):
             text = choice.text if delta.finish_reason else ""
-            call = read_call(text) if text else None
+            call = _only_call(text) if text else None
         if call is not None:
             message["tool_calls"] = [_tool_call(call, index=0)]
         elif text:
@@ -241,7 +241,7 @@ class ChatResponseBuilder(ResponseBuilder):
         choice = ChatChunkChoice(index=number, delta=AnswerMessage(**message), **fields)
         return ChatCompletionChunk(**self._event_head, choices=[choice])
 
-    def _reason(self, choice: ChoiceBuilder, call: tuple[str, str] | None) -> Any:
+    def _reason(self, choice: ChoiceBuilder, call: Call | None) -> Any:
         return "tool_calls" if call is not None else choice.finish_reason
 
     def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob]]) -> ChatLogprobs | None:
@@ -257,7 +257,12 @@ class ChatResponseBuilder(ResponseBuilder):
         return ChatLogprobs(content=content, refusal=None)
 
 
-def _tool_call(call: tuple[str, str], **fields: int) -> AnswerToolCall:
+def _only_call(text: str) -> Call | None:
+    _, calls = read_calls(text)
+    return calls[0] if len(calls) == 1 else None
+
+
+def _tool_call(call: Call, **fields: int) -> AnswerToolCall:
     name, arguments = call
     return AnswerToolCall(
         id=f"call_{secrets.token_hex(12)}",

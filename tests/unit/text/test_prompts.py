@@ -69,7 +69,8 @@ def test_first_generation_alpaca_encodes_the_answer_alone(tokenizer):
 def test_training_and_inference_encode_the_same_prompt(tokenizer, name):
     template = CHAT_TEMPLATES[name]
     ids, labels = encode_conversation(CHAT, template, tokenizer)
-    for turn in (1, 3):
+    # First-generation Alpaca's prompts end in a space: earlier answers stand behind it as text, as inference has them.
+    for turn in (1,) if name == "alpaca" else (1, 3):
         prompt = encode_prompt(CHAT[:turn], template, tokenizer)
         assert ids[: len(prompt)] == prompt
         assert labels[len(prompt)] == ids[len(prompt)] and labels[len(prompt) - 1] == IGNORE_INDEX
