@@ -150,19 +150,14 @@ def read_question(record: dict[str, Any], location: str) -> Question:
     """What a record asks; an answer that stands at its end (a held-out set has them) is left off."""
     from utils.text.conversations import read_conversation
 
-    # read_conversation wants an answer, as training does.
-    record = dict(record)
-    if isinstance(record.get("messages"), list):
-        record["messages"] = [*record["messages"], {"role": "assistant", "content": ""}]
-    elif isinstance(record.get("conversations"), list):
-        record["conversations"] = [*record["conversations"], {"from": "gpt", "value": ""}]
-    elif "instruction" in record:
-        record["output"] = ""
-    messages = read_conversation(record, location)
+    conversation = read_conversation(record, location)
+    messages = list(conversation.messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages or not messages[-1]["content"].strip():
         raise InputError(f"{location}: the question is empty")
+    if conversation.tools:
+        return {"messages": messages, "tools": conversation.tools}
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
@@ -176,8 +171,9 @@ def encode_question(question: Question, plan: EnginePlan) -> list[int]:
         return plan.encode_text(question)
     from utils.text.prompts import with_system_prompt
 
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    return plan.encode(with_system_prompt(messages, plan.args.system_prompt))
+    asked = question if isinstance(question, dict) else {"messages": question, "tools": None}
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else asked["messages"]
+    return plan.encode(with_system_prompt(messages, plan.args.system_prompt), asked["tools"])
 
 
 def check_lengths(prompts: list[list[int]], settings: GenerationArguments, context: int | None) -> None:

@@ -17,7 +17,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -351,12 +351,14 @@ class RecordEncoder(Encoder):
         template: the jinja text of the chat template, see prompts.resolve_template.
         max_length: tokens of a row.
         max_samples: only so many records are read, the first ones of all files together; None: all.
+        on_bad_record: see BadRecords.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     max_length: int
     max_samples: int | None = None
+    on_bad_record: OnBadRecord = "error"
 
     bar: ClassVar[dict[str, Any]] = {"unit": " records"}
 
@@ -374,6 +376,20 @@ class RecordEncoder(Encoder):
         records = itertools.islice(every, self.max_samples)
         while unit := list(itertools.islice(records, RECORDS_PER_UNIT)):
             yield unit
+
+
+@contextlib.contextmanager
+def located(location: str) -> Iterator[None]:
+    """Put the record's place before errors that do not name it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{location}: {error}") from None
+
+
+def describe_counts(counters: Mapping[str, int], words: Mapping[str, str]) -> str:
+    """What was counted, as "2 are short, 1 is long" for {"short": "are short", ...}; "" if nothing was."""
+    return ", ".join(f"{counters[name]} {text}" for name, text in words.items() if counters[name])
 
 
 # ---------------------------------------------------------------- keys

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Question = str | list[dict[str, str]]  # one text, or messages of role and content
+# One text, messages, or {"messages", "tools"}, with the functions that may be called.
+Question = str | list[dict[str, Any]] | dict[str, Any]
 
 
 def refuse_finished(path: Path, overwrite: bool) -> None:
