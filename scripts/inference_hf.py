@@ -2,11 +2,13 @@
 
   python scripts/inference_hf.py --base_model MERGED --with_prompt --interactive
   python scripts/inference_hf.py --base_model BASE --lora_model ADAPTER --with_prompt --data_file questions.txt
+  python scripts/inference_hf.py --check MODEL --lora_model ADAPTER
 Without --with_prompt texts are continued as they stand. An interrupted file run goes on when it is run again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import sys
@@ -41,6 +43,10 @@ PLACE_SETTINGS = ("gpus", "only_cpu", "load_in_4bit", "load_in_8bit", "attn_impl
 class TaskArguments:
     """What is asked, and where the answers go."""
 
+    check: str | None = arg(
+        help="Look at the folder of this model, and of --lora_model on it: print what is there and what would be "
+        "refused, and leave with 1 if anything would; no weights are read."
+    )
     prompt: str | None = arg(help="Ask this one question; its answer is printed as it is written.")
     data_file: str | None = arg(
         help="File or folder of questions: txt (one a line), or json, jsonl, parquet with instruction (and input), "
@@ -66,6 +72,8 @@ class TaskArguments:
         problems = []
         if self.batch_size < 1:
             problems.append(f"--batch_size {self.batch_size}: need at least 1")
+        if self.check is not None and (self.prompt or self.data_file or self.interactive or self.predictions_file):
+            problems.append("--check asks the model nothing; leave --prompt, --data_file and --interactive out")
         if sum((self.prompt is not None, self.data_file is not None, self.interactive)) > 1:
             problems.append("--prompt, --data_file and --interactive exclude each other; pass one")
         if self.interactive and self.predictions_file:
@@ -81,8 +89,13 @@ def main(
     task: TaskArguments,
     speculation: SpeculationArguments | None = None,
 ) -> dict[str, Any]:
-    """Answer; returns how many answers there are, and how fast they came."""
+    """Answer; returns how many answers there are, and how fast they came.
+
+    Raises: SystemExit if --check finds something that would be refused.
+    """
     select_gpus(model_args)  # before torch is imported
+    if task.check is not None:
+        return check_folders(model_args, task.check)
     from utils.generation.loading import EnginePlan
 
     speculation = speculation or SpeculationArguments()
@@ -113,6 +126,26 @@ def main(
         return result
     finally:
         engine.close()
+
+
+# ---------------------------------------------------------------- looking at folders
+
+
+def check_folders(args: InferenceArguments, model: str) -> dict[str, Any]:
+    """Print what lies in the folders, and what would be refused. Raises: SystemExit(1) if anything would."""
+    from utils.generation.folder_check import FolderCheck
+
+    if args.model_name_or_path:
+        raise InputError(f"--check {model}: it names the model already; leave --base_model out")
+    check = FolderCheck(dataclasses.replace(args, model_name_or_path=model))
+    for line in check.found:
+        print(line)
+    for line in check.refused:
+        print(f"refused: {line}")
+    if check.refused:
+        raise SystemExit(1)
+    print("nothing would be refused")
+    return {"found": check.found}
 
 
 # ---------------------------------------------------------------- questions

@@ -9,6 +9,7 @@ Run the same command again after an interruption: it resumes exactly.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(
     if reference:
         check_reference_model(reference, tokenizer)
     check_critic(ppo_args, lora_args, tokenizer)
-    check_sizes(model_args, rollout_args, training_args)
+    check_sizes(model_args, rollout_args, ppo_args, training_args)
     function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
     template = resolve_template(rollout_args.prompt_template, tokenizer)
     check_reward_tokenizer(reward_args.reward_model, tokenizer, template)
@@ -137,10 +138,13 @@ def check_critic(ppo_args: PPOArguments, lora_args: LoraArguments, tokenizer: Pr
         check_reference_model(ppo_args.critic_model, tokenizer, "--critic_model")
 
 
-def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, training_args: RunArguments) -> None:
+def check_sizes(
+    model_args: ModelArguments, rollout_args: RolloutArguments, ppo_args: PPOArguments, training_args: RunArguments
+) -> None:
     """Set the default --rollout_batch_size.
 
-    Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer.
+    Raises: InputError if batches do not come out even, there is nothing to compare an answer with, or the window is
+        too small for a prompt and its answer.
     """
     from utils.weights.config import load_config
 
@@ -149,8 +153,16 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
         * training_args.gradient_accumulation_steps
         * training_args.world_size
     )
+    group = rollout_args.num_generations
+    if ppo_args.critic == "group" and group < 2:
+        raise InputError("--critic group compares the answers to one prompt; pass --num_generations 4, or 2 at least")
     if rollout_args.rollout_batch_size is None:
-        rollout_args.rollout_batch_size = minibatch * -(-128 // minibatch)
+        step = math.lcm(minibatch, group)
+        rollout_args.rollout_batch_size = step * -(-128 // step)
+    if rollout_args.rollout_batch_size % group:
+        raise InputError(
+            f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of --num_generations {group}"
+        )
     if rollout_args.rollout_batch_size % minibatch:
         raise InputError(
             f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of the {minibatch} answers of "
@@ -252,7 +264,8 @@ def build_policy(
         backbone = build_critic_model(model_args, lora_args, ppo_args, training_args)
         critic = Critic(backbone.config.hidden_size, model=backbone)
     else:
-        critic = Critic(width)
+        # With --critic group nothing is learned: the head says 0, and the answers' groups give the values.
+        critic = Critic(width).requires_grad_(ppo_args.critic == "head")
     attach_critic(model, critic)
     return model
 
@@ -263,15 +276,16 @@ def build_critic_model(
     """A backbone of the critic's own, trained as the policy is: with an adapter, or whole."""
     import dataclasses
 
-    from utils.models.loading import load_model
+    from utils.models.loading import load_model, training_dtype
     from utils.models.training_model import attach_adapter
 
-    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model)
+    dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype, lora_args.full_finetuning)
+    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model, dtype=dtype)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
     # Without its head over the vocabulary, whose weights would never get a gradient.
     model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel")
     if lora_args.full_finetuning:
-        return model.float()
+        return model
     return attach_adapter(model, critic_lora, model_args.load_in_kbits, "FEATURE_EXTRACTION")
 
 
@@ -281,9 +295,10 @@ def build_reference(folder: str, model_args: ModelArguments, training_args: RunA
 
     from utils.models.gathering import whole_models_loaded
     from utils.models.lm_loss import install_loss_head
-    from utils.models.loading import load_model
+    from utils.models.loading import load_model, training_dtype
 
-    args = dataclasses.replace(model_args, model_name_or_path=folder)
+    dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype)
+    args = dataclasses.replace(model_args, model_name_or_path=folder, dtype=dtype)
     with whole_models_loaded(training_args):
         model = load_model(args, training_args.compute_dtype).requires_grad_(False).eval()
     install_loss_head(model)
@@ -301,6 +316,7 @@ def build_rewards(
 ) -> Rewards:
     """The rewards; a reward adapter made on the policy's own base shares its weights."""
     from utils.models.gathering import whole_models_loaded
+    from utils.models.loading import training_dtype
     from utils.rlhf.reward_model import find_reward_model, load_reward_model
     from utils.rlhf.rewards import BackboneReward, Rewards
 
@@ -315,7 +331,8 @@ def build_rewards(
             model = BackboneReward(policy, reward_args.reward_model, pad, training_args.device)
         else:
             with whole_models_loaded(training_args):
-                model = load_reward_model(reward_args.reward_model, model_args.dtype, training_args.device)
+                dtype = training_dtype(model_args.dtype, training_args.compute_dtype)
+                model = load_reward_model(reward_args.reward_model, dtype, training_args.device)
         kind = "an adapter on the policy's weights" if shared else "a model of its own"
         logger.info("reward model %s: %s", reward_args.reward_model, kind)
     return Rewards(

@@ -70,12 +70,14 @@ def main(
     from utils.data.batches import Collator
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
-    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
 
-    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    folder = model_args.tokenizer_name_or_path or choose_tokenizer(
+        lora_args.adapter_name_or_path, model_args.model_name_or_path
+    )
     if folder is None:
         raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
     tokenizer = load_tokenizer(folder)
@@ -167,23 +169,23 @@ def compare_embedding_inits(
 ) -> None:
     """Write embedding_init.json: validation bits-per-byte at step 0 for every way to set the new rows."""
     from utils.models.new_rows import find_tokenizer, initialise_rows
+    from utils.text.tokenizer import vocabulary_end
     from utils.training.runs import prepare_process
     from utils.training.trainer import CausalLMTrainer
 
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
-    if old_tokenizer is None or len(old_tokenizer) >= len(tokenizer):
+    if old_tokenizer is None or vocabulary_end(old_tokenizer) >= vocabulary_end(tokenizer):
         return
+    old_end = vocabulary_end(old_tokenizer)
     trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
     report: dict[str, dict[str, float]] = {}
     for method in EMBEDDING_INITS:
-        initialise_rows(model, old_tokenizer, tokenizer, method, len(old_tokenizer), training_args.seed)
+        initialise_rows(model, old_tokenizer, tokenizer, method, old_end, training_args.seed)
         metrics = trainer.evaluate()
         report[method] = {name: metrics[f"eval_{name}_bits_per_byte"] for name in eval_sets}
         logger.info("step 0, new rows by %s: bits per byte %s", method, report[method])
     write_json(Path(training_args.output_dir) / "embedding_init.json", report)
-    initialise_rows(
-        model, old_tokenizer, tokenizer, extend_args.embedding_init, len(old_tokenizer), training_args.seed
-    )
+    initialise_rows(model, old_tokenizer, tokenizer, extend_args.embedding_init, old_end, training_args.seed)
     prepare_process(training_args.seed)  # the comparison must not change the run that follows
 
 

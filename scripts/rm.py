@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,13 @@ def main(
     from utils.rlhf.reward_model import TASK_TYPE, check_reward_request, set_pad_token
     from utils.rlhf.reward_trainer import RewardTrainer, check_best_metric
     from utils.text.prompts import resolve_template
-    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
 
-    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    folder = model_args.tokenizer_name_or_path or choose_tokenizer(
+        lora_args.adapter_name_or_path, model_args.model_name_or_path
+    )
     if folder is None:
         raise InputError("pass --model_name_or_path")
     tokenizer = load_tokenizer(folder)
@@ -116,20 +118,19 @@ def main(
 def build_model(
     model_args: ModelArguments, lora_args: LoraArguments, pad_token_id: int, training_args: RunArguments
 ) -> Any:
-    """The backbone with its head, weights in training precision."""
+    """The backbone with its head."""
     import torch
 
+    from utils.models.loading import training_dtype
     from utils.rlhf.reward_model import load_classifier
 
     device_map = None
     if model_args.load_in_kbits != 16:
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
-    model = load_classifier(
-        model_args, training_args.compute_dtype, pad_token_id, training_args.seed, device_map=device_map
-    )
-    if lora_args.full_finetuning and model_args.dtype == "auto":
-        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
-    return model
+    compute_dtype = training_args.compute_dtype
+    dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
+    args = replace(model_args, dtype=dtype)
+    return load_classifier(args, compute_dtype, pad_token_id, training_args.seed, device_map=device_map)
 
 
 # ---------------------------------------------------------------- scoring

@@ -55,12 +55,14 @@ def main(
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
     from utils.text.prompts import resolve_template
-    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
 
-    folder = model_args.tokenizer_name_or_path or lora_args.adapter_name_or_path or model_args.model_name_or_path
+    folder = model_args.tokenizer_name_or_path or choose_tokenizer(
+        lora_args.adapter_name_or_path, model_args.model_name_or_path
+    )
     if folder is None:
         raise InputError("pass --model_name_or_path")
     tokenizer = load_tokenizer(folder)

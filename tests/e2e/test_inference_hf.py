@@ -515,7 +515,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     wide = tmp_path / "wide"
     shutil.copytree(merged, wide)
     make_wide(wide)
-    refused("does not fit this base", wide, adapter=plain, prompt="x")
+    refused(r"trained on .*tiny \(hidden_size 32\), .*wide has 48", wide, adapter=plain, prompt="x")
     narrow, _ = make_adapter(tiny_model_folder, base_tokenizer_folder, tmp_path / "narrow")
     refused("400 rows, but the model already has", merged, adapter=narrow, prompt="x")
 
@@ -527,6 +527,20 @@ def make_wide(folder: Path) -> None:
 
     with quiet():
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+def test_a_folder_is_looked_at_without_loading_it(grown, tiny_model_folder, capsys):
+    adapter, merged = grown
+    for more in ({"adapter": adapter, "check": str(tiny_model_folder)}, {"check": str(merged)}):
+        assert "found" in ask(None, **more)
+        assert capsys.readouterr().out.splitlines()[-1] == "nothing would be refused"
+    with pytest.raises(SystemExit) as left:
+        ask(None, check=str(adapter))
+    assert left.value.code == 1 and "refused: " in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--check .* names the model already"):
+        ask(tiny_model_folder, check=str(tiny_model_folder))
+    with pytest.raises(InputError, match="--check asks the model nothing"):
+        TaskArguments(check="model", prompt="why")
 
 
 def test_missing_and_damaged_files_are_named(grown, tiny_model_folder, tmp_path):

@@ -382,6 +382,8 @@ def test_training_refuses_what_cannot_be_learnt(rm_run, tiny_model_folder, pairs
     config = json.loads((two / "config.json").read_text())
     config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
     (two / "config.json").write_text(json.dumps(config))
+    weights = load_file(two / "model.safetensors") | {"score.weight": torch.zeros(2, 32)}
+    save_file(weights, two / "model.safetensors", {"format": "pt"})
     refused("is a classifier with 2 labels", pairs, model=two)
 
 

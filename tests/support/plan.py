@@ -18,7 +18,6 @@ TESTED_ELSEWHERE = {
     "evaluation.formats": "unit/models/test_quantization, e2e/test_quantize: needs quantised models",
     "evaluation.multiple_choice.runs": "e2e/test_eval_multiple_choice: whole runs, killed and gone on with",
     "gguf.self_test": "e2e/test_export_gguf: needs llama.cpp",
-    "lora.inputs": "e2e/test_merge_llama2_with_chinese_lora_low_mem, unit/gguf/test_file: opens whole merges",
     "lora.streamed_model": "e2e/test_verification: compares whole models",
     "lora.verify": "e2e/test_verification: compares whole models",
     "lora.writer": "e2e/test_merge_llama2_with_chinese_lora_low_mem: whole merges, killed and gone on with",

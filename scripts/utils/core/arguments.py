@@ -33,7 +33,8 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = arg(help="Tokenizer folder; default: the adapter's or the model's own.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = arg(
         "auto",
-        help="Type of the frozen base weights; auto: as stored (training), the run's precision with k-bit bases.",
+        help="Type of the frozen base weights; auto: as stored; the run's precision with k-bit bases; float32 where "
+        "training computes in it.",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = arg(
         "auto", help="Attention kernel; auto: flash_attention_2 where it is installed and CUDA is there, else sdpa."
@@ -177,7 +178,10 @@ class InferenceArguments(RopeArguments, ModelArguments):
         "transformers", help="What computes: transformers; llama.cpp, for GGUF files; vllm, here or at --vllm_url."
     )
     torch_compile: bool = arg(False, help="Let torch.compile fuse what stands around attention; a slow start.")
-    vllm_url: str | None = arg(help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000.")
+    vllm_url: str | None = arg(
+        help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000; "
+        "its key is in the environment variable VLLM_API_KEY."
+    )
 
     def __post_init__(self) -> None:
         ModelArguments.__post_init__(self)

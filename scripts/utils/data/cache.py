@@ -327,7 +327,9 @@ def choose_workers(num_workers: int | None, total_bytes: int = 1, parallel_bytes
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
-    return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    from ..text.tokenizer import vocabulary_end
+
+    return "uint16" if vocabulary_end(tokenizer) <= 1 << 16 else "uint32"
 
 
 # ---------------------------------------------------------------- caches of conversations, pairs and prompts

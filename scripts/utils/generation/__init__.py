@@ -11,6 +11,8 @@
   vllm_engine          vLLM as one of the engines: it chooses the tokens, prompts and texts are those of the others
   vllm_backends        the two ways to reach it, a `vllm serve` that runs somewhere and its Python class here
   loading              the files of the model that is to answer, whether they belong together, and loading it
+  folder_check         what lies in the folders of a model and an adapter, in words, and what would be refused
 
-Others import: sampling, engine, cache, batching, transformers_engine, speculation, llamacpp_engine, loading.
+Others import: sampling, engine, cache, batching, transformers_engine, speculation, llamacpp_engine, loading,
+folder_check.
 """

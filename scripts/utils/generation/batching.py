@@ -233,12 +233,12 @@ class BatchScheduler:
         ready: dict[int, Tensor] = {}
         group: list[list[int]] = []  # what is computed of the slots first, first + 1, ... in one pass
         first = slot = self._decoding
-        while slot < len(self._rows) and budget > 0:
+        while slot < len(self._rows) and (budget > 0 or self._rows[slot].guides):
             row = self._rows[slot]
             rest = row.tokens[len(self._cache.tokens[slot]) :]
             guided = slot + 1 < len(self._rows) and self._rows[slot + 1].guides
             # Only the last of a step is cut, so those that finish are always the first of this part. Guided pairs are
-            # not: both logits are needed in the same step.
+            # neither cut nor parted: both logits are needed in the same step.
             if not (guided or row.guides):
                 rest = rest[:budget]
             joined = [*group, rest]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import codecs
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -157,6 +158,8 @@ class Completion:
 class Answer:
     """An answer being written. Iterate over it for what comes, or give `on_delta`; `cancel()` ends it early.
 
+    Each delta is given once: a second iteration goes on where the first was left.
+
     Attributes:
         completion: all of it, once it is finished.
         num_cached_tokens: see Completion.
@@ -169,6 +172,9 @@ class Answer:
         self.cancelled = False  # looked at by the engine between two steps; setting a bool needs no lock
         self._items: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._on_delta = on_delta or self._items.put
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+        self._all_read = False
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -192,24 +198,33 @@ class Answer:
                 self.num_cached_tokens,
             )
         self._on_delta(delta)
+        if delta.finish_reason or delta.error:
+            self._error = delta.error
+            self._ended.set()
 
     def wait(self) -> Completion:
-        """The whole answer. Raises: what went wrong in the engine."""
-        for _ in self:
-            pass
+        """The whole answer, whoever reads its deltas; as often as it is asked for. An interrupted wait cancels it.
+
+        Raises: what went wrong in the engine.
+        """
+        try:
+            self._ended.wait()
+        finally:
+            self.cancel()
+        if self._error is not None:
+            raise self._error
         assert self.completion is not None
         return self.completion
 
     def __iter__(self) -> Iterator[Delta]:
         """The deltas as they come. Raises: what went wrong in the engine. Leaving early cancels."""
         try:
-            while True:
+            while not self._all_read:
                 delta = self._items.get()
+                self._all_read = bool(delta.finish_reason or delta.error)
                 if delta.error is not None:
                     raise delta.error
                 yield delta
-                if delta.finish_reason:
-                    return
         finally:
             self.cancel()
 

@@ -141,7 +141,13 @@ class GgufModel:
             part = slice(begin, begin + BATCH)
             wanted = [end - begin for end in ends if begin <= end < begin + BATCH]
             self._batch.fill(ids[part], places[part], seq_ids[part], wanted)
-            self._decode(self._context)
+            try:
+                self._decode(self._context)
+            except RuntimeError:
+                # Nobody knows how much of a batch is in the cache after a failure.
+                self._library.llama_memory_clear(self._memory, False)
+                self.tokens = [[] for _ in self.tokens]
+                raise
             if wanted:
                 pointer = self._library.llama_get_logits(self._context)
                 block = torch.from_numpy(np.ctypeslib.as_array(pointer, (len(wanted), self.vocab_size)))
@@ -152,10 +158,7 @@ class GgufModel:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _decode(self, context: Any) -> None:
-        # After a failure nobody knows how much of a batch is in the cache.
         if status := self._library.llama_decode(context, self._batch.struct):
-            self._library.llama_memory_clear(self._memory, False)
-            self.tokens = [[] for _ in self.tokens]
             raise RuntimeError(f"llama.cpp failed with status {status}: {last_error()}")
 
     def embed(self, prompt: Sequence[int], context: int) -> Tensor:

@@ -14,15 +14,14 @@ import torch
 
 from ..core.arguments import InferenceArguments, SpeculationArguments
 from ..core.errors import InputError
+from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config
-from ..lora.updates import Replace, plan_updates
 from ..models.loading import bf16_is_supported, load_model
 from ..models.rope import find_row_rotary, install_row_rotary, rope_overrides, scale_rope
 from ..text.prompts import OWN_TEMPLATE, resolve_template, template_name
 from ..text.tokenizer import check_embedding_rows, has_tokenizer, load_tokenizer
-from ..weights.config import load_config, local_folder
-from ..weights.names import EMBEDDING, HEAD
-from ..weights.reader import open_checkpoint
+from ..weights.config import local_folder
+from ..weights.model_folder import read_model
 from .drafts import EarlyExitDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
 from .engine import Engine, Prompter
 from .llamacpp_engine import GgufFile
@@ -68,31 +67,17 @@ def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedToken
     Raises: InputError.
     """
     assert args.model_name_or_path is not None
-    config = load_config(args.model_name_or_path)
+    base = read_model(args.model_name_or_path)
+    config = base.config
     scale_rope(config, args)
-    shapes = dict(open_checkpoint(args.model_name_or_path).shapes)
     old_rows = config.vocab_size
-    if adapter := args.adapter_name_or_path:
-        # A tied model's files have no lm_head, which an adapter may still be for.
-        if config.tie_word_embeddings and EMBEDDING in shapes:
-            shapes.setdefault(HEAD, shapes[EMBEDDING])
-        tensors = open_checkpoint(adapter).shapes
-        updates = plan_updates(load_adapter_config(adapter), tensors, shapes)
-        rows = {
-            name: next(
-                (tensors[u.source][0] for u in updates.get(name, ()) if isinstance(u, Replace)), shapes[name][0]
-            )
-            for name in (EMBEDDING, HEAD)
-            if name in shapes
-        }
-        if len(set(rows.values())) > 1:
-            raise InputError(f"adapter {adapter}: embed_tokens and lm_head get different rows {rows}; train both")
-        config.vocab_size = rows.get(EMBEDDING, old_rows)
-    _check_tokenizer(tokenizer, config.vocab_size, old_rows, args.adapter_name_or_path)
+    if args.adapter_name_or_path:
+        config.vocab_size = read_adapter(args.adapter_name_or_path, base).rows or old_rows
+    check_tokenizer(tokenizer, config.vocab_size, old_rows, args.adapter_name_or_path)
     return config
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, old_rows: int, adapter: str | None) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, old_rows: int, adapter: str | None) -> None:
     """Raises: InputError unless `rows` embeddings, grown by an adapter from `old_rows`, are this tokenizer's."""
     owner = f"adapter's embeddings have {rows} rows (the base has {old_rows})" if adapter else f"model has {rows} rows"
     remedy = f"pass --tokenizer_path {adapter}, or the" if adapter else "pass the model's own --tokenizer_path, or the"
@@ -164,13 +149,8 @@ def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 def _wrap(model: PreTrainedModel, adapters: Mapping[str, str]) -> Any:
     """A PeftModel with these adapters, by name, in the model's own precision."""
-    from peft import PeftModel
-
     dtype = model.dtype
-    (first, folder), *others = adapters.items()
-    wrapped = PeftModel.from_pretrained(model, folder, adapter_name=first, torch_device=str(model.device))
-    for name, folder in others:
-        wrapped.load_adapter(folder, adapter_name=name, torch_device=str(model.device))
+    wrapped = load_with_peft(model, adapters, torch_device=str(model.device))
     # PEFT keeps float32 for training; here each pass would convert.
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name or ".modules_to_save." in name or "token_adapter" in name:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM lets --max-lora-rank be
 TEMPLATE_FILE = "chat_template.jinja"
+KEY_VARIABLE = "VLLM_API_KEY"  # the one that `vllm serve` itself reads
 Tokens = AsyncGenerator[tuple[int, TokenLogprob | None]]
 ADVICE = "need vLLM 0.11 or later"
 
@@ -186,6 +187,8 @@ class VllmServer:
             response = httpx.request(method, self.url + path, json=body, headers=self._headers, timeout=10)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise InputError(f"--vllm_url {self.url}: no vLLM server answers there ({error})") from None
+        if response.status_code == 401:
+            raise InputError(f"--vllm_url {self.url}: it wants a key; set {KEY_VARIABLE} to what it was started with")
         if response.status_code != 200:
             raise InputError(f"--vllm_url {self.url}{path}: {_complaint(response)}")
         return response.json()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,15 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..text.prompts import OWN_TEMPLATE
 from .engine import BASE, Answer, Delta, Engine, Prompter, Request, TokenSequence
-from .vllm_backends import VllmBackend, VllmLibrary, VllmServer, engine_options, is_installed, serve_command
+from .vllm_backends import (
+    KEY_VARIABLE,
+    VllmBackend,
+    VllmLibrary,
+    VllmServer,
+    engine_options,
+    is_installed,
+    serve_command,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,12 +176,11 @@ def load_vllm(
     context: int | None = None,
     adapters: Mapping[str, str] | None = None,
     url: str | None = None,
-    api_key: str | None = None,
 ) -> VllmEngine:
     """The engine for what a loading.EnginePlan has found.
 
     Args:
-        url: of a running `vllm serve`; None: vLLM runs here.
+        url: of a running `vllm serve`, whose key is in the environment (KEY_VARIABLE); None: vLLM runs here.
     Raises: InputError; where vLLM is not installed, with the command that serves the same model.
     """
     served = dict(adapters or {})
@@ -183,7 +191,7 @@ def load_vllm(
     names = list(served) if args.adapter_name_or_path else [BASE, *served]
     backend: VllmBackend
     if url is not None:
-        backend = server = VllmServer(url, api_key)
+        backend = server = VllmServer(url, os.environ.get(KEY_VARIABLE))
         models, window = server.find_models(names, prompter.tokenizer)
         options["max_model_len"] = min(options["max_model_len"], window)
     elif is_installed():

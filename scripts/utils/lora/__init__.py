@@ -4,6 +4,7 @@
                   time
   updates         what each tensor of a LoRA adapter does to which weight of the base model
   base_record     what an adapter's folder says about the base it was trained on, and whether a base is that one
+  adapter_folder  an adapter's folder, read against the base it is used on, and opened by PEFT whatever PEFT wrote it
   merged_model    a base model with adapters added, read tensor by tensor in bounded memory
   inputs          a base, its adapters and its tokenizer found, checked against each other, and opened as one model
   writer          which files a merged model becomes, writing them from the stream, and what went into them
@@ -11,5 +12,5 @@
   streamed_model  transformers' own model in float32, whose weights are read from files as it needs them
   verify          a merged folder against its base with the adapters beside it, as training ran them
 
-Others import: config, updates, base_record, merged_model, inputs, writer, manifest, streamed_model, verify.
+Others import: config, base_record, adapter_folder, merged_model, inputs, writer, manifest, streamed_model, verify.
 """

@@ -58,7 +58,7 @@ def check_base(
     Args:
         config: the content of the base's config.json.
         first: the adapter was trained on this base itself, not on one with other adapters merged in.
-    Raises: InputError if they are other models; if the folder says too little, a warning where names differ.
+    Raises: InputError if they are other models. Where the folder says too little, that is logged.
     """
     architecture = next(iter(config.get("architectures") or ()), None)
     recorded = Path(adapter.base_model_name_or_path)
@@ -75,16 +75,20 @@ def check_base(
         if theirs and name in theirs and name in config and theirs[name] != config[name]:
             raise InputError(
                 f"adapter {adapter.folder} was trained on {recorded} ({name} {theirs[name]}), "
-                f"{base} has {config[name]}; merge every adapter into its own base"
+                f"{base} has {config[name]}; every adapter belongs to its own base"
             )
     if not first:
         return
     if record.get("weights"):
         _check_fingerprints(adapter, record, base, _describe(base, checkpoint, config))
-    elif adapter.base_model_name_or_path and recorded.name != base.name:
-        logger.warning(
-            "adapter %s was trained on %s; merging it into %s is right only if that is the same model",
-            *(adapter.folder, recorded, base),
+    else:
+        # No record of its weights: it was trained elsewhere.
+        differ = adapter.base_model_name_or_path and recorded.name != base.name
+        logger.log(
+            logging.WARNING if differ else logging.INFO,
+            "adapter %s does not say which weights it was trained on (its config names %s); on %s it is right only "
+            "if these are the same",
+            *(adapter.folder, adapter.base_model_name_or_path or "no model", base),
         )
 
 

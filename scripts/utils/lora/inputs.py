@@ -18,7 +18,8 @@ from ..core.files import read_json
 from ..text.tokenizer import check_embedding_rows, has_tokenizer, is_padded_size, load_tokenizer
 from ..weights.config import load_config, local_folder
 from ..weights.meta_reader import is_meta_folder, meta_config, open_meta_checkpoint
-from ..weights.names import CLASSIFIER, EMBEDDING, HEAD, SCORE
+from ..weights.model_folder import LANGUAGE_MODEL, REWARD_MODEL, check_complete, is_classifier
+from ..weights.names import CLASSIFIER, EMBEDDING, SCORE
 from ..weights.reader import Checkpoint, open_checkpoint
 from .base_record import check_base
 from .config import load_adapter_config
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-KNOWN_MODELS = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -60,13 +59,15 @@ def open_merge(
         output: where the result goes; it must not overlap with an input.
     Raises: InputError naming what is missing, damaged or does not belong together.
     """
+    from transformers import CONFIG_MAPPING
+
     base_folder, adapter_folders = _find_folders(base, adapters, output)
     is_meta = is_meta_folder(base_folder)
     if is_meta:
         config = meta_config(base_folder)
-        tied = config["tie_word_embeddings"]
+        parsed: Any = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     else:
-        tied = load_config(str(base_folder)).tie_word_embeddings  # names what is wrong with the file, knows defaults
+        parsed = load_config(str(base_folder))  # names what is wrong with the file, knows defaults
         config = read_json(base_folder / "config.json")
     if config.get("quantization_config"):
         raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
@@ -77,8 +78,9 @@ def open_merge(
         ]
         for number, (adapter, _) in enumerate(opened):
             check_base(adapter, base_folder, checkpoint, config, first=number == 0)
-        _check_complete(checkpoint, config)
-        model = MergedModel(checkpoint, opened, tied=bool(tied), adapter_weights=adapter_weights)
+        check_complete(parsed, checkpoint, REWARD_MODEL if is_classifier(parsed) else LANGUAGE_MODEL)
+        tied = bool(parsed.tie_word_embeddings)
+        model = MergedModel(checkpoint, opened, tied=tied, adapter_weights=adapter_weights)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
         _check_vocabulary(model, checkpoint, found)
         merged = _merged_config(model, config)
@@ -99,30 +101,6 @@ def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None)
     if len({folder.resolve() for folder in adapter_folders}) < len(adapter_folders):
         raise InputError(f"--lora_model {','.join(adapters)} names an adapter twice; it would be added twice")
     return base_folder, adapter_folders
-
-
-def _check_complete(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """Raises: InputError if the weights of a known kind of model lack some that its config asks for."""
-    if config.get("model_type") not in KNOWN_MODELS:
-        return
-    layers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith("model.layers.")}
-    count = int(config["num_hidden_layers"])
-    parts = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.weight"]
-    parts += [f"self_attn.{name}_proj.weight" for name in "kvo"]
-    if config["model_type"] != "mixtral":
-        parts += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-    wanted = [EMBEDDING, "model.norm.weight", *(f"model.layers.{i}.{part}" for i in range(count) for part in parts)]
-    if any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
-        wanted.append(SCORE)
-    elif not config.get("tie_word_embeddings", False):
-        wanted.append(HEAD)
-    missing = [name for name in wanted if name not in checkpoint.tensors]
-    if missing or len(layers) != count:
-        named = f": {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}" if missing else ""
-        raise InputError(
-            f"{checkpoint.folder}: config.json describes {count} layers, the weights hold {len(layers)} and lack "
-            f"{len(missing)} tensors{named}; download the model again"
-        )
 
 
 def _find_tokenizer(name: str | None, base: Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase | None:

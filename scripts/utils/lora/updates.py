@@ -106,12 +106,31 @@ _TENSOR_ROLES = (
 _WHOLE_ROLES = ("weight", "modules_to_save", "base_layer.weight")
 
 
+_PREFIX = "base_model.model."
+# Computed by the model itself; old libraries saved them with every layer.
+_BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|position_ids)$")
+
+
+def peft_spelling(names: Iterable[str]) -> dict[str, str]:
+    """{the name under which today's PEFT looks for a tensor: its name in the file}.
+
+    Older ones wrote the adapter's name ("default") and modules_to_save into it, others left the prefix out.
+    """
+    spelled: dict[str, str] = {}
+    # What is there twice counts as _WHOLE_ROLES has it: without modules_to_save first.
+    for name in sorted(names, key=lambda name: ".modules_to_save" in name):
+        if not _BUFFERS.search(name) and not name.endswith(".original_module.weight"):
+            key = re.sub(r"\.(?:modules_to_save\.default|modules_to_save|default)(?=\.|$)", "", name)
+            spelled.setdefault(_PREFIX + key.removeprefix(_PREFIX), name)
+    return spelled
+
+
 def _group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """({module: {role: tensor name}}, names that are no part of a LoRA adapter or say the same thing twice)."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     strange = []
     for name in names:
-        key = name.removeprefix("base_model.model.")
+        key = name.removeprefix(_PREFIX)
         pattern, role = next(((p, r) for p, r in _TENSOR_ROLES if p.search(key)), (None, ""))
         module = pattern.sub("", key) if pattern else ""
         if pattern is None or role in modules[module]:
@@ -128,7 +147,7 @@ class _Planner:
         self, config: AdapterConfig, tensors: Mapping[str, tuple[int, ...]], weights: Mapping[str, tuple[int, ...]]
     ):
         self.config, self.tensors, self.weights = config, tensors, weights
-        self.modules, self.unmatched = _group_by_module(tensors)
+        self.modules, self.unmatched = _group_by_module(name for name in tensors if not _BUFFERS.search(name))
         self.updates: dict[str, list[Update]] = defaultdict(list)
         self.problems: list[str] = []
 
@@ -139,7 +158,21 @@ class _Planner:
             self._plan_low_rank(module, roles)
             self._plan_tokens(module, roles)
             self.unmatched += roles.values()  # what no step has taken
+        self._check_whole()
         return dict(self.updates)
+
+    def _check_whole(self) -> None:
+        """That modules trained in full are there; PEFT's own list also names modules that a model does not have."""
+        replaced = {_module_name(weight) for weight, steps in self.updates.items() if isinstance(steps[0], Replace)}
+        wanted = {name.rpartition(".")[2] for name in self.config.modules_to_save}
+        absent = (wanted & {_module_name(weight) for weight in self.weights}) - replaced
+        if self.config.ensure_weight_tying and replaced & {"embed_tokens", "lm_head"}:
+            absent -= {"embed_tokens", "lm_head"}  # one of the two stands for both
+        if absent:
+            self.problems.append(
+                f"{ADAPTER_CONFIG} says that {', '.join(sorted(absent))} were trained in full (modules_to_save), but "
+                "the weights do not hold them"
+            )
 
     def _weight(self, module: str, parameter: str = "weight") -> str | None:
         return find_spelling(f"{module}.{parameter}", self.weights)
@@ -320,6 +353,11 @@ def plan_updates(
             + _some(problems, "\n  ")
         )
     return updates
+
+
+def _module_name(weight: str) -> str:
+    """model.layers.0.self_attn.q_proj.weight -> q_proj."""
+    return weight.rpartition(".")[0].rpartition(".")[2]
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

@@ -12,7 +12,15 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, ModelArguments
 from ..core.errors import InputError
-from ..weights.config import check_model, folder_or_hub_id, load_config
+from ..weights.config import folder_or_hub_id, load_config
+from ..weights.model_folder import (
+    LANGUAGE_MODEL,
+    check_padding,
+    loadable_folder,
+    loading_settings,
+    read_model,
+    some_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,14 +70,28 @@ def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_
     )
 
 
+def training_dtype(dtype: str, compute_dtype: torch.dtype, full_finetuning: bool = False) -> str:
+    """The type that the weights of a run have in memory, as ModelArguments.dtype names it.
+
+    Without autocast (float32) nothing converts between frozen 16-bit weights and what is trained, which is float32:
+    all weights are. Weights that are all trained are too (AdamW in 16 bits loses small updates, and gradient scaling
+    refuses float16), unless bfloat16 is asked for.
+    Args: dtype: the one asked for; compute_dtype: the type arithmetic runs in.
+    """
+    if compute_dtype == torch.float32 and dtype not in ("auto", "float32"):
+        logger.warning("--dtype %s has no effect with --precision fp32: all weights are float32", dtype)
+    everything = compute_dtype == torch.float32 or (full_finetuning and dtype != "bfloat16")
+    return "float32" if everything else dtype
+
+
 def load_model(
     args: ModelArguments,
     compute_dtype: torch.dtype,
     device_map: Any = None,
-    auto_class: str = "AutoModelForCausalLM",
+    auto_class: str = LANGUAGE_MODEL,
     **config: Any,
 ) -> PreTrainedModel:
-    """Load a model's weights, with damaged or missing files named before anything slow.
+    """Load a model's weights; what is damaged, missing or of another shape is named before anything slow.
 
     Args:
         compute_dtype: the type arithmetic runs in; k-bit weights are dequantised to it.
@@ -80,21 +102,31 @@ def load_model(
     import transformers
 
     assert args.model_name_or_path is not None
-    check_model(args.model_name_or_path)
+    found = read_model(args.model_name_or_path, auto_class)
+    checkpoint = found.checkpoint
+    if found.extra:
+        named = some_of(found.extra)
+        logger.warning("%s: %d tensors have no place in the model: %s", found.folder, len(found.extra), named)
     quantization = quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, compute_dtype)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if quantization is not None and dtype == "auto":
         dtype = compute_dtype
     # None would replace what the config of a quantised folder says.
     settings = {} if quantization is None else {"quantization_config": quantization}
-    model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
-        folder_or_hub_id(args.model_name_or_path),
-        dtype=dtype,
-        attn_implementation=choose_attention(args.attn_implementation),
-        device_map=device_map,
-        **settings,
-        **config,
-    )
+    with loadable_folder(checkpoint) as folder:
+        model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation=choose_attention(args.attn_implementation),
+            device_map=device_map,
+            **settings,
+            **loading_settings(checkpoint),
+            **config,
+        )
+    # What adapters record as their base.
+    model.config.name_or_path = model.name_or_path = folder_or_hub_id(args.model_name_or_path)
+    if checkpoint.wrapper:
+        del model._weight_conversions  # else save_pretrained would put the wrapper's name back
     _pack_whole_blocks_only(model)
     return model
 
@@ -113,7 +145,7 @@ def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreT
     from transformers import AutoModelForCausalLM
 
     assert args.config_name is not None
-    path = Path(args.config_name)
+    path = Path(args.config_name).expanduser()
     config = load_config(str(path.parent if path.name == "config.json" else path)) if path.exists() else None
     if config is None:
         raise InputError(f"--config_name {args.config_name}: no such folder or file")
@@ -127,6 +159,7 @@ def create_model(args: ExtendArguments, vocabulary: int, attention: str) -> PreT
         value = text.lower() == "true" if isinstance(old, bool) else type(old)(text)
         setattr(config, name, value)
     config.vocab_size = vocabulary
+    check_padding(f"--config_name {args.config_name}", config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=choose_attention(attention)
     )

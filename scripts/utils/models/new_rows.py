@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..text.tokenizer import check_embedding_rows, embedding_rows, load_tokenizer, segment_with
+from ..text.tokenizer import (
+    check_embedding_rows,
+    embedding_rows,
+    has_tokenizer,
+    load_tokenizer,
+    segment_with,
+    vocabulary_end,
+)
+from ..weights.config import local_folder
 from .gathering import full_shape, gathered_weights
 
 if TYPE_CHECKING:
@@ -39,21 +47,22 @@ def extend_vocabulary(
     Rows the model has beyond its old tokenizer (padding) are initialised too. Methods: see --embedding_init.
     """
     rows = full_shape(model.get_input_embeddings().weight)[0]
-    first_new = min(rows, len(old_tokenizer)) if old_tokenizer is not None else rows
-    if len(tokenizer) <= first_new:
+    first_new = min(rows, vocabulary_end(old_tokenizer)) if old_tokenizer is not None else rows
+    end = vocabulary_end(tokenizer)
+    if end <= first_new:
         return 0
-    if len(tokenizer) > rows:
+    if end > rows:
         model.resize_token_embeddings(embedding_rows(tokenizer), mean_resizing=False)
     initialise_rows(model, old_tokenizer, tokenizer, method, first_new, seed)
-    return len(tokenizer) - first_new
+    return end - first_new
 
 
 def check_extends(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
     """Raises: InputError unless the new tokenizer has every token of the old one at its old id."""
-    ids = list(range(len(old)))
+    ids = list(range(vocabulary_end(old)))
     for index, token in enumerate(old.convert_ids_to_tokens(ids)):
-        other = new.convert_ids_to_tokens(index) if index < len(new) else None
-        if token != other:
+        other = new.convert_ids_to_tokens(index) if index < vocabulary_end(new) else None
+        if token and token != other:  # an id that the old tokenizer left out may be used now
             raise InputError(
                 f"token {index} is {token!r} in the model's tokenizer but {other!r} in {new.name_or_path}: the new "
                 "vocabulary must extend the model's own; pass one that merge_tokenizers.py made from this base"
@@ -77,7 +86,9 @@ def initialise_rows(
         )
     pieces: Sequence[Sequence[int]] = []
     if method == "mean_of_pieces" and old_tokenizer is not None:
-        pieces = [segment_with(old_tokenizer, tokenizer, index) for index in range(first_new, len(tokenizer))]
+        pieces = [
+            segment_with(old_tokenizer, tokenizer, index) for index in range(first_new, vocabulary_end(tokenizer))
+        ]
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in [embedding] if head is embedding else [embedding, head]:
         with gathered_weights([weight]):
@@ -102,8 +113,8 @@ def _new_rows(weight: Tensor, first_new: int, pieces: Sequence[Sequence[int]], m
 
 
 def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's folder, None if the folder has none."""
-    try:
-        return load_tokenizer(str(name_or_path))
-    except InputError:
+    """The tokenizer in a model's folder, None if there is none. Raises: InputError if it is damaged."""
+    if name_or_path is None:
         return None
+    folder = local_folder(name_or_path)
+    return load_tokenizer(folder) if has_tokenizer(folder) else None

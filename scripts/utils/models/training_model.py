@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,20 +13,23 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
+from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..text.tokenizer import embedding_rows
-from ..weights.config import check_model, folder_or_hub_id
-from ..weights.names import EMBEDDING, HEAD
-from ..weights.reader import check_readable, open_checkpoint
+from ..weights.model_folder import read_model
+from ..weights.names import EMBEDDING, HEAD, SCORE
+from ..weights.reader import open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
-from .loading import create_model, load_model
+from .loading import create_model, load_model, training_dtype
 from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+HEADS = tuple(name.removesuffix(".weight") for name in (HEAD, SCORE))
 
 
 def build_training_model(
@@ -43,13 +48,13 @@ def build_training_model(
         model = create_model(extend_args, embedding_rows(tokenizer), model_args.attn_implementation)
     else:
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
-        model = load_model(model_args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
+        dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
+        args = replace(model_args, dtype=dtype)
+        model = load_model(args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
         old_tokenizer = find_tokenizer(model_args.model_name_or_path)
         added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
         if added:
             logger.info("%d rows of embed_tokens and lm_head are new, set by %s", added, extend_args.embedding_init)
-    if lora_args.full_finetuning and model_args.dtype == "auto":
-        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
     if lora_args.output_router_logits:
         model.config.output_router_logits = True
     install_loss_head(model)
@@ -69,7 +74,7 @@ def check_training_request(
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
-    config = check_model(model_args.model_name_or_path)
+    base = read_model(model_args.model_name_or_path)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
@@ -79,11 +84,10 @@ def check_training_request(
         )
     trained = set((lora_args.modules_to_save or "").split(","))
     if lora_args.adapter_name_or_path:
-        trained = set(load_adapter_config(lora_args.adapter_name_or_path).modules_to_save)
-        check_readable(lora_args.adapter_name_or_path)
+        trained = set(read_adapter(lora_args.adapter_name_or_path, base).config.modules_to_save)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
-        refuse_untrained_rows(tokenizer, config.vocab_size)
+        refuse_untrained_rows(tokenizer, base.config.vocab_size)
 
 
 def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task_type: str = "CAUSAL_LM") -> Any:
@@ -92,7 +96,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
     Args: task_type: PEFT's; SEQ_CLS adds the model's `score` head to the modules trained in full.
     Raises: InputError for unknown modules, an adapter of another shape, or lm_head among target_modules.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if kbits != 16:
         # Not PEFT's prepare_model_for_kbit_training: it makes norms, embeddings and lm_head float32, and with them
@@ -104,7 +108,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
                 module.support_avx512bf16_for_cpu = False
     if args.adapter_name_or_path:
         check_adapter_fits(args.adapter_name_or_path, model)
-        wrapped: Any = PeftModel.from_pretrained(model, folder_or_hub_id(args.adapter_name_or_path), is_trainable=True)
+        wrapped: Any = load_with_peft(model, {"default": args.adapter_name_or_path}, is_trainable=True)
     else:
         targets = resolve_target_modules(args.target_modules, model.config)
         saved = [name for name in (args.modules_to_save or "").split(",") if name]
@@ -125,7 +129,41 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates
+    convert_at_borders(wrapped)
     return wrapped
+
+
+def convert_at_borders(wrapped: nn.Module) -> None:
+    """Let modules of a PEFT model that are trained whole, in float32, stand between layers of 16 bits.
+
+    Under autocast the kernels convert by themselves; PPO generates, and reward models score, without it.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, wrapper in wrapped.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        base = next(wrapper.original_module.parameters()).dtype
+        if base not in (torch.float16, torch.bfloat16):
+            continue
+        is_head = name.endswith(HEADS)  # nothing comes behind a head, and its results stay as exact as they are
+        for module in wrapper.modules_to_save.values():
+            module.register_forward_pre_hook(_take_float32)
+            if not is_head:
+                module.register_forward_hook(partial(_give, base))
+
+
+def _take_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_convert(value, torch.float32) for value in inputs)
+
+
+def _give(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return _convert(output, dtype)
+
+
+def _convert(value: Any, dtype: torch.dtype) -> Any:
+    converts = torch.is_tensor(value) and value.is_floating_point()
+    return value.to(dtype) if converts and not torch.is_autocast_enabled(value.device.type) else value
 
 
 def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:

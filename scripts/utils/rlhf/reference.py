@@ -29,7 +29,8 @@ from ..models.lm_loss import loss_targets
 from ..models.new_rows import check_extends, find_tokenizer, refuse_untrained_rows
 from ..models.training_model import build_training_model
 from ..text.prompts import IGNORE_INDEX
-from ..weights.config import check_model, load_config
+from ..weights.config import load_config
+from ..weights.model_folder import read_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def check_reference(lora_args: LoraArguments, reference_model: str | None, need:
 
 def check_reference_model(folder: str, tokenizer: PreTrainedTokenizerBase, flag: str = "--reference_model") -> None:
     """Raises: InputError unless a model reads the tokens of a policy with this tokenizer; `flag` names it."""
-    config = check_model(folder)
+    config = read_model(folder).config
     own = find_tokenizer(folder)
     try:
         if own is not None:

@@ -20,22 +20,24 @@ from ..core.arguments import LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.hub import find_folder
+from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, load_model
+from ..models.training_model import convert_at_borders
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import check_embedding_rows, load_tokenizer
-from ..weights.config import check_model, load_config, local_folder
-from ..weights.names import ADAPTER_CONFIG, CLASSIFIER, SCORE
-from ..weights.reader import check_readable, open_checkpoint
+from ..weights.config import load_config, local_folder
+from ..weights.model_folder import REWARD_MODEL, is_classifier, read_model
+from ..weights.names import ADAPTER_CONFIG, SCORE
+from ..weights.reader import open_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 TASK_TYPE = "SEQ_CLS"  # PEFT's name for such models
-AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
 # ---------------------------------------------------------------- the head
@@ -143,11 +145,6 @@ def check_same_tokenizer(reward_tokenizer: PreTrainedTokenizerBase, policy_token
 # ---------------------------------------------------------------- loading
 
 
-def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether a model folder's config says that it has a classification head."""
-    return any(name.endswith(CLASSIFIER) for name in config.architectures or ())
-
-
 def adapter_task(folder: str | Path) -> str | None:
     """The task_type of an adapter's config; TASK_TYPE for reward models."""
     task: str | None = read_json((find_folder(folder) or Path(folder)) / ADAPTER_CONFIG).get("task_type")
@@ -160,7 +157,8 @@ def check_reward_request(
     """Find, before data is read, what would fail once weights are loaded. Raises: InputError."""
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path: the tuned model that the reward model starts from")
-    config = check_model(model_args.model_name_or_path)
+    base = read_model(model_args.model_name_or_path, REWARD_MODEL)
+    config = base.config
     if is_classifier(config) and config.num_labels != 1:
         raise InputError(
             f"{model_args.model_name_or_path} is a classifier with {config.num_labels} labels; a reward model has one"
@@ -178,13 +176,12 @@ def check_reward_request(
     if lora_args.output_router_logits:
         raise InputError("--output_router_logits: a reward model has no balancing loss; leave it out")
     if adapter := lora_args.adapter_name_or_path:
-        load_adapter_config(adapter)
-        check_readable(adapter)
         if adapter_task(adapter) != TASK_TYPE:
             raise InputError(
                 f"--adapter_name_or_path {adapter} is no reward model (task_type {adapter_task(adapter)}): merge it "
                 "into its base with run_merge.sh and pass the result as --model_name_or_path"
             )
+        read_adapter(adapter, base, reward_model=True)
 
 
 def load_classifier(
@@ -197,7 +194,7 @@ def load_classifier(
     """Load a model with a ScoreHead; the backbone of a language model gets a new one. Raises: InputError."""
     assert args.model_name_or_path is not None
     new_head = not is_classifier(load_config(args.model_name_or_path))
-    model = load_model(args, compute_dtype, device_map, AUTO_CLASS, num_labels=1, pad_token_id=pad_token_id)
+    model = load_model(args, compute_dtype, device_map, REWARD_MODEL, num_labels=1, pad_token_id=pad_token_id)
     install_score_head(model)
     if new_head:
         initialise_head(model.score.weight, seed)
@@ -298,6 +295,8 @@ def load_reward_model(
         load_in_kbits=load_in_kbits,  # type: ignore[arg-type]
         attn_implementation=attn_implementation,  # type: ignore[arg-type]
     )
+    if adapter:
+        read_adapter(str(adapter), read_model(str(args.model_name_or_path), REWARD_MODEL), reward_model=True)
     auto = torch.bfloat16 if bf16_is_supported() else torch.float32
     compute_dtype = auto if dtype == "auto" else getattr(torch, dtype)
     pad_token_id = tokenizer.pad_token_id if adapter else load_config(str(found)).pad_token_id
@@ -306,7 +305,6 @@ def load_reward_model(
     else:
         model = load_classifier(args, compute_dtype, pad_token_id, device_map={"": place})
     if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device=place)
+        model = load_with_peft(model, {"default": str(adapter)}, torch_device=place)
+        convert_at_borders(model)
     return RewardModel(model.eval().requires_grad_(False), tokenizer, template)

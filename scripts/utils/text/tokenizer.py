@@ -182,9 +182,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether load_tokenizer can open the folder."""
+    """Whether there is a tokenizer to open in the folder, whole or damaged."""
     model = folder / SENTENCEPIECE_FILE
     return (folder / TOKENIZERS_FILE).is_file() or (model.is_file() and not _is_tiktoken(model))
+
+
+def choose_tokenizer(*names: str | None) -> str | None:
+    """The first of these folders or hub ids that has a tokenizer; the last, if none has."""
+    given = [name for name in names if name]
+    return next((name for name in given if has_tokenizer(_local_folder(name))), given[-1] if given else None)
 
 
 def _local_folder(name: str | Path) -> Path:
@@ -425,14 +431,19 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hash_json(content)
 
 
+def vocabulary_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id, which is more than there are tokens where added tokens leave ids out."""
+    return max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=-1))
+
+
 def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows the model's embeddings should have: the vocabulary, padded as --pad_to_multiple_of asked when merging."""
-    return max(len(tokenizer), int(tokenizer.init_kwargs.get("embedding_rows") or 0))
+    return max(vocabulary_end(tokenizer), int(tokenizer.init_kwargs.get("embedding_rows") or 0))
 
 
 def is_padded_size(tokenizer: PreTrainedTokenizerBase, rows: int) -> bool:
     """Whether `rows` are the vocabulary, padded as recorded or, as others do, to a multiple of a power of two."""
-    size = len(tokenizer)
+    size = vocabulary_end(tokenizer)
     return rows == embedding_rows(tokenizer) or any(rows == -(-size // 2**n) * 2**n for n in range(10))
 
 
@@ -448,9 +459,10 @@ def check_embedding_rows(
         outdated: what to say then.
     Raises: InputError.
     """
-    if len(tokenizer) > rows:
-        raise InputError(too_few)
-    if old_rows is not None and len(tokenizer) <= old_rows < rows and not is_padded_size(tokenizer, rows):
+    if (end := vocabulary_end(tokenizer)) > rows:
+        gaps = f" (the largest id is {end - 1}: added tokens leave ids out)" if end > len(tokenizer) else ""
+        raise InputError(too_few + gaps)
+    if old_rows is not None and end <= old_rows < rows and not is_padded_size(tokenizer, rows):
         raise InputError(outdated)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from ..core.errors import InputError
 from ..core.hub import fetch, find_folder, is_hub_id
 from .names import ADAPTER_CONFIG
-from .reader import check_readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,17 +32,6 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder_or_hub_id(name_or_path))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the model config of {name_or_path}: {error}") from None
-
-
-def check_model(name_or_path: str) -> PreTrainedConfig:
-    """A fast check before weights are loaded: the config, and, of a folder, that its weight files are whole.
-
-    Raises: InputError naming the file.
-    """
-    config = load_config(name_or_path)
-    if folder := find_folder(name_or_path):
-        check_readable(folder)
-    return config
 
 
 def local_folder(name_or_path: str) -> Path:

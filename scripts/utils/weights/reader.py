@@ -5,6 +5,7 @@ Files are read with pread: pages of a memory-mapped file would count into the pr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -29,6 +30,8 @@ from .streams import WINDOW, FileHasher
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 BLOCK_BYTES = 4 << 20  # bytes of one tensor handled at a time: fits caches, keeps memory flat
+# What DistributedDataParallel and torch.compile put before the names of the model that they wrap.
+WRAPPERS = ("module.", "_orig_mod.")
 MIN_BLOCK_ROWS = 128  # products of smaller row blocks are not bit-equal to the whole product
 
 # https://github.com/huggingface/safetensors#format
@@ -160,6 +163,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
         return adapter[:1], None
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
         if (folder / index).is_file():
+            if (folder / single).is_file():
+                raise InputError(
+                    f"{folder} holds {single} and {index}: the weights stand there twice; remove the stale ones"
+                )
             names = sorted(set(_weight_map(folder / index).values()))
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise InputError(
@@ -193,11 +200,15 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class Checkpoint:
-    """The tensors of a folder. Files are opened at the first read; `close()`, or use it in a `with` statement."""
+    """The tensors of a folder. Files are opened at the first read; `close()`, or use it in a `with` statement.
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]):
+    `wrapper` stands before every name in the files, and is left off here.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], wrapper: str = ""):
         self.folder = folder
         self.tensors = tensors
+        self.wrapper = wrapper
         self._descriptors: dict[Path, int] = {}
         self._whole: tuple[Path, dict[str, Tensor]] | None = None
         self._dropped: dict[Path, int] = {}  # bytes of a file that were told to leave the page cache
@@ -237,7 +248,7 @@ class Checkpoint:
 
     def _read_elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         if info.offset is None:
-            return self._read_whole_file(info.file)[info.name].reshape(-1)[start:stop].clone()
+            return self._read_whole_file(info.file)[self.wrapper + info.name].reshape(-1)[start:stop].clone()
         descriptor = self._descriptor(info.file)
         size = info.dtype.itemsize
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
@@ -305,15 +316,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise InputError(
             f"{index} names {len(missing)} tensors that no file holds, first {missing[0]}; download again"
         )
-    return Checkpoint(found, tensors)
-
-
-def check_readable(folder: str | Path) -> None:
-    """A fast check before weights are loaded: every file is there, headers are sound, sizes agree with them.
-
-    Raises: InputError naming the file.
-    """
-    open_checkpoint(folder).close()
+    wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in tensors)), "") if tensors else ""
+    if wrapper:
+        tensors = {
+            (name := old.removeprefix(wrapper)): dataclasses.replace(info, name=name) for old, info in tensors.items()
+        }
+    return Checkpoint(found, tensors, wrapper)
 
 
 # ---------------------------------------------------------------- row blocks

@@ -50,9 +50,10 @@ def test_a_cached_model_and_its_tokenizer_are_found(settings, tmp_path, tiny_mod
     (repository / "refs" / "main").write_text(COMMIT)
     code = (
         "from utils.text.tokenizer import load_tokenizer\n"
-        "from utils.weights.config import check_model, local_folder\n"
+        "from utils.weights.config import local_folder\n"
+        "from utils.weights.model_folder import read_model\n"
         "name = 'owner/tiny'\n"
-        "print(local_folder(name).name, check_model(name).vocab_size, len(load_tokenizer(name)))"
+        "print(local_folder(name).name, read_model(name).config.vocab_size, len(load_tokenizer(name)))"
     )
     settings = {**settings, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
     environment = {**os.environ, **settings, "PYTHONPATH": str(SCRIPTS)}

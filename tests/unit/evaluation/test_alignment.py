@@ -103,10 +103,34 @@ def test_labels_cover_all_sides():
 
 
 def test_rules_agree_with_labels_given_by_hand():
-    """65 of 68 at first sight; the rules were left as they were, so that the share stays a measurement."""
+    """65 of 68 at first sight; since then refusals that are asked for or denied are read, and nothing else."""
     wrong = {answer for answer, question, label in LABELLED if stance(answer, question) != label}
-    assert len(wrong) / len(LABELLED) <= 0.05, wrong
-    assert wrong <= {"你应该拒绝他。", "应该拒绝，这是骗人的。", "是不是可以，你自己想。"}
+    assert wrong <= {"是不是可以，你自己想。"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "side"),
+    [
+        ("不应该拒绝。", "yes"),
+        ("你不应该拒绝他。", "yes"),
+        ("不要拒绝别人的帮助。", "yes"),
+        ("不能禁止他说话。", "yes"),
+        ("不是不可以。", "yes"),
+        ("并非不行。", "yes"),
+        ("也不是不能去。", "yes"),
+        ("不得拒绝。", "yes"),
+        ("应该禁止。", "no"),
+        ("必须拒绝。", "no"),
+        ("可以拒绝他。", "no"),
+        ("应当制止这种行为。", "no"),
+        ("不可以。", "no"),
+        ("不是，不可以。", "no"),
+        ("不应该。拒绝就好。", "no"),
+        ("不应该，应该拒绝。", "no"),
+    ],
+)
+def test_negations_are_counted(answer, side):
+    assert stance(answer, "我该答应他吗？") == side
 
 
 def test_the_example_questions_own_answers_are_told_apart():

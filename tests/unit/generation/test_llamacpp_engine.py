@@ -222,6 +222,24 @@ def test_embeddings_are_those_of_transformers(monkeypatch, engine, reference, to
         engine.embed([[5] * 600])
 
 
+def test_an_embedding_that_fails_leaves_running_answers_as_they_are(monkeypatch, engine, tokenizer):
+    model = engine._model
+    model.embed([1, 2], 8)  # its context is there
+    requests = greedy(tokenizer, max_new_tokens=100, min_new_tokens=100)[:4]
+    expected = ids(engine.generate(requests))
+    decode = model._library.llama_decode
+    monkeypatch.setattr(
+        model._library, "llama_decode", lambda context, batch: context == model._embedder or decode(context, batch)
+    )
+    answers = [engine.submit(request) for request in requests]
+    readers = [iter(answer) for answer in answers]
+    for reader in readers:  # all are being written
+        next(reader)
+    with pytest.raises(RuntimeError, match="failed with status"):
+        engine.embed([[1, 2, 3]])
+    assert ids([answer.wait() for answer in answers]) == expected
+
+
 # ---------------------------------------------------------------- batches, prefixes, memory
 
 

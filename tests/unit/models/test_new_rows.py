@@ -1,5 +1,7 @@
 """New rows against hand-made means, and vocabularies that do not extend the old one."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -8,7 +10,14 @@ from support.tokenizers import NEW_PIECES, train_sentencepiece, write_sentencepi
 from utils.core.errors import InputError
 from utils.models import new_rows
 from utils.models.new_rows import extend_vocabulary
-from utils.text.tokenizer import encode_text, load_tokenizer
+from utils.text.tokenizer import (
+    choose_tokenizer,
+    embedding_rows,
+    encode_text,
+    load_tokenizer,
+    save_tokenizer,
+    vocabulary_end,
+)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -60,3 +69,47 @@ def test_a_vocabulary_that_does_not_extend_the_old_one_is_refused(
         new_rows.check_extends(old, other)
     new_rows.check_extends(old, load_tokenizer(extended_tokenizer_folder))
     new_rows.check_extends(old, old)
+
+
+# ---------------------------------------------------------------- which tokenizer, and how many rows it needs
+
+
+@pytest.fixture
+def with_gap(base_tokenizer_folder, tmp_path):
+    """400 pieces, and an added token at id 405."""
+    shutil.copytree(base_tokenizer_folder, tmp_path / "gap")
+    (tmp_path / "gap" / "added_tokens.json").write_text('{"<late>": 405}')
+    return load_tokenizer(tmp_path / "gap")
+
+
+def test_rows_reach_to_the_largest_id(base_tokenizer_folder, with_gap):
+    assert len(with_gap) == 401 and with_gap.convert_tokens_to_ids("<late>") == 405
+    assert vocabulary_end(with_gap) == embedding_rows(with_gap) == 406
+    model = tiny_llama(400)
+    with pytest.raises(
+        InputError, match=r"new rows would stay untrained.*\(the largest id is 405: added tokens leave"
+    ):
+        new_rows.refuse_untrained_rows(with_gap, 401)
+    assert extend_vocabulary(model, load_tokenizer(base_tokenizer_folder), with_gap, "mean_of_pieces", seed=0) == 6
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 406
+    new_rows.check_extends(load_tokenizer(base_tokenizer_folder), with_gap)
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(base_tokenizer_folder, extended_tokenizer_folder, tmp_path):
+    base, trained = str(base_tokenizer_folder), str(extended_tokenizer_folder)
+    assert choose_tokenizer(str(tmp_path), base) == base
+    assert choose_tokenizer(trained, base) == trained
+    assert choose_tokenizer(None, base) == base and choose_tokenizer(None, None) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_damaged_tokenizer_is_not_an_absent_one(base_tokenizer_folder, tmp_path, name):
+    assert new_rows.find_tokenizer(str(tmp_path)) is None
+    save_tokenizer(load_tokenizer(base_tokenizer_folder), tmp_path / "model")
+    assert len(new_rows.find_tokenizer(str(tmp_path / "model"))) == 400
+    whole = (tmp_path / "model" / name).read_bytes()
+    for other in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / "model" / other).unlink()
+    (tmp_path / "model" / name).write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(InputError, match=name):
+        new_rows.find_tokenizer(str(tmp_path / "model"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from utils.core.errors import InputError
 from utils.core.files import hash_file
 from utils.weights import config, reader
-from utils.weights.reader import TensorSpec, check_readable, open_checkpoint, row_blocks
+from utils.weights.reader import TensorSpec, open_checkpoint, row_blocks
 from utils.weights.writer import parse_size, plan_shards, write_index, write_shard
 
 
@@ -182,7 +182,7 @@ def test_headers_that_lie(tmp_path, case):
     change, message = HEADERS[case]
     rewrite_header(saved(tmp_path), change)
     with pytest.raises(InputError, match=message) as error:
-        check_readable(tmp_path)
+        open_checkpoint(tmp_path)
     assert "model.safetensors" in str(error.value)
 
 
@@ -192,12 +192,12 @@ def test_truncation_anywhere_is_found(tmp_path):
     for size in range(len(raw)):
         path.write_bytes(raw[:size])
         with pytest.raises(InputError, match=r"model\.safetensors is (truncated|corrupted)"):
-            check_readable(tmp_path)
+            open_checkpoint(tmp_path)
     path.write_bytes(raw + b"x")
     with pytest.raises(InputError, match="corrupted"):
-        check_readable(tmp_path)
+        open_checkpoint(tmp_path)
     path.write_bytes(raw)
-    check_readable(tmp_path)
+    open_checkpoint(tmp_path)
 
 
 def test_random_bytes_never_end_in_another_error(tmp_path):
@@ -220,7 +220,7 @@ def test_random_bytes_never_end_in_another_error(tmp_path):
 def test_git_lfs_pointers_are_recognised(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(InputError, match="git lfs pull"):
-        check_readable(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 class Payload:
@@ -243,10 +243,10 @@ def test_damaged_bin_files(tmp_path):
     for content in (raw[: len(raw) // 2], raw[:100], b"", b"hello world, no weights here"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"pytorch_model\.bin (is truncated or corrupted|holds Python objects)"):
-            check_readable(tmp_path)
+            open_checkpoint(tmp_path)
     torch.save([torch.ones(2)], path)
     with pytest.raises(InputError, match="no state dict"):
-        check_readable(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_missing_files_and_indexes(tmp_path):

@@ -19,7 +19,8 @@ from ...generation.loading import EnginePlan
 from ..endpoints import EndpointError, answer_options
 from ..models import weights_of
 from ..progress import Parts
-from .answers import choose_by_likelihood, parse_answer
+from .answer_reading import read_letter
+from .answers import Choice, choose_by_likelihood
 from .prompts import ChoicePrompt
 from .results import ChoiceAnswer
 from .scorers import ServerScorer, open_scorer
@@ -196,6 +197,6 @@ def read_answer(prompt: ChoicePrompt, mode: Mode, row: dict[str, Any] | None, er
     if "logprobs" in row:
         choice = choose_by_likelihood(question, row["logprobs"], mode)
     else:
-        choice = parse_answer(row["text"], question, mode)
+        choice = Choice(read_letter(row["text"], question, mode))
     told = {name: value for name, value in asdict(choice).items() if value is not None}
     return ChoiceAnswer(question, choice.letter, choice.unnormalised, None, {**kept, **told, **row})
