@@ -155,9 +155,13 @@ def list_data_files(path: str | Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES)
     return found
 
 
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
 def _iter_visible_files(folder: Path) -> Iterator[Path]:
     visited: set[str] = set()  # real paths: links may lead to a folder that is read anyway, or round in a circle
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         if (real := os.path.realpath(place)) in visited:
             folders.clear()
             continue

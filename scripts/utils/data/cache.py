@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cache folders; part of every key
+FORMAT = 2  # of the cache folders; part of every key
 META = "meta.json"
 HASHES = "hashes.json"
 SETTLED_NANOSECONDS = 2_000_000_000
@@ -292,9 +292,13 @@ def build_cache(
                 bar.update(part.progress)
             encoder.check(counters, paths)
             _check_sources(paths, hashes, settings.folder, writer.num_tokens, bad_records)
-            writer.finish(key, paths, skipped=bad_records.skipped, counters=dict(counters))
+            bad = {"skipped": bad_records.skipped, "problems": bad_records.problems}
+            writer.finish(key, paths, **bad, counters=dict(counters))
 
-    return _open_or_build(kind, settings.folder / f"{kind.KIND}-{key[:20]}", build)
+    cache = _open_or_build(kind, settings.folder / f"{kind.KIND}-{key[:20]}", build)
+    if cache.skipped:  # said of a cache that was there, too
+        logger.warning("%s: %s", describe_files(paths), BadRecords("skip", cache.skipped, cache.meta["problems"]))
+    return cache
 
 
 def _encode_unit(encoder: Encoder, unit: Any) -> Part:
@@ -305,10 +309,8 @@ def _encode_unit(encoder: Encoder, unit: Any) -> Part:
 def _check_sources(
     files: Sequence[Path], hashes: list[list[str]], cache_dir: Path, num_tokens: int, bad_records: BadRecords
 ) -> None:
-    """Log what was skipped. Raises: InputError if nothing was found, or a file changed while it was read."""
+    """Raises: InputError if nothing was found, or a file changed while it was read."""
     names = describe_files(files)
-    if bad_records.skipped:
-        logger.warning("%s: %s", names, bad_records)
     if not num_tokens:
         skipped = f"; {bad_records}" if bad_records.skipped else ""
         raise InputError(f"no text in {names}: the files are empty, or hold only blank lines{skipped}")

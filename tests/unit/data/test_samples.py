@@ -240,6 +240,9 @@ def test_records_that_cannot_be_used_are_skipped_and_counted(tmp_path, tokenizer
     file = load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_record="skip"))
     assert (file.num_samples, file.counters["skipped_bad_records"]) == (1, 3)
     assert f"skipped 3 bad records, the first: {path}:2: field 'output' is missing" in caplog.text
+    caplog.clear()
+    load_sft_samples([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_record="skip"))
+    assert "skipped 3 bad records" in caplog.text  # of the cache that was there
     with pytest.raises(InputError, match="skipped 3 bad records"):
         load_sft_samples(
             [write_records(tmp_path / "b.jsonl", records[1:])], tokenizer, TEMPLATE, 100,
