@@ -198,9 +198,9 @@ def read_answers(record: dict[str, Any], location: str) -> tuple[Conversation, d
             f"conversation that ends with an answer; the record has {sorted(record)}"
         )
     whole = read_conversation(record, location)
-    if not whole.messages or whole.messages[-1]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in whole.messages)
-        raise InputError(f"{location}: the conversation does not end with an answer: {roles or 'nothing is left'}")
+    last = whole.messages[-1]["role"] if whole.messages else "assistant's opening words"
+    if last != "assistant":
+        raise InputError(f"{location}: the conversation ends with the {last}, not with an answer")
     return Conversation(whole.messages[:-1], whole.tools), {"score": whole.messages[-1]}
 
 
