@@ -177,7 +177,10 @@ def test_report_texts_of_one_name_are_all_measured(tmp_path, settings):
     report = main(
         MergeTokenizersArguments(output_dir=str(tmp_path / "o"), **settings, report_text=list(map(str, files)))
     )
-    assert {name: figures["characters"] for name, figures in report["languages"].items()} == {"zh": 2, "zh-2": 5}
+    assert {name: figures["after"]["characters"] for name, figures in report["languages"].items()} == {
+        "zh": 2,
+        "zh-2": 5,
+    }
     with pytest.raises(InputError, match=r"zh=.*: a corpus with this name was given before"):
         main(
             MergeTokenizersArguments(
