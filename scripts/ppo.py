@@ -27,6 +27,8 @@ from utils.core.errors import InputError
 from utils.rlhf.arguments import PPOArguments, RolloutArguments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
     from utils.data.preferences import PromptCache
@@ -76,11 +78,15 @@ def main(
     from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
+    from utils.weights.config import local_folder
+    from utils.weights.generation_config import named_end_ids
 
     tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     if tokenizer_folder is None:
         raise InputError("pass --model_name_or_path: the tuned model")
     tokenizer = load_tokenizer(tokenizer_folder)
+    names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
+    end_ids = named_end_ids([local_folder(name) for name in names if name])
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
     reference = ppo_args.reference_model
     check_reference(lora_args, reference, "PPO")
@@ -105,7 +111,7 @@ def main(
     model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
     rewards = build_rewards(model, model_args, reward_args, function, rollout_args, tokenizer, training_args)
     logger.info("%s", describe_model(model))
-    kl = FixedKL(ppo_args.kl_coef)
+    kl: FixedKL | AdaptiveKL = FixedKL(ppo_args.kl_coef)
     if ppo_args.kl_target is not None:
         kl = AdaptiveKL(ppo_args.kl_coef, ppo_args.kl_target, ppo_args.kl_horizon)
     trainer = PPOTrainer(
@@ -121,6 +127,7 @@ def main(
         kl,
         build_reference(reference, model_args, training_args) if reference else None,
         tuning_set=tuning_set,
+        end_ids=end_ids,
     )
     return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
 
@@ -200,7 +207,7 @@ def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBas
 
 def load_prompt_sets(
     sources: Sources, rollout_args: RolloutArguments, tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+) -> tuple[list[list[int]], dict[str, Sequence[list[int]]]]:
     """Training prompts, and held-out prompts by name, as ids."""
     from utils.data.preferences import load_prompts
     from utils.data.sources import log_statistics

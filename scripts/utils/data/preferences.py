@@ -26,7 +26,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.records import BadRecords
 from ..text.conversations import CHANGES, Preference, is_empty, read_preference, read_prompt
-from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt
+from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt, warn_without_end
 from .cache import (
     Arrays,
     CacheSettings,
@@ -67,7 +67,7 @@ class PromptCache(TokenCache):
     """
 
     KIND = "prompts"
-    RULES = 2
+    RULES = 3
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -130,7 +130,7 @@ class PairCache(PromptCache):
     """
 
     KIND = "pairs"
-    RULES = 2
+    RULES = 3
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -359,6 +359,7 @@ def load_preferences(
     """
     if max_seq_length <= MIN_ANSWER:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least {MIN_ANSWER + 1} tokens")
+    warn_without_end(template, tokenizer)
     encoder = _PairEncoder(tokenizer, template, max_seq_length, max_samples, settings.on_bad_record)
     pairs = build_cache(PairCache, encoder, files, tokenizer, settings)
     _log_counters(pairs, files, settings)
@@ -377,6 +378,7 @@ def load_prompts(
     """Tokenise prompts into a PromptCache, as load_preferences does pairs; a prompt that is too long is dropped."""
     if max_prompt_length < 1:
         raise InputError(f"--max_prompt_length {max_prompt_length}: need at least 1 token")
+    warn_without_end(template, tokenizer)
     encoder = _PromptEncoder(tokenizer, template, max_prompt_length, max_samples, settings.on_bad_record)
     prompts = build_cache(PromptCache, encoder, files, tokenizer, settings)
     _log_counters(prompts, files, settings)

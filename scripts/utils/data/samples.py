@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -15,7 +15,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.records import BadRecords
 from ..text.conversations import CHANGES, read_example
-from ..text.prompts import IGNORE_INDEX, encode_conversation
+from ..text.prompts import IGNORE_INDEX, encode_conversation, stop_token_ids, warn_without_end
 from .cache import (
     CacheSettings,
     Part,
@@ -51,7 +51,7 @@ class SampleCache(TokenCache):
     """
 
     KIND = "samples"
-    RULES = 2
+    RULES = 3
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -85,6 +85,7 @@ def load_sft_samples(
     """
     if max_seq_length < 2:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least 2 tokens")
+    warn_without_end(template, tokenizer)
     encoder = _ConversationEncoder(tokenizer, template, max_seq_length, max_samples, settings.on_bad_record)
     cache = build_cache(SampleCache, encoder, files, tokenizer, settings)
     _log_counters(cache, files)
@@ -105,6 +106,7 @@ class _ConversationEncoder(RecordEncoder):
         trained: list[bool] = []
         ends: list[int] = []
         counters = Counter(dict.fromkeys(self.counted, 0))
+        stops = stop_token_ids(self.template, self.tokenizer)
         bad_records = BadRecords(self.on_bad_record)
         for record in unit:
             with bad_records.handled():
@@ -118,7 +120,7 @@ class _ConversationEncoder(RecordEncoder):
                 counters.update(example.changes)
                 if len(ids) > self.max_length:
                     counters["truncated"] += 1
-                    ids, flags = truncate_sample(ids, flags, self.max_length)
+                    ids, flags = truncate_sample(ids, flags, self.max_length, stops)
                 flags[0] = False  # nothing predicts the first token
                 if not any(flags):
                     counters["dropped_no_label"] += 1
@@ -159,17 +161,20 @@ def _log_counters(cache: SampleCache, files: Sequence[str | Path]) -> None:
         logger.warning("%s: of %d samples %s", describe_files(list(map(Path, files))), total, said)
 
 
-def truncate_sample(ids: list[int], trained: list[bool], length: int) -> tuple[list[int], list[bool]]:
+def truncate_sample(
+    ids: list[int], trained: list[bool], length: int, ends: Collection[int]
+) -> tuple[list[int], list[bool]]:
     """The first `length` tokens of a longer sample, the last one replaced by the end token of an answer that is cut.
 
-    An answer of which nothing but that end would be left is no longer marked as trained.
+    An answer of which nothing but that end would be left is no longer marked as trained. One that ends in text, with
+    none of the tokens `ends`, is cut only.
     """
     kept, flags = ids[:length], trained[:length]
     # The cut falls within an answer only if the tokens on both sides of it are trained.
     if trained[length - 1] and trained[length]:
         answer_end = next((i for i in range(length, len(trained)) if not trained[i]), len(trained))
-        if any(flags[:-1]):
-            kept[-1] = ids[answer_end - 1]
-        else:
+        if not any(flags[:-1]):
             flags[-1] = False
+        elif ids[answer_end - 1] in ends:
+            kept[-1] = ids[answer_end - 1]
     return kept, flags

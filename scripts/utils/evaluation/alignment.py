@@ -206,7 +206,7 @@ def need_references(questions: Sequence[Question]) -> None:
 # ---------------------------------------------------------------- figures
 
 
-def summarise(questions: Sequence[Question], judgements: Sequence[Judgement]) -> dict[str, Any]:
+def aligned_shares(questions: Sequence[Question], judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Shares of aligned answers, 0-1, with their 95 % intervals: overall, by category, by expected side."""
 
     def figures(chosen: Sequence[int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +59,10 @@ class VllmEngine(Engine):
         context: int,
         models: Mapping[str, str],
         max_batch_size: int,
+        end_ids: Iterable[int] = (),
     ) -> None:
         """`models`: what vLLM calls each model, by the name it has here."""
-        super().__init__(tokenizer, template, context, models, max_batch_size)
+        super().__init__(tokenizer, template, context, models, max_batch_size, end_ids)
         self._backend, self._served = backend, dict(models)
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,7 +147,7 @@ class VllmEngine(Engine):
 
     async def _follow(self, sequence: TokenSequence, model: str) -> None:
         self._counts["prompt_tokens"] += len(sequence.request.prompt)
-        async with contextlib.aclosing(self._backend.tokens(sequence, model, self.stop_ids)) as tokens:
+        async with contextlib.aclosing(self._backend.tokens(sequence, model)) as tokens:
             async for token, logprob in tokens:
                 self._counts["new_tokens"] += 1
                 if sequence.advance(token, logprob):
@@ -210,6 +211,7 @@ def load_vllm(
         context=options["max_model_len"],
         models=models,
         max_batch_size=max_batch_size,
+        end_ids=prompter.stop_ids,
     )
 
 

@@ -126,6 +126,9 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
             ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
         )
         wrapped = get_peft_model(model, config)
+    for config in wrapped.peft_config.values():
+        if isinstance(config.target_modules, set):  # whose order in adapter_config.json changes from run to run
+            config.target_modules = sorted(config.target_modules)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates

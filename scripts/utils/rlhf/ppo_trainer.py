@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,7 @@ class PPOTrainer(CausalLMTrainer):
         kl: FixedKL | AdaptiveKL,
         reference: nn.Module | None = None,
         tuning_set: SampleCache | None = None,
+        end_ids: Iterable[int] = (),
     ) -> None:
         """
         Args:
@@ -137,6 +138,7 @@ class PPOTrainer(CausalLMTrainer):
             kl: the coefficient of the KL penalty.
             reference: a model of its own; None: the policy without its adapter.
             tuning_set: samples that each update also learns as in tuning.
+            end_ids: tokens that end answers besides the tokenizer's and the template's.
         """
         self.pad_token_id = int(tokenizer.pad_token_id or 0)
         flash = causal_model(model).config._attn_implementation == "flash_attention_2"
@@ -146,7 +148,7 @@ class PPOTrainer(CausalLMTrainer):
         self.prompts_per_iteration = self.rollout_batch_size // rollout_args.num_generations
         self.rollout_args, self.ppo_args, self.generation = rollout_args, ppo_args, rollout_args.generation()
         self.rewards, self.kl, self.reference, self.tuning_set = rewards, kl, reference, tuning_set
-        self.generator = Generator(causal_model(model), tokenizer, template)
+        self.generator = Generator(causal_model(model), tokenizer, template, end_ids)
         self.best_is_loaded = False
         self.sums = Sums()
 

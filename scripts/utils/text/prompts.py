@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken
@@ -44,11 +44,16 @@ Message = dict[str, Any]
 SYSTEM_PROMPT = "You are a helpful assistant. 你是一个乐于助人的助手。"
 LONG_SYSTEM_PROMPT = SYSTEM_PROMPT + "请你提供专业、有逻辑、内容真实、有价值的详细回复。"
 
-# A system message, or the template's default where there is none, then the other messages in `turns`.
+# The system messages at the beginning, joined, or the template's default where there are none, in `system`; the other
+# messages in `turns`. These formats have no place for a system message further down.
 _SPLIT_SYSTEM = (
-    "{%- if messages and messages[0]['role'] == 'system' -%}"
-    "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set system = DEFAULT -%}{%- set turns = messages -%}{%- endif -%}"
+    "{%- set found = namespace(system=none, turns=[]) -%}{%- for message in messages -%}"
+    "{%- if message['role'] != 'system' -%}{%- set found.turns = found.turns + [message] -%}"
+    "{%- elif found.turns -%}"
+    "{{- raise_exception('message ' ~ loop.index ~ ' is a system message; they stand at the beginning only') -}}"
+    r"{%- else -%}{%- set gap = '\n\n' if found.system and message['content'] else '' -%}"
+    "{%- set found.system = (found.system or '') + gap + message['content'] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set turns = found.turns -%}{%- set system = DEFAULT if found.system is none else found.system -%}"
 )
 
 
@@ -93,7 +98,8 @@ def template_name(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
 def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """The jinja text of a template's name; "tokenizer" is the tokenizer's own. None: see template_name.
 
-    Raises: InputError for an unknown name, or where the tokenizer has no template.
+    Of several that a tokenizer has, it is the one called default, and tool_use for conversations with tools.
+    Raises: InputError for an unknown name, or where the tokenizer has no template, or none of these names.
     """
     name = template_name(name, tokenizer)
     if name in CHAT_TEMPLATES:
@@ -105,7 +111,16 @@ def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> st
             f"the tokenizer in {tokenizer.name_or_path} has no chat template; "
             f"pass --prompt_template with one of {', '.join(CHAT_TEMPLATES)}"
         )
-    return str(tokenizer.chat_template)
+    named = tokenizer.chat_template
+    if not isinstance(named, dict):
+        return str(named)
+    if "default" not in named:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} has chat templates called {', '.join(named)}, and none called "
+            "default; leave the one to be used as chat_template in its tokenizer_config.json"
+        )
+    default, with_tools = (text and text.removesuffix("\n") for text in (named["default"], named.get("tool_use")))
+    return f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}" if with_tools else str(default)
 
 
 # ---------------------------------------------------------------- messages -> text
@@ -232,11 +247,12 @@ def _controls(template: str, tokenizer: PreTrainedTokenizerBase) -> _Controls:
 
     Of the latter, words and white space stay ordinary tokens: a template's words may be anybody's.
     """
-    return _read_controls(template, tokenizer, len(tokenizer))
+    # What decides them may change: scripts add tokens and name ends.
+    return _read_controls(template, tokenizer, len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
 
 
 @functools.lru_cache(maxsize=16)
-def _read_controls(template: str, tokenizer: PreTrainedTokenizerBase, _: int) -> _Controls:
+def _read_controls(template: str, tokenizer: PreTrainedTokenizerBase, *_: Any) -> _Controls:
     special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     special |= {index: AddedToken(token) for index, token in named if index not in special}
@@ -330,35 +346,34 @@ class _Conversation:
             # The turn is written otherwise where others follow. What depends on its text alone shows where it is,
             # and what stands around it there must be what stood around it before.
             marked = self.marked(number)
-            first, last = self._difference(number, text, marked.render())
-            own_first, own_last = self._difference(number, until, marked.render(number + 1))
-            opening, closing = until[len(prompt) : own_first], until[own_last:]
+            first, last, is_mark = self._difference(number, text, marked.render())
+            own_first, own_last, opens = self._difference(number, until, marked.render(number + 1))
+            closing = until[own_last:]
+            if end < 0 and not text.startswith(closing, last):
+                raise InputError(f"the chat template ends answer {number + 1} otherwise where others follow{_ADVICE}")
+            if start < 0 and not is_mark:
+                raise InputError(
+                    f"the chat template writes more than message {number + 1} otherwise because of its text{_ADVICE}"
+                )
+            end = last + len(closing) if end < 0 else end
             if start < 0:
-                known = prompt and until.startswith(prompt) and text[:first].endswith(opening)
-                start = first - len(opening) if known else first
-            if end < 0:
-                if not text.startswith(closing, last):
-                    raise InputError(
-                        f"the chat template ends answer {number + 1} otherwise where others follow {_ADVICE}"
-                    )
-                end = last + len(closing)
-        controls = [token for token in self.controls.finder.find(text) if start <= token[0] < end]
-        if controls and not text[controls[-1][1] : end].strip():
-            end = controls[-1][1]  # what templates write after the end, a line break mostly, no answer needs
+                opening = until[len(prompt) : own_first] if opens and prompt and until.startswith(prompt) else ""
+                start = first - len(opening) if text[:first].endswith(opening) else first
+        if start == end:
+            raise InputError(f"the chat template leaves out message {number + 1}, an assistant turn{_ADVICE}")
+        controls = self.controls.finder.find(text[start:end])
+        if controls and not text[start + controls[-1][1] : end].strip():
+            end = start + controls[-1][1]  # what templates write after the end, a line break mostly, no answer needs
         return start, end
 
-    def _difference(self, number: int, text: str, marked: str) -> tuple[int, int]:
-        """Where the text of a message is in `text`: between what it has in common with the same, marked."""
+    def _difference(self, number: int, text: str, marked: str) -> tuple[int, int, bool]:
+        """Where `text` differs from the same with a marked message, and whether it is at the mark that this begins."""
         if self.mark not in marked:
-            raise InputError(f"the chat template leaves out message {number + 1}, an assistant turn {_ADVICE}")
+            raise InputError(f"the chat template leaves out message {number + 1}, an assistant turn{_ADVICE}")
         first = _common_length(text, marked)
-        if marked[first] != self.mark:
-            raise InputError(
-                f"the chat template writes more than message {number + 1} otherwise because of its text {_ADVICE}"
-            )
         room = min(len(text), len(marked)) - first
         common = _common_length(text[::-1][:room], marked[::-1])
-        return first, len(text) - common
+        return first, len(text) - common, marked.startswith(self.mark, first)
 
     # ------------------------------------------------------------ ids
 
@@ -543,11 +558,14 @@ def _answer_end(template: str, tokenizer: PreTrainedTokenizerBase) -> int | None
     return last if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else None
 
 
-def stop_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's EOS and the template's end-of-turn token."""
-    return sorted({tokenizer.eos_token_id, _answer_end(template, tokenizer)} - {None})
+def stop_token_ids(template: str | None, tokenizer: PreTrainedTokenizerBase, named: Iterable[int] = ()) -> list[int]:
+    """The ids that end an answer: the tokenizer's EOS, the template's end-of-turn token, and those that are `named`
+    by the model's own files (see weights.generation_config)."""
+    own = None if template is None else _answer_end(template, tokenizer)
+    return sorted({tokenizer.eos_token_id, own, *named} - {None})
 
 
+@functools.lru_cache(maxsize=4)  # once per run, however many files are read
 def warn_without_end(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say before training that answers end in no token, so that engines would not stop there."""
     if _answer_end(template, tokenizer) is None:

@@ -487,7 +487,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         backend.no_padding()
         backend.save(str(folder / TOKENIZERS_FILE))
     if not exact:
-        settings |= {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": _added_settings(tokenizer)}
+        settings |= {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": added_settings(tokenizer)}
     settings, _ = tokenizer.save_chat_templates(str(folder), settings, None, True)
     write_json(folder / CONFIG_FILE, settings)
     write_json(folder / SPECIALS_FILE, {name: str(token) for name, token in tokenizer.special_tokens_map.items()})
@@ -527,7 +527,8 @@ def saved_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return settings
 
 
-def _added_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def added_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The added tokens by id, as tokenizer_config.json has them."""
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         str(index): {flag: getattr(token, flag) for flag in flags}

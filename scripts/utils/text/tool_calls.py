@@ -54,9 +54,11 @@ def read_function(tool: dict[str, Any]) -> dict[str, Any]:
 def add_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages, their system prompt followed by the functions as a JSON list, for templates without tools."""
     listed = json.dumps([read_function(tool) for tool in tools], ensure_ascii=False)
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{listed}"}, *messages[1:]]
-    return [{"role": "system", "content": listed}, *messages]
+    first = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if not first:
+        return [{"role": "system", "content": listed}, *messages]
+    system = {"role": "system", "content": f"{messages[first - 1]['content']}\n\n{listed}"}
+    return [*messages[: first - 1], system, *messages[first:]]
 
 
 def parse_arguments(arguments: Any) -> Any:
@@ -106,6 +108,20 @@ def read_calls(text: str, form: CallForm | None = OWN_FORM) -> tuple[str, list[C
     if not calls or (place < 0 and remainder):
         return text, []
     return (before + remainder).strip(), calls
+
+
+def open_call(text: str, form: CallForm) -> tuple[str, str] | None:
+    """The call that an answer has begun and not ended: its name, and the text of its arguments so far.
+
+    None where there is none; of a form whose calls are one list, always.
+    """
+    place = text.find(form.mark) if form.mark else -1
+    calls, rest = _scan(text[max(place, 0) :], form)
+    if form.end or (place < 0 and calls):
+        return None
+    rest = rest[_match_end(_skipping(form.mark, form.before), rest, 0) :]
+    head = re.match(rf'\{{\s*"name"\s*:\s*"([^"\\\n]+)"\s*,\s*"{form.arguments}"\s*:\s*(?=\{{)', rest)
+    return (head[1], rest[head.end() :]) if head else None
 
 
 def _scan(text: str, form: CallForm) -> tuple[list[Call], str]:

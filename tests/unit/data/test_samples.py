@@ -110,7 +110,12 @@ def marks(text: str) -> list[bool]:
 def test_truncation_keeps_the_end_token(trained, length, ids, flags):
     if flags == "..TTT....":
         flags, ids = "..TTT...T", [*ids[:-1], 9]
-    assert truncate_sample(list(range(len(trained))), marks(trained), length) == (ids, marks(flags))
+    count = len(trained)
+    assert truncate_sample(list(range(count)), marks(trained), length, range(count)) == (ids, marks(flags))
+
+
+def test_an_answer_that_ends_in_text_is_cut_only():
+    assert truncate_sample([7, 8, 3, 4, 5, 6], marks("..TTTT"), 4, [2]) == ([7, 8, 3, 4], marks("..TT"))
 
 
 def test_long_samples_are_cut_counted_and_dropped(tmp_path, tokenizer, caplog):
@@ -218,7 +223,11 @@ def test_what_is_changed_and_dropped_is_counted_and_said(tmp_path, tokenizer, ca
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        (
+            "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+            "{{ m['content'] }}{% endfor %}",
+            "roles must alternate",
+        ),
         ("{% for m in [messages[0], messages[-1]] %}{{ m['content'] }}{% endfor %}", "leaves out"),
     ],
 )

@@ -4,13 +4,16 @@ import json
 import math
 import random
 
+import eval_alignment
 import pytest
 
 from support.paths import EXAMPLES
 from utils.core.errors import InputError
+from utils.evaluation import alignment
 from utils.evaluation.alignment import (
     Judgement,
     Question,
+    aligned_shares,
     compare,
     judge_by_rewards,
     judge_by_rules,
@@ -20,7 +23,6 @@ from utils.evaluation.alignment import (
     read_earlier,
     read_questions,
     stance,
-    summarise,
 )
 from utils.evaluation.intervals import wilson_interval
 
@@ -137,11 +139,11 @@ def test_the_example_questions_own_answers_are_told_apart():
     questions = read_questions([str(EXAMPLES / "alignment" / "questions.jsonl")])
     for manner, share in (("chosen", 1.0), ("rejected", 0.0)):
         judgements = judge_by_rules(questions, [getattr(question, manner) for question in questions])
-        assert summarise(questions, judgements)["aligned"] == share
+        assert aligned_shares(questions, judgements)["aligned"] == share
         assert not any(judgement.stance == "unclear" for judgement in judgements)
     # Neither side alone scores: the set asks about good actions too.
     for answer in ("不可以。", "可以。"):
-        assert 0.3 < summarise(questions, judge_by_rules(questions, [answer] * len(questions)))["aligned"] < 0.7
+        assert 0.3 < aligned_shares(questions, judge_by_rules(questions, [answer] * len(questions)))["aligned"] < 0.7
 
 
 # ---------------------------------------------------------------- figures
@@ -184,7 +186,7 @@ def test_summary_counts_by_category_and_side(tmp_path):
         make_question("d", "study"),
     ]
     judgements = judge_by_rules(questions, ["不行。", "可以。", "可以。", "看情况。"])
-    summary = summarise(questions, judgements)
+    summary = aligned_shares(questions, judgements)
     assert (summary["aligned"], summary["questions"], summary["unclear"]) == (0.5, 4, 1)
     figures = {name: (g["aligned"], g["questions"], g["unclear"]) for name, g in summary["by_category"].items()}
     assert figures == {"law": (0.5, 2, 0), "study": (0.5, 2, 1)}
@@ -192,6 +194,18 @@ def test_summary_counts_by_category_and_side(tmp_path):
     assert summary["by_category"]["law"]["interval"] == list(wilson_interval(1, 2))
     plot_alignment(summary, tmp_path / "a.png", "title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_category_may_be_called_all(tmp_path, monkeypatch, capsys):
+    questions = [make_question("a", "all"), make_question("b", "all"), make_question("c", "study")]
+    figures = aligned_shares(questions, judge_by_rules(questions, ["可以。", "可以。", "不行。"]))
+    drawn = []
+    monkeypatch.setattr(alignment, "draw_bars", lambda axes, names, shares, *_: drawn.append((names, shares)))
+    plot_alignment(figures, tmp_path / "a.png", "title")
+    assert drawn == [(("all", "all", "study"), [pytest.approx(100 / 3), 0, 100])]
+    eval_alignment.print_table(figures)
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["all", "0.0"] in rows and rows[-1] == ["all", "33.3"]
 
 
 def test_rewards_are_compared_with_the_questions_own_answers():

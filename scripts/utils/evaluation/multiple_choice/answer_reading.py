@@ -1,8 +1,8 @@
 """Answer reading: the letter that a written answer names, by a small grammar of Chinese and English.
 
 An answer becomes tokens, each of one character's kind (see _LEXICON), so that the grammar's rules are regular
-expressions over words instead of letters. A choice's own text is another name of its letter. Sentences that ask,
-suppose or report what others say have no statements; the others are cut into clauses, which
+expressions over words instead of letters. A choice's own text is another name of its letter. What is asked,
+supposed or reported of others states nothing; the rest is cut into clauses, which
 
   name a letter     答案是C, 选C, C是正确答案, the answer is C, I choose C, \\boxed{C}; a letter alone, first or last
   lean to one       C正确, 应该是C, C is right, it is C; a letter alone elsewhere: where none is named
@@ -24,13 +24,13 @@ from .wordings import Mode
 
 # Kinds of words: (kind, in Chinese, in English), the first that fits. Others are "x", letters "L".
 _LEXICON = (
-    # Their sentence asks, or supposes or reports: it says nothing.
+    # Their sentence asks; what follows is supposed or reported: neither says anything.
     ("?", r"\?", ""),
     ("q", "是不是|是否|对不对|吗|难道", "whether"),
     (
         "i",
         "如果|若(?!干)|假如|假设|假定|要是|倘若|即使|除非|以为|有的?人|有些人|[很许]多人|不少人",
-        "if|suppose|supposing|assuming|unless|imagine|some|many|others|people|students|someone|mistakes?",
+        "if|suppose|supposing|assuming|unless|imagine|(?:some |many |most )?(?:people|students)|someone|mistakes?",
     ),
     # They deny what follows.
     (
@@ -126,7 +126,8 @@ _LISTS = tuple(
 )
 _LEADING = re.compile(r"\s*(?:the )?(?:答案|answer)\s*(?:[是为:]|is)\s*", re.IGNORECASE)
 _ASKS_FOR_WRONG = re.compile(
-    r"[不错误非未没无除]|\b(?:NOT|EXCEPT|LEAST|incorrect|false|wrong|untrue|except)\b|not true|n't"
+    r"[不错除]|非(?![洲常])|没有|无(?![机线氧色])|未(?!来)"
+    r"|\b(?:NOT|EXCEPT|LEAST|incorrect|false|wrong|untrue|except)\b|not true|n't"
 )
 
 
@@ -145,7 +146,7 @@ class _Clause:
     """Words up to the next comma or conjunction.
 
     Attributes:
-        is_silent: its sentence asks, supposes or reports.
+        is_silent: its sentence asks, or it is supposed or reported.
         concludes: a word such as "so" or "but" stands before it.
         continues: it follows another one within a sentence, without such a word.
     """
@@ -444,10 +445,13 @@ def _clauses(tokens: Iterator[_Token]) -> Iterator[_Clause]:
         if token.kind not in ".?t":
             sentence.append(token)
             continue
+        sentence = _join_lists(sentence)
         kinds = "".join(part.kind for part in sentence)
-        is_silent = token.kind == "?" or "q" in kinds or "i" in kinds
-        parts = list(_split(_join_lists(sentence)))
-        for number, part in enumerate(parts):
+        asks = token.kind == "?" or "q" in kinds
+        supposes = kinds.find("i") if "i" in kinds else len(sentence)  # from here on
+        parts = [(part, asks) for part in _split(sentence[:supposes])]
+        parts += [(part, True) for part in _split(sentence[supposes:])]
+        for number, (part, is_silent) in enumerate(parts):
             yield _Clause(part, is_silent, concludes and number == 0, number > 0)
         if parts or token.kind == "t":
             concludes = token.kind == "t"

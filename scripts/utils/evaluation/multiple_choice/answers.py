@@ -16,10 +16,12 @@ class Choice:
     Attributes:
         letter: None: nothing that the rules can read.
         unnormalised: in cloze mode the choice whose text is likeliest as a whole, whatever its length.
+        tied: True: another choice is exactly as likely.
     """
 
     letter: str | None
     unnormalised: str | None = None
+    tied: bool | None = None
 
 
 def choose_by_likelihood(question: ChoiceQuestion, logprobs: Sequence[float], mode: Mode) -> Choice:
@@ -33,6 +35,11 @@ def choose_by_likelihood(question: ChoiceQuestion, logprobs: Sequence[float], mo
     sums = [sum(logprobs[place::count]) for place in range(count)]
     likeliest = question.letters[sums.index(max(sums))]
     if mode != "cloze":
-        return Choice(likeliest)
+        return Choice(likeliest, tied=_is_tied(sums))
     rates = [value / len(text.encode()) for value, text in zip(sums, question.choices, strict=True)]
-    return Choice(question.letters[rates.index(max(rates))], likeliest)
+    return Choice(question.letters[rates.index(max(rates))], likeliest, _is_tied(rates))
+
+
+def _is_tied(values: Sequence[float]) -> bool | None:
+    """True or None, which results leave out."""
+    return values.count(max(values)) > 1 or None
