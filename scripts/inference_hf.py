@@ -23,7 +23,7 @@ from utils.core.arguments import GenerationArguments, InferenceArguments, Specul
 from utils.core.command_line import describe_arguments, run, select_gpus
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_json, write_json
-from utils.core.records import BadText, iter_document_batches, iter_records, list_data_files
+from utils.core.records import BadRecords, iter_document_batches, iter_records, list_data_files
 from utils.evaluation.progress import Predictions, Question, answer_all
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ class TaskArguments:
     overwrite: bool = arg(
         False, help="Replace a predictions file that is finished or holds other answers; an unfinished one goes on."
     )
-    on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
+    on_bad_record: Literal["error", "skip"] = arg(
+        "error", help="A line or record that cannot be read or used: stop with file:line, or skip and count."
+    )
 
     def __post_init__(self) -> None:
         problems = []
@@ -157,24 +159,26 @@ def read_questions(task: TaskArguments) -> list[Question]:
     if task.data_file is None:
         return [SAMPLE_QUESTION if task.prompt is None else task.prompt]
     questions: list[Question] = []
-    bad_text, blank = BadText(task.on_bad_text), 0
+    bad_records, blank = BadRecords(task.on_bad_record), 0
     for path in list_data_files(task.data_file):
         if path.suffix.lower() == ".txt":
-            before, skipped = len(questions), bad_text.skipped
-            for texts in iter_document_batches(path, bad_text=bad_text):
+            before, skipped = len(questions), bad_records.skipped
+            for texts in iter_document_batches(path, bad_records=bad_records):
                 questions += [text.strip() for text in texts]
             with open(path, "rb") as file:
                 lines = sum(1 for _ in file)
-            blank += lines - (len(questions) - before) - (bad_text.skipped - skipped)
+            blank += lines - (len(questions) - before) - (bad_records.skipped - skipped)
         else:
-            questions += [read_question(record, location) for location, record in iter_records(path, bad_text)]
+            for location, record in iter_records(path, bad_records):
+                with bad_records.handled():
+                    questions.append(read_question(record, location))
     if not questions:
         raise InputError(f"--data_file {task.data_file}: no question in it")
     logger.info("%d questions", len(questions))
     if blank:
         logger.info("%d blank lines left out", blank)
-    if bad_text.skipped:
-        logger.warning("%d skipped: not valid UTF-8: %s", bad_text.skipped, ", ".join(bad_text.locations))
+    if bad_records.skipped:
+        logger.warning("%s", bad_records)
     return questions
 
 
@@ -182,19 +186,14 @@ def read_question(record: dict[str, Any], location: str) -> Question:
     """What a record asks; an answer that stands at its end (a held-out set has them) is left off."""
     from utils.text.conversations import read_conversation
 
-    # read_conversation wants an answer, as training does.
-    record = dict(record)
-    if isinstance(record.get("messages"), list):
-        record["messages"] = [*record["messages"], {"role": "assistant", "content": ""}]
-    elif isinstance(record.get("conversations"), list):
-        record["conversations"] = [*record["conversations"], {"from": "gpt", "value": ""}]
-    elif "instruction" in record:
-        record["output"] = ""
-    messages = read_conversation(record, location)
+    conversation = read_conversation(record, location)
+    messages = list(conversation.messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages or not messages[-1]["content"].strip():
         raise InputError(f"{location}: the question is empty")
+    if conversation.tools:
+        return {"messages": messages, "tools": conversation.tools}
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
@@ -208,8 +207,9 @@ def encode_question(question: Question, plan: EnginePlan) -> list[int]:
         return plan.encode_text(question)
     from utils.text.prompts import with_system_prompt
 
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    return plan.encode(with_system_prompt(messages, plan.args.system_prompt))
+    asked = question if isinstance(question, dict) else {"messages": question, "tools": None}
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else asked["messages"]
+    return plan.encode(with_system_prompt(messages, plan.args.system_prompt), asked["tools"])
 
 
 def check_lengths(prompts: list[list[int]], settings: GenerationArguments, context: int | None) -> None:

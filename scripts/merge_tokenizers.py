@@ -22,7 +22,7 @@ from utils.core.command_line import describe_arguments, run, save_run_config, sh
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_folder, read_json, read_text, refuse_existing_output
 from utils.core.machine import interruptible
-from utils.core.records import BadText
+from utils.core.records import BadRecords
 from utils.text.text_sample import iter_corpus, list_corpus, sample_texts
 
 if TYPE_CHECKING:
@@ -85,14 +85,16 @@ class MergeTokenizersArguments:
         help=f"Chat template saved with it: a name (see docs), a jinja file, or '{OWN_TEMPLATE}' for the base's.",
     )
     report_text: list[str] = list_arg(
-        help="Held-out files or folders to measure efficiency on, each optionally name=path."
+        help="Held-out files or folders to measure efficiency on, each optionally name=path; equal names get a number."
     )
     model_config: str | None = arg(
         help="Model folder or config.json for the cost figures; default: the base's folder."
     )
     hidden_size: int | None = arg(help="Width of the model, for the cost figures where there is no config.")
     text_column: str = arg("text", help="Field with the text in json, jsonl and parquet files.")
-    on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
+    on_bad_record: Literal["error", "skip"] = arg(
+        "error", help="A line or record that cannot be read or used: stop with file:line, or skip and count."
+    )
     sample_bytes: int = arg(100_000_000, help="Bytes of each text input used, drawn at random.")
     seed: int = arg(42, help="Seed of the samples.")
     overwrite: bool = arg(False, help="Replace output_dir if it holds something, once the new tokenizer is complete.")
@@ -114,6 +116,7 @@ class MergeTokenizersArguments:
 
 def main(args: MergeTokenizersArguments) -> dict[str, Any]:
     """Extend, write, check, measure. Returns: the report."""
+    from utils.data.corpora import parse_corpora
     from utils.text.tokenizer import load_tokenizer
     from utils.text.vocabulary import Selection, save_extended
     from utils.text.vocabulary_report import compare, write_report
@@ -123,12 +126,13 @@ def main(args: MergeTokenizersArguments) -> dict[str, Any]:
     refuse_existing_output(args.output_dir, args.overwrite)
     template = read_chat_template(args.chat_template)
     model_size = read_model_size(args)
-    bad_text = BadText(args.on_bad_text)
-    texts = {name: read_texts([path], args, bad_text) for name, path in map(split_name, args.report_text)}
-    sample = read_texts(args.base_language_sample, args, bad_text) if args.base_language_sample else []
+    bad_records = BadRecords(args.on_bad_record)
+    held_out = parse_corpora(args.report_text) if args.report_text else {}
+    texts = {name: read_texts(paths, args, bad_records) for name, paths in held_out.items()}
+    sample = read_texts(list_corpus(args.base_language_sample), args, bad_records) if args.base_language_sample else []
     base = load_tokenizer(args.base_tokenizer)
     selection = Selection(args.keep_unreachable, args.keep_base_language_pieces, args.max_new_tokens, sample)
-    extended = extend(base, args, selection, bad_text)
+    extended = extend(base, args, selection, bad_records)
     with atomic_folder(args.output_dir, args.overwrite) as folder:
         tokenizer = save_extended(
             base,
@@ -142,7 +146,7 @@ def main(args: MergeTokenizersArguments) -> dict[str, Any]:
             base, tokenizer, folder, [*HARD_TEXTS, *itertools.islice(itertools.chain(*texts.values()), CHECKED_TEXTS)]
         )
         report = build_report(base, tokenizer, selection, model_size, compare(base, tokenizer, texts))
-        report |= {"bad_lines_skipped": bad_text.skipped, "seconds": round(time.monotonic() - started, 1)}
+        report |= {"bad_lines_skipped": bad_records.skipped, "seconds": round(time.monotonic() - started, 1)}
         write_report(report, folder)
         save_run_config(folder, describe_arguments(args))
     log_summary(report, args)
@@ -180,15 +184,9 @@ def read_model_size(args: MergeTokenizersArguments) -> Any:
     return None if args.hidden_size is None else ModelSize(args.hidden_size, tied=False)
 
 
-def split_name(item: str) -> tuple[str, str]:
-    """A name=path item as (name, path); without a name, the file's."""
-    name, equals, path = item.partition("=")
-    return (name, path) if equals and not Path(item).exists() else (Path(item).stem, item)
-
-
-def read_texts(sources: list[str], args: MergeTokenizersArguments, bad_text: BadText) -> list[str]:
+def read_texts(paths: list[Path], args: MergeTokenizersArguments, bad_records: BadRecords) -> list[str]:
     """A seeded sample of the documents of some files."""
-    documents = itertools.chain.from_iterable(iter_corpus(list_corpus(sources), args.text_column, bad_text))
+    documents = itertools.chain.from_iterable(iter_corpus(paths, args.text_column, bad_records))
     return sample_texts(documents, args.sample_bytes, None, args.seed).texts
 
 
@@ -196,7 +194,7 @@ def read_texts(sources: list[str], args: MergeTokenizersArguments, bad_text: Bad
 
 
 def extend(
-    base: PreTrainedTokenizerBase, args: MergeTokenizersArguments, selection: Selection, bad_text: BadText
+    base: PreTrainedTokenizerBase, args: MergeTokenizersArguments, selection: Selection, bad_records: BadRecords
 ) -> Any:
     """The extended ModelProto (sentencepiece bases) or tokenizers.Tokenizer (byte-level bases).
 
@@ -220,7 +218,7 @@ def extend(
             f"{args.base_tokenizer} has no sentencepiece model (tokenizer.model) to merge into: pass the original "
             "folder, or, for byte-level bases (Llama-3, Qwen), text as --input"
         )
-    texts = read_texts(args.input, args, bad_text)
+    texts = read_texts(list_corpus(args.input), args, bad_records)
     batches = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
     number = args.max_new_tokens or DEFAULT_NEW_TOKENS
     logger.info("training up to %d merges on %d documents", number, len(texts))

@@ -24,6 +24,7 @@ from utils.core.records import iter_records
 
 if TYPE_CHECKING:
     from utils.rlhf.reward_model import RewardModel
+    from utils.text.conversations import Conversation
     from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("rm")
@@ -177,50 +178,55 @@ def score_file(
     return summary
 
 
-def read_answers(record: dict[str, Any], location: str) -> tuple[list[Any], dict[str, str]]:
-    """The conversation before the answer, and the answers of a record by the field that will hold their scores.
+def read_answers(record: dict[str, Any], location: str) -> tuple[Conversation, dict[str, Any]]:
+    """The conversation before the answer, and the answers of a record (messages) by the field of their scores.
 
     Pairs have "chosen" and "rejected"; single answers stand in "answer" beside the prompt, in "output" beside an
     instruction, or are the last turn of a conversation. Raises: InputError naming `location`.
     """
-    from utils.text.conversations import read_conversation, read_preference
+    from utils.text.conversations import Conversation, read_conversation, read_preference
 
     if "chosen" in record or "rejected" in record:
         pair = read_preference(record, location)
-        return pair.messages, {"chosen_score": pair.chosen, "rejected_score": pair.rejected}
+        prompt = Conversation(pair.messages, pair.tools)
+        return prompt, {"chosen_score": pair.chosen, "rejected_score": pair.rejected}
     if "answer" in record:
         kept = {name: value for name, value in record.items() if name not in ("answer", "margin", "source")}
         single = read_preference({**kept, "chosen": record["answer"], "rejected": record["answer"]}, location)
-        return single.messages, {"score": single.chosen}
+        return Conversation(single.messages, single.tools), {"score": single.chosen}
     if not any(name in record for name in ("instruction", "messages", "conversations")):
         raise InputError(
             f"{location}: need 'chosen' and 'rejected', or 'answer' beside 'prompt', 'instruction' and 'output', or a "
             f"conversation that ends with an answer; the record has {sorted(record)}"
         )
-    messages = read_conversation(record, location)
-    if messages[-1]["role"] != "assistant":
-        raise InputError(f"{location}: the conversation ends with the {messages[-1]['role']}, not with an answer")
-    return messages[:-1], {"score": messages[-1]["content"]}
+    whole = read_conversation(record, location)
+    last = whole.messages[-1]["role"] if whole.messages else "assistant's opening words"
+    if last != "assistant":
+        raise InputError(f"{location}: the conversation ends with the {last}, not with an answer")
+    return Conversation(whole.messages[:-1], whole.tools), {"score": whole.messages[-1]}
 
 
 def encode_records(
-    records: list[tuple[dict[str, Any], list[Any], dict[str, str]]], model: RewardModel, max_seq_length: int
+    records: list[tuple[dict[str, Any], Conversation, dict[str, Any]]], model: RewardModel, max_seq_length: int
 ) -> tuple[list[tuple[int, str]], list[tuple[list[int], list[int]]]]:
     """(number of the record, field of the score) and (prompt ids, answer ids) of each answer that can be scored.
 
     Answers are cut to the window as in training; empty ones, and those whose prompt fills it, are counted and logged.
     """
     from utils.data.preferences import MIN_ANSWER, encode_answers
+    from utils.text.conversations import is_empty
 
     places, sequences, empty, long, cut = [], [], 0, 0, 0
-    for number, (_, messages, answers) in enumerate(records):
-        prompt, encoded = encode_answers(messages, list(answers.values()), model.template, model.tokenizer)
+    for number, (_, before, answers) in enumerate(records):
+        prompt, encoded = encode_answers(
+            before.messages, list(answers.values()), model.template, model.tokenizer, before.tools
+        )
         room = max_seq_length - len(prompt)
         if room < MIN_ANSWER:
             long += 1
             continue
-        for (name, text), ids in zip(answers.items(), encoded, strict=True):
-            if not text.strip():
+        for (name, answer), ids in zip(answers.items(), encoded, strict=True):
+            if is_empty(answer):
                 empty += 1
                 continue
             cut += len(ids) > room

@@ -21,7 +21,7 @@ from utils.core.command_line import describe_arguments, run, save_run_config, sh
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_folder, hash_file, refuse_existing_output, write_json
 from utils.core.machine import available_cores, interruptible
-from utils.core.records import BadText
+from utils.core.records import BadRecords
 from utils.text.text_sample import Sample, iter_corpus, list_corpus, sample_texts
 
 logger = logging.getLogger("train_tokenizer")
@@ -49,7 +49,9 @@ class TokenizerArguments:
         help="Lines of text to learn from, drawn at random; default: no limit but the bytes."
     )
     text_column: str = arg("text", help="Field with the text in json, jsonl and parquet files.")
-    on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
+    on_bad_record: Literal["error", "skip"] = arg(
+        "error", help="A line or record that cannot be read or used: stop with file:line, or skip and count."
+    )
     seed: int = arg(42, help="Seed of the sample.")
     num_threads: int | None = arg(help="Threads; default: the cores available. They do not change the result.")
     overwrite: bool = arg(False, help="Replace output_dir if it holds something, once the new tokenizer is complete.")
@@ -77,8 +79,8 @@ def main(args: TokenizerArguments) -> dict[str, Any]:
     started = time.monotonic()
     refuse_existing_output(args.output_dir, args.overwrite)
     paths = list_corpus(args.input)
-    bad_text = BadText(args.on_bad_text)
-    batches = iter_corpus(paths, args.text_column, bad_text)
+    bad_records = BadRecords(args.on_bad_record)
+    batches = iter_corpus(paths, args.text_column, bad_records)
     sample = sample_texts(iter_sentences(batches, paths), args.sample_bytes, args.max_sentences, args.seed)
     logger.info("training on %d of %d lines (%.1f MB)", len(sample.texts), sample.total, sample.bytes / 1e6)
     model = train(sample, args)
@@ -94,7 +96,7 @@ def main(args: TokenizerArguments) -> dict[str, Any]:
             "lines_in_input": sample.total,
             "bytes": sample.bytes,
             "bytes_in_input": sample.total_bytes,
-            "bad_lines_skipped": bad_text.skipped,
+            "bad_lines_skipped": bad_records.skipped,
             "characters_per_token": sum(map(len, checked)) / max(tokens, 1),
             "sha256": hash_file(folder / "tokenizer.model"),
             "seconds": round(time.monotonic() - started, 1),

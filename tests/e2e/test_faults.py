@@ -90,7 +90,7 @@ def test_missing_fields_name_what_is_there(refuse, tmp_path):
 
 
 def test_invalid_utf8_names_the_line(refuse, tmp_path):
-    refuse("pt", write(tmp_path / "d.txt", b"one\ntwo\n\xff\xfe three\n"), "d.txt:3", "UTF-8", "--on_bad_text skip")
+    refuse("pt", write(tmp_path / "d.txt", b"one\ntwo\n\xff\xfe three\n"), "d.txt:3", "UTF-8", "--on_bad_record skip")
     refuse("sft", write(tmp_path / "e.jsonl", GOOD.encode() + b'{"instruction": "\xff"}\n'), "e.jsonl:2", "UTF-8")
 
 
@@ -109,7 +109,7 @@ def test_invalid_utf8_can_be_skipped_and_is_counted(tiny_model_folder, tmp_path,
     ]
     types = [*shared, pt.PretrainingArguments, "utils.training.arguments:RunArguments"]
     with caplog.at_level(logging.INFO):
-        pt.main(*parse_args(*types, argv=[*map(str, argv), "--on_bad_text", "skip", "--block_size", "32"]))
+        pt.main(*parse_args(*types, argv=[*map(str, argv), "--on_bad_record", "skip", "--block_size", "32"]))
     assert "skipped 1" in caplog.text or "1 skipped" in caplog.text or "1 line" in caplog.text, caplog.text
 
 

@@ -566,7 +566,7 @@ def test_missing_and_damaged_files_are_named(grown, tiny_model_folder, tmp_path)
     ("name", "content", "message"),
     [
         ("empty.txt", b"\n\n", "no question"),
-        ("bad.txt", "一\n".encode() + b"\xff\n", r"bad\.txt:2: invalid UTF-8.*--on_bad_text skip"),
+        ("bad.txt", "一\n".encode() + b"\xff\n", r"bad\.txt:2: invalid UTF-8.*--on_bad_record skip"),
         ("broken.jsonl", b'{"instruction": "a"}\n{"instruction": \n', r"broken\.jsonl:2: broken JSON"),
         ("fields.jsonl", b'{"question": "a"}\n', r"fields\.jsonl:1: need 'instruction'.*\['question'\]"),
         ("blank.jsonl", b'{"instruction": " "}\n', r"blank\.jsonl:1: the question is empty"),
@@ -588,9 +588,9 @@ def test_bad_data_is_named_before_the_model_is_loaded(
 def test_bad_text_can_be_skipped_and_is_counted(tiny_model_folder, tmp_path, caplog):
     data, out = tmp_path / "bad.txt", tmp_path / "out.jsonl"
     data.write_bytes("一\n".encode() + b"\xff\n\n" + "二\n".encode())
-    ask(tiny_model_folder, data_file=str(data), predictions_file=str(out), on_bad_text="skip")
+    ask(tiny_model_folder, data_file=str(data), predictions_file=str(out), on_bad_record="skip")
     assert [row["Input"] for row in read_rows(out)] == ["一", "二"]
-    assert "1 skipped: not valid UTF-8" in caplog.text and "bad.txt:2" in caplog.text
+    assert "skipped 1 bad records" in caplog.text and "bad.txt:2" in caplog.text
 
 
 def test_flags_that_exclude_each_other():

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from merge_tokenizers import HARD_TEXTS, MergeTokenizersArguments, main, split_name
+from merge_tokenizers import HARD_TEXTS, MergeTokenizersArguments, main
 from transformers import AutoTokenizer
 
 from support.paths import EXAMPLES, SCRIPTS
@@ -170,12 +170,24 @@ def test_an_unfaithful_base_leaves_nothing_behind(tmp_path, settings, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_of_report_texts(tmp_path):
-    assert split_name("zh=a/b.txt") == ("zh", "a/b.txt")
-    assert split_name("a/b.txt") == ("b", "a/b.txt")
-    odd = tmp_path / "x=y.txt"
-    odd.write_text("a", encoding="utf-8")
-    assert split_name(str(odd)) == ("x=y", str(odd))
+def test_report_texts_of_one_name_are_all_measured(tmp_path, settings):
+    files = [tmp_path / folder / "zh.txt" for folder in ("a", "b")]
+    for file, text in zip(files, ("老师", "老师的本子"), strict=True):
+        file.parent.mkdir()
+        file.write_text(text, encoding="utf-8")
+    report = main(
+        MergeTokenizersArguments(output_dir=str(tmp_path / "o"), **settings, report_text=list(map(str, files)))
+    )
+    assert {name: figures["after"]["characters"] for name, figures in report["languages"].items()} == {
+        "zh": 2,
+        "zh-2": 5,
+    }
+    with pytest.raises(InputError, match=r"zh=.*: a corpus with this name was given before"):
+        main(
+            MergeTokenizersArguments(
+                output_dir=str(tmp_path / "p"), **settings, report_text=[f"zh={file}" for file in files]
+            )
+        )
 
 
 def test_the_forerunners_flag_and_the_launcher(tmp_path, settings):

@@ -74,7 +74,7 @@ def test_every_format_is_read_and_bad_lines_are_named_or_counted(tmp_path):
     with pytest.raises(InputError, match=r"a\.txt:51"):
         main(TokenizerArguments(output_dir=str(tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists()
-    report = main(TokenizerArguments(output_dir=str(tmp_path / "out"), on_bad_text="skip", **settings))
+    report = main(TokenizerArguments(output_dir=str(tmp_path / "out"), on_bad_record="skip", **settings))
     assert (report["lines_in_input"], report["bad_lines_skipped"]) == (150, 1)
 
 

@@ -107,7 +107,9 @@ class DataArguments:
     validation_split: float = arg(
         0.0, help="Share of every training corpus held out for evaluation when there is no --validation_data, 0-1."
     )
-    on_bad_text: Literal["error", "skip"] = arg("error", help="Invalid UTF-8: stop with file:line, or skip and count.")
+    on_bad_record: Literal["error", "skip"] = arg(
+        "error", help="A line or record that cannot be read or used: stop with file:line, or skip and count."
+    )
     data_cache_dir: str | None = arg(help="Folder of the token caches; default: <output_dir>/../.token_cache.")
     preprocessing_num_workers: int | None = arg(help="Processes that tokenise; default: the cores available.")
     max_train_samples: int | None = arg(

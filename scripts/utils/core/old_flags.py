@@ -34,6 +34,7 @@ RENAMED = {
     "force_resize_embeddings": "resize_embeddings",
     "llama_tokenizer_dir": "base_tokenizer",
     "include_tokens_per_second": "include_num_input_tokens_seen",
+    "on_bad_text": "on_bad_record",
     # The forerunners' evaluations.
     "ntrain": "num_fewshot",
     "input_dir": "data_dir",

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import functools
 import json
+import logging
+import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn, TypeVar, cast
 
 from .errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -112,19 +120,21 @@ class _JsonStream:
         raise JsonStreamError(message, self.line, self.position - self.line_start + 1)
 
 
-# ---------------------------------------------------------------- files of documents
+# ---------------------------------------------------------------- files and bad records
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 READ_BYTES = 4 << 20  # bytes of text handled at a time: large enough to be fast, small enough to keep memory flat
 
-MAX_LOCATIONS = 5  # of skipped rows named in the log
+OnBadRecord = Literal["error", "skip"]
+MAX_NAMED = 5  # of many alike (skipped records, files that are not read), named in messages
 
 
 def list_data_files(path: str | Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
     """The data files that `path` names: itself, or all below a folder, recursive and sorted, hidden ones left out.
 
-    Raises: InputError if nothing is there.
+    Linked folders are followed, each folder is read once. Files of other kinds are named in a warning.
+    Raises: InputError if nothing is there, or a link leads nowhere.
     """
     path = Path(path)
     if path.is_file():
@@ -133,31 +143,140 @@ def list_data_files(path: str | Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES)
         return [path]
     if not path.is_dir():
         raise InputError(f"data not found: {path}")
-    found = [item for item in path.rglob("*") if item.is_file() and item.suffix.lower() in suffixes]
-    found = sorted(item for item in found if not any(part.startswith(".") for part in item.relative_to(path).parts))
+    every = sorted(_iter_visible_files(path))
+    found = [item for item in every if item.suffix.lower() in suffixes]
+    others = [str(item.relative_to(path)) for item in every if item.suffix.lower() not in suffixes]
+    names = ", ".join(others[:MAX_NAMED]) + (", ..." if len(others) > MAX_NAMED else "")
     if not found:
-        raise InputError(f"no {', '.join(suffixes)} files below {path}")
+        there = f"; there are {names}" if others else ""
+        raise InputError(f"no {', '.join(suffixes)} files below {path}{there}")
+    if others:
+        logger.warning("%s: %d files are not read, being no %s: %s", path, len(others), ", ".join(suffixes), names)
     return found
 
 
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _iter_visible_files(folder: Path) -> Iterator[Path]:
+    visited: set[str] = set()  # real paths: links may lead to a folder that is read anyway, or round in a circle
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        if (real := os.path.realpath(place)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if name.startswith("."):
+                continue
+            if not (path := Path(place) / name).exists():
+                raise InputError(f"{path}: a link that leads nowhere; repair or remove it")
+            yield path
+
+
 @dataclass
-class BadText:
-    """What to do with text that is not UTF-8 (or holds a lone surrogate): raise an error, or skip and count it."""
+class BadRecords:
+    """What to do with a line or record that cannot be used: raise the error, or skip and count it.
 
-    policy: Literal["error", "skip"] = "error"
+    Attributes:
+        policy: the value of --on_bad_record; None: an error, of a script that has no such flag.
+        problems: the first few of what was skipped, each "file:line: reason".
+    """
+
+    policy: OnBadRecord | None = None
     skipped: int = 0
-    locations: list[str] = field(default_factory=list)  # the first few, for the log
+    problems: list[str] = field(default_factory=list)
 
-    def handle(self, location: str, reason: str) -> None:
-        """Raises: InputError under the policy "error"."""
-        if self.policy == "error":
-            raise InputError(f"{location}: {reason}; repair the line, or pass --on_bad_text skip to leave it out")
-        self.add(1, [location])
+    def handle(self, problem: str) -> None:
+        """Raises: InputError unless the policy is "skip"."""
+        if self.policy != "skip":
+            remedy = "; repair it, or pass --on_bad_record skip to leave it out" if self.policy else ""
+            raise InputError(f"{problem}{remedy}")
+        self.add(1, [problem])
 
-    def add(self, skipped: int, locations: Iterable[str]) -> None:
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle the InputError of this block, which names file and line."""
+        try:
+            yield
+        except InputError as error:
+            self.handle(str(error))
+
+    def add(self, skipped: int, problems: Iterable[str]) -> None:
         """Count what another reader (a worker process) skipped."""
         self.skipped += skipped
-        self.locations = [*self.locations, *locations][:MAX_LOCATIONS]
+        self.problems = [*self.problems, *problems][:MAX_NAMED]
+
+    def __str__(self) -> str:
+        """For the log."""
+        return f"skipped {self.skipped} bad records, the first: {'; '.join(self.problems)}"
+
+
+# ---------------------------------------------------------------- files in other encodings
+
+SAMPLE_BYTES = 1 << 16
+COMMON_SHARE = 0.8  # of the characters beyond ASCII; in a wrong encoding about a third are common by chance
+
+
+def check_encoding(path: Path) -> None:
+    """To be called where text is not as it should be. Raises: InputError if the whole file is in another encoding.
+
+    Also under "skip": what would be skipped is the file.
+    """
+    if encoding := _guess_encoding(path, path.stat().st_mtime_ns):
+        raise InputError(
+            f"{path}: the whole file seems to be in {encoding}, need UTF-8; convert it: "
+            f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
+        )
+
+
+@functools.lru_cache(maxsize=8)  # a file with many bad lines asks for each
+def _guess_encoding(path: Path, changed: int) -> str | None:
+    """iconv's name of the encoding of a file that is not UTF-8, from its beginning; None if it cannot be told."""
+    with open(path, "rb") as file:
+        sample = file.read(SAMPLE_BYTES)
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    lines = [line for line in sample.split(b"\n") if not line.isascii()]
+    # Each line break of UTF-16 has a zero byte.
+    if b"\0" not in sample and 2 * sum(_decode(line, "utf-8") is not None for line in lines) >= len(lines):
+        return None  # single lines are bad
+    names = ["UTF-16LE", "UTF-16BE"] if b"\0" in sample else ["GB18030", "BIG5"]
+    shares = {name: _share_of_common(_decode(sample, name)) for name in names}
+    best = max(shares, key=lambda name: shares[name])
+    return best if shares[best] >= COMMON_SHARE else None
+
+
+def _decode(sample: bytes, encoding: str) -> str | None:
+    """The text, which may end within a character; None if it is not in this encoding."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(sample)
+    except UnicodeDecodeError:
+        return None
+
+
+def _share_of_common(text: str | None) -> float:
+    """The share of the characters beyond ASCII that are common in Chinese texts."""
+    if text is None:
+        return 0.0
+    characters = [character for character in text if not character.isascii() or character == "\0"]
+    common = _common_characters()
+    return sum(character in common for character in characters) / len(characters) if characters else 1.0
+
+
+@functools.cache
+def _common_characters() -> frozenset[str]:
+    """Punctuation, and the characters that GB 2312 and Big5 have in their first levels, those in common use."""
+    simplified = (bytes((row, cell)) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
+    traditional = (bytes((row, cell)) for row in range(0xA4, 0xC7) for cell in range(0x40, 0xFF))
+    characters = {pair.decode("gb2312", "ignore") for pair in simplified}
+    characters |= {pair.decode("big5", "ignore") for pair in traditional}
+    ranges = ((0x2010, 0x2028), (0x3000, 0x3040), (0xFF00, 0xFFF0))
+    return frozenset(characters) | {chr(code) for start, end in ranges for code in range(start, end)}
+
+
+# ---------------------------------------------------------------- documents
 
 
 def iter_document_batches(
@@ -165,7 +284,7 @@ def iter_document_batches(
     *,
     text_column: str = "text",
     document_separator: str | None = None,
-    bad_text: BadText | None = None,
+    bad_records: BadRecords | None = None,
     byte_range: tuple[int, int] | None = None,
 ) -> Iterator[list[str]]:
     """Yield the documents of one file in lists of about READ_BYTES of text. Blank documents are left out.
@@ -175,19 +294,19 @@ def iter_document_batches(
         document_separator: in txt files, the exact line that ends a document; None makes every line a document.
         byte_range: (start, end) of a txt file: only documents whose first byte lies in it (lines only, no separator),
             so ranges that adjoin give every document once.
-    Raises: InputError with file:line for broken JSON, a missing field, or invalid UTF-8.
+    Raises: InputError with file:line for broken JSON, a field that is missing or null, or invalid UTF-8.
     """
-    path, bad_text = Path(path), bad_text or BadText()
+    path, bad_records = Path(path), bad_records or BadRecords()
     if path.suffix.lower() == ".txt":
         if document_separator is None:
-            yield from _iter_line_batches(path, bad_text, byte_range or (0, path.stat().st_size))
+            yield from _iter_line_batches(path, bad_records, byte_range or (0, path.stat().st_size))
         else:
-            yield from _batched(_iter_separated_documents(path, document_separator, bad_text))
+            yield from _batched(_iter_separated_documents(path, document_separator, bad_records))
     else:
-        yield from _batched(_iter_record_texts(path, text_column, bad_text))
+        yield from _batched(_iter_record_texts(path, text_column, bad_records))
 
 
-def _iter_line_batches(path: Path, bad_text: BadText, byte_range: tuple[int, int]) -> Iterator[list[str]]:
+def _iter_line_batches(path: Path, bad_records: BadRecords, byte_range: tuple[int, int]) -> Iterator[list[str]]:
     start, end = byte_range
     with open(path, "rb") as file:
         if start > 0:
@@ -202,30 +321,31 @@ def _iter_line_batches(path: Path, bad_text: BadText, byte_range: tuple[int, int
             try:
                 lines = block.decode("utf-8-sig" if position == 0 else "utf-8").split("\n")
             except UnicodeDecodeError:
-                lines = _decode_lines(path, position, block, bad_text)
+                lines = _decode_lines(path, position, block, bad_records)
             if texts := [text for line in lines if (text := line.rstrip("\r")) and not text.isspace()]:
                 yield texts
 
 
-def _decode_lines(path: Path, position: int, block: bytes, bad_text: BadText) -> list[str]:
+def _decode_lines(path: Path, position: int, block: bytes, bad_records: BadRecords) -> list[str]:
     """Decode a block line by line to find (and report or skip) the lines that are not UTF-8."""
     with open(path, "rb") as file:
         number = sum(piece.count(b"\n") for piece in iter_blocks(file, position))
     lines = []
     for raw in block.split(b"\n"):
         number += 1
-        line = _decode_line(raw, f"{path}:{number}", number == 1, bad_text)
+        line = _decode_line(raw, path, number, bad_records)
         if line is not None:
             lines.append(line)
     return lines
 
 
-def _decode_line(raw: bytes, location: str, first: bool, bad_text: BadText) -> str | None:
+def _decode_line(raw: bytes, path: Path, number: int, bad_records: BadRecords) -> str | None:
     """One line as text, a byte order mark at the start of the file removed; None if it is to be skipped."""
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8")
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        bad_text.handle(location, f"invalid UTF-8 (byte {error.start + 1} of the line)")
+        check_encoding(path)
+        bad_records.handle(f"{path}:{number}: invalid UTF-8 (byte {error.start + 1} of the line)")
         return None
 
 
@@ -236,11 +356,11 @@ def iter_blocks(file: IO[bytes], count: int) -> Iterator[bytes]:
         yield block
 
 
-def _iter_separated_documents(path: Path, separator: str, bad_text: BadText) -> Iterator[str]:
+def _iter_separated_documents(path: Path, separator: str, bad_records: BadRecords) -> Iterator[str]:
     lines: list[str] = []
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            line = _decode_line(raw.rstrip(b"\r\n"), f"{path}:{number}", number == 1, bad_text)
+            line = _decode_line(raw.rstrip(b"\r\n"), path, number, bad_records)
             if line == separator:
                 yield "\n".join(lines)
                 lines = []
@@ -249,15 +369,17 @@ def _iter_separated_documents(path: Path, separator: str, bad_text: BadText) -> 
     yield "\n".join(lines)
 
 
-def _iter_record_texts(path: Path, text_column: str, bad_text: BadText) -> Iterator[str]:
-    for location, record in iter_records(path, bad_text, columns=[text_column]):
+def _iter_record_texts(path: Path, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+    for location, record in iter_records(path, bad_records, columns=[text_column]):
         text = record.get(text_column)
-        if not isinstance(text, str):
-            raise InputError(
-                f"{location}: field '{text_column}' is {'missing' if text is None else 'not a string'}; "
-                f"the record has {sorted(record)}; pass --text_column"
-            )
-        yield text
+        if isinstance(text, str):
+            yield text
+            continue
+        if text_column in record:
+            problem = f"is {'null' if text is None else type(text).__name__}, not text"
+        else:
+            problem = f"is missing; the record has {sorted(record)}; pass --text_column"
+        bad_records.handle(f"{location}: field '{text_column}' {problem}")
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -280,7 +402,7 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def iter_records(
-    path: str | Path, bad_text: BadText | None = None, columns: Sequence[str] | None = None
+    path: str | Path, bad_records: BadRecords | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (location, record) for every record of a json, jsonl or parquet file, read as a stream.
 
@@ -289,22 +411,26 @@ def iter_records(
 
     Args:
         columns: of a parquet file, read only these (all, if one of them is absent, so that errors can name them).
-    Raises: InputError for broken JSON, a record that is not an object, or (policy "error") invalid UTF-8.
+    Raises: InputError (unless skipped) for broken JSON, a record that is not an object, or invalid UTF-8; always for
+        a broken json file and for one in another encoding.
     """
-    path, bad_text = Path(path), bad_text or BadText()
-    if path.suffix.lower() not in RECORD_SUFFIXES:
+    path, bad_records = Path(path), bad_records or BadRecords()
+    suffix = path.suffix.lower()
+    if suffix not in RECORD_SUFFIXES:
         raise InputError(f"{path}: need records in one of {', '.join(RECORD_SUFFIXES)}")
-    if path.suffix.lower() == ".parquet":
-        records = _iter_parquet(path, columns)
+    if suffix == ".parquet":
+        records = _iter_parquet(path, columns, bad_records)
     else:
-        records = _iter_jsonl(path, bad_text) if path.suffix.lower() == ".jsonl" else _iter_json(path)
+        records = _iter_jsonl(path, bad_records) if suffix == ".jsonl" else _iter_json(path)
     for location, record in records:
         if not isinstance(record, dict):
-            raise InputError(f"{location}: need an object with named fields, got {type(record).__name__}")
-        if not _is_unicode(record):
-            bad_text.handle(location, "text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)")
-            continue
-        yield location, record
+            bad_records.handle(f"{location}: need an object with named fields, got {type(record).__name__}")
+        elif not _is_unicode(record):
+            if suffix == ".json":
+                check_encoding(path)
+            bad_records.handle(f"{location}: text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)")
+        else:
+            yield location, record
 
 
 def text_field(record: Mapping[str, Any], name: str, location: str) -> str:
@@ -336,18 +462,19 @@ def _is_unicode(value: Any) -> bool:
     return all(map(_is_unicode, value)) if isinstance(value, list) else True
 
 
-def _iter_jsonl(path: Path, bad_text: BadText) -> Iterator[tuple[str, Any]]:
+def _iter_jsonl(path: Path, bad_records: BadRecords) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            location = f"{path}:{number}"
-            line = _decode_line(raw, location, number == 1, bad_text)
+            line = _decode_line(raw, path, number, bad_records)
             if line is None or not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{location}: broken JSON: {error.msg} (column {error.colno})") from None
-            yield location, record
+                check_encoding(path)
+                bad_records.handle(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno})")
+            else:
+                yield f"{path}:{number}", record
 
 
 def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -358,10 +485,11 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
             for line, value in iter_json_values(file):
                 yield f"{path}:{line}", value
         except JsonStreamError as error:
+            check_encoding(path)
             raise InputError(f"{path}:{error.line}: broken JSON: {error} (column {error.column})") from None
 
 
-def _iter_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+def _iter_parquet(path: Path, columns: Sequence[str] | None, bad_records: BadRecords) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -371,8 +499,23 @@ def _iter_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[s
             chosen = list(columns) if columns and known.issuperset(columns) else None
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=chosen):
-                for record in batch.to_pylist():
+                for record in _batch_records(batch):
                     number += 1
-                    yield f"{path}: row {number}", record
+                    if record is None:
+                        bad_records.handle(f"{path}: row {number}: invalid UTF-8")
+                    else:
+                        yield f"{path}: row {number}", record
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{path}: not a readable parquet file: {error}") from None
+
+
+def _batch_records(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a pyarrow.RecordBatch; None for one with bytes in a text that are no UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield None

@@ -18,17 +18,17 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import atomic_folder, hash_file, hash_json, locked, named_write_errors, read_json, remove, write_json
 from ..core.machine import available_cores
-from ..core.records import BadText, iter_records
+from ..core.records import BadRecords, OnBadRecord, iter_records
 from ..core.workers import ordered_map
 
 if TYPE_CHECKING:
@@ -36,13 +36,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cache folders; part of every key
+FORMAT = 2  # of the cache folders; part of every key
 META = "meta.json"
 HASHES = "hashes.json"
 SETTLED_NANOSECONDS = 2_000_000_000
 
 Arrays = dict[str, np.ndarray]
-OnBadText = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class CacheSettings:
     """
 
     folder: Path
-    on_bad_text: OnBadText = "error"
+    on_bad_record: OnBadRecord = "error"
     num_workers: int | None = None
     max_dropped_share: float = 0.1
 
@@ -72,7 +71,7 @@ class TokenCache:
         tokens: (num_tokens,) uint16 or uint32, all documents one after another.
         document_ends: (num_documents,) int64, where each ends in `tokens`.
         document_hashes: (num_documents,) uint32, a checksum of each; equal documents have equal ones.
-        skipped: rows left out because their text was not valid.
+        skipped: lines or records left out because they could not be used.
         counters: what the encoder counted, by name.
         key: the hash of content, tokenizer, settings and rules.
     """
@@ -219,14 +218,14 @@ class Part:
     Attributes:
         progress: the unit's share of the work, for the bar: bytes, or records.
         arrays: those of a cache with these documents alone, or several of them; none if no document was kept.
-        skipped, locations: as BadText has them, of invalid text that the encoder met.
+        skipped, problems: as BadRecords has them, of what the encoder could not use.
     """
 
     progress: int
     arrays: list[Arrays] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
-    locations: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 class Encoder(ABC):
@@ -245,12 +244,12 @@ class Encoder(ABC):
         """All that decides the arrays beside the files' content and the tokenizer, JSON-like; part of the key."""
 
     @abstractmethod
-    def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[Any]:
+    def units(self, files: Sequence[Path], bad_records: BadRecords) -> Iterator[Any]:
         """The files in pieces of work, in order."""
 
     @abstractmethod
     def encode(self, unit: Any) -> Part:
-        """Called in a worker. Raises: InputError for a broken record (file:line)."""
+        """Called in a worker. Raises: InputError for a record that cannot be used (file:line), unless skipped."""
 
     def check(self, counters: Counter[str], files: Sequence[Path]) -> None:  # noqa: B027 (nothing to check is usual)
         """Log what was cut or dropped. Raises: InputError if nothing is left of the records there are."""
@@ -265,8 +264,8 @@ def build_cache(
 ) -> Cache:
     """Open the cache of these files, or build it.
 
-    Raises: InputError for bad text unless skipped, a broken record, a file that changes meanwhile, or if nothing is
-        found; OSError when the disk is full, with nothing left behind.
+    Raises: InputError for a bad record unless skipped, a file that changes meanwhile, or if nothing is found; OSError
+        when the disk is full, with nothing left behind.
     """
     from tqdm import tqdm  # here, because workers import this module and have no use for it
 
@@ -274,13 +273,13 @@ def build_cache(
 
     paths = [Path(file) for file in files]
     hashes = hash_files(paths, settings.folder)  # before reading; compared with those afterwards
-    decided_by = [kind.KIND, kind.RULES, FORMAT, settings.on_bad_text, *encoder.settings(paths)]
+    decided_by = [kind.KIND, kind.RULES, FORMAT, settings.on_bad_record, *encoder.settings(paths)]
     key = hash_json([hashes, tokenizer_fingerprint(tokenizer), decided_by])
 
     def build(folder: Path) -> None:
-        bad_text = BadText(settings.on_bad_text)
+        bad_records = BadRecords(settings.on_bad_record)
         counters: Counter[str] = Counter(dict.fromkeys(encoder.counted, 0))
-        units = encoder.units(paths, bad_text)  # a generator: files are read as workers take units
+        units = encoder.units(paths, bad_records)  # a generator: files are read as workers take units
         total_bytes = sum(path.stat().st_size for path in paths)
         num_processes = choose_workers(settings.num_workers, total_bytes, encoder.parallel_bytes)
         total = total_bytes if encoder.bar["unit"] == "B" else None
@@ -294,14 +293,18 @@ def build_cache(
                 for arrays in part.arrays:
                     writer.add(arrays)
                 counters.update(part.counters)
-                bad_text.add(part.skipped, part.locations)
+                bad_records.add(part.skipped, part.problems)
                 bar.set_postfix(tokens=f"{writer.num_tokens:,}", refresh=False)
                 bar.update(part.progress)
             encoder.check(counters, paths)
-            _check_sources(paths, hashes, settings.folder, writer.num_tokens, bad_text)
-            writer.finish(key, paths, skipped=bad_text.skipped, counters=dict(counters))
+            _check_sources(paths, hashes, settings.folder, writer.num_tokens, bad_records)
+            bad = {"skipped": bad_records.skipped, "problems": bad_records.problems}
+            writer.finish(key, paths, **bad, counters=dict(counters))
 
-    return _open_or_build(kind, settings.folder / f"{kind.KIND}-{key[:20]}", build)
+    cache = _open_or_build(kind, settings.folder / f"{kind.KIND}-{key[:20]}", build)
+    if cache.skipped:  # said of a cache that was there, too
+        logger.warning("%s: %s", describe_files(paths), BadRecords("skip", cache.skipped, cache.meta["problems"]))
+    return cache
 
 
 def _encode_unit(encoder: Encoder, unit: Any) -> Part:
@@ -310,19 +313,13 @@ def _encode_unit(encoder: Encoder, unit: Any) -> Part:
 
 
 def _check_sources(
-    files: Sequence[Path], hashes: list[list[str]], cache_dir: Path, num_tokens: int, bad_text: BadText
+    files: Sequence[Path], hashes: list[list[str]], cache_dir: Path, num_tokens: int, bad_records: BadRecords
 ) -> None:
-    """Log what was skipped. Raises: InputError if nothing was found, or a file changed while it was read."""
+    """Raises: InputError if nothing was found, or a file changed while it was read."""
     names = describe_files(files)
-    if bad_text.skipped:
-        logger.warning(
-            "%s: skipped %d rows whose text is not valid, the first at %s",
-            names,
-            bad_text.skipped,
-            ", ".join(bad_text.locations),
-        )
     if not num_tokens:
-        raise InputError(f"no text in {names}: the files are empty, or hold only blank lines and skipped rows")
+        skipped = f"; {bad_records}" if bad_records.skipped else ""
+        raise InputError(f"no text in {names}: the files are empty, or hold only blank lines{skipped}")
     if hash_files(files, cache_dir) != hashes:
         raise InputError(f"{names}: changed while being read; run the same command again once nothing writes there")
 
@@ -378,12 +375,14 @@ class RecordEncoder(Encoder):
         template: the jinja text of the chat template, see prompts.resolve_template.
         max_length: tokens of a row.
         max_samples: only so many records are read, from all files in turn; None: all.
+        on_bad_record: see BadRecords.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     max_length: int
     max_samples: int | None = None
+    on_bad_record: OnBadRecord = "error"
 
     bar: ClassVar[dict[str, Any]] = {"unit": " records"}
 
@@ -395,9 +394,9 @@ class RecordEncoder(Encoder):
         # In turn: the limit once was the first records of all files.
         return [self.template, self.max_length, self.max_samples and ["in turn", self.max_samples]]
 
-    def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[list[Record]]:
+    def units(self, files: Sequence[Path], bad_records: BadRecords) -> Iterator[list[Record]]:
         def read(path: Path) -> Iterator[Record]:
-            return (Record(place, path.stem, record) for place, record in iter_records(path, bad_text))
+            return (Record(place, path.stem, record) for place, record in iter_records(path, bad_records))
 
         if self.max_samples is None:
             records: Iterator[Record] = itertools.chain.from_iterable(map(read, files))
@@ -408,6 +407,20 @@ class RecordEncoder(Encoder):
             records = itertools.islice(in_turn, self.max_samples)
         while unit := list(itertools.islice(records, RECORDS_PER_UNIT)):
             yield unit
+
+
+@contextlib.contextmanager
+def located(location: str) -> Iterator[None]:
+    """Put the record's place before errors that do not name it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{location}: {error}") from None
+
+
+def describe_counts(counters: Mapping[str, int], words: Mapping[str, str]) -> str:
+    """What was counted, as "2 are short, 1 is long" for {"short": "are short", ...}; "" if nothing was."""
+    return ", ".join(f"{counters[name]} {text}" for name, text in words.items() if counters[name])
 
 
 # ---------------------------------------------------------------- keys

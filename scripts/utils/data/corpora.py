@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.records import TEXT_SUFFIXES, BadText, iter_document_batches, list_data_files
+from ..core.records import TEXT_SUFFIXES, BadRecords, OnBadRecord, iter_document_batches, list_data_files
 from .cache import (
     Arrays,
     CacheSettings,
     Encoder,
-    OnBadText,
     Part,
     TokenCache,
     build_cache,
@@ -113,7 +112,7 @@ class _TextEncoder(Encoder):
     dtype: str
     text_column: str
     document_separator: str | None
-    on_bad_text: OnBadText
+    on_bad_record: OnBadRecord
     num_threads: int = 1  # of the sentencepiece library, where no worker processes share the cores
 
     bar: ClassVar[dict[str, Any]] = {"unit": "B", "unit_scale": True}
@@ -125,7 +124,7 @@ class _TextEncoder(Encoder):
     def settings(self, files: Sequence[Path]) -> list[Any]:
         return [self.text_column, self.document_separator]
 
-    def units(self, files: Sequence[Path], bad_text: BadText) -> Iterator[_Unit]:
+    def units(self, files: Sequence[Path], bad_records: BadRecords) -> Iterator[_Unit]:
         for path in files:
             size = path.stat().st_size
             if path.suffix.lower() == ".txt" and self.document_separator is None:
@@ -135,7 +134,7 @@ class _TextEncoder(Encoder):
                 continue
             left = size
             for texts in iter_document_batches(
-                path, text_column=self.text_column, document_separator=self.document_separator, bad_text=bad_text
+                path, text_column=self.text_column, document_separator=self.document_separator, bad_records=bad_records
             ):
                 # How far the file has been read is not known (parquet is compressed); the end of it is exact.
                 done = min(left, sum(map(len, texts)))
@@ -144,14 +143,14 @@ class _TextEncoder(Encoder):
             yield _Unit(left, texts=[])
 
     def encode(self, unit: _Unit) -> Part:
-        bad_text = BadText(self.on_bad_text)
+        bad_records = BadRecords(self.on_bad_record)
         if unit.path is None:
             batches = iter([unit.texts or []])
         else:
             byte_range = (unit.start, unit.start + unit.num_bytes)
-            batches = iter_document_batches(unit.path, bad_text=bad_text, byte_range=byte_range)
+            batches = iter_document_batches(unit.path, bad_records=bad_records, byte_range=byte_range)
         arrays = [self._encode_texts(texts) for texts in batches if texts]
-        return Part(unit.num_bytes, arrays, skipped=bad_text.skipped, locations=bad_text.locations)
+        return Part(unit.num_bytes, arrays, skipped=bad_records.skipped, problems=bad_records.problems)
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -223,7 +222,7 @@ def tokenize_corpus(
         dtype=token_dtype(tokenizer),
         text_column=text_column,
         document_separator=document_separator,
-        on_bad_text=settings.on_bad_text,
+        on_bad_record=settings.on_bad_record,
     )
     total_bytes = sum(Path(file).stat().st_size for file in files)
     if choose_workers(settings.num_workers, total_bytes, encoder.parallel_bytes) == 1:

@@ -11,13 +11,12 @@ ones, which PPO then finds. Without it, the tokens are scored exactly as a rollo
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -25,7 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from ..core.errors import InputError
-from ..text.conversations import Preference, read_preference, split_prompt
+from ..core.records import BadRecords
+from ..text.conversations import CHANGES, Preference, is_empty, read_preference, read_prompt
 from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt, warn_without_end
 from .cache import (
     Arrays,
@@ -35,7 +35,9 @@ from .cache import (
     RecordEncoder,
     TokenCache,
     build_cache,
+    describe_counts,
     describe_files,
+    located,
     token_dtype,
 )
 
@@ -52,6 +54,7 @@ DROPS = {
     "long_prompt": "with a prompt that fills the window",
     "identical": "whose two answers have the same tokens within the window",
 }
+CHANGED = {name: CHANGES[name] for name in ("joined_turns", "dropped_openings")}  # the others are about training
 
 
 class PromptCache(TokenCache):
@@ -60,11 +63,11 @@ class PromptCache(TokenCache):
     Attributes:
         document_hashes: a checksum of each prompt, so that corpora.split_documents holds equal ones out together.
         sources: (n,) uint16, the number of each row's source in `source_names`.
-        counters: records, a count for each reason in DROPS, answers_removed.
+        counters: records, a count for each reason in DROPS and CHANGED, answers_removed.
     """
 
     KIND = "prompts"
-    RULES = 2
+    RULES = 3
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -94,7 +97,8 @@ class PromptCache(TokenCache):
             "records": self.counters["records"],
             "kept": len(self),
             "dropped": {reason: self.counters[reason] for reason in DROPS},
-            "skipped_bad_text": self.skipped,
+            "changed": {name: self.counters[name] for name in CHANGED},
+            "skipped_bad_records": self.skipped,
             "sources": dict(zip(self.source_names, counts, strict=True)),
         }
 
@@ -126,7 +130,7 @@ class PairCache(PromptCache):
     """
 
     KIND = "pairs"
-    RULES = 2
+    RULES = 3
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -182,7 +186,7 @@ def _spread(lengths: np.ndarray) -> dict[str, float]:
 
 def encode_answers(
     messages: Sequence[Message],
-    answers: Sequence[str],
+    answers: Sequence[str | Message],
     template: str,
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[dict[str, Any]] | None = None,
@@ -190,13 +194,15 @@ def encode_answers(
     """Token ids of the prompt, as encode_prompt's, and of each answer up to and with its end token.
 
     Prompt and answer together are encode_conversation's, less what a template writes after the end token.
+    Args: answers: texts, or messages of the assistant, which may call functions.
     Raises: InputError if the template writes the prompt of a whole conversation in another way.
     """
     prompt = encode_prompt(messages, template, tokenizer, tools)
     earlier: list[Message] = [{**message, "weight": 0} for message in messages]  # they are the prompt's
     encoded = []
     for answer in answers:
-        conversation = [*earlier, {"role": "assistant", "content": answer}]
+        last = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        conversation = [*earlier, last]
         ids, labels = encode_conversation(conversation, template, tokenizer, tools)
         # Some templates go on after the end token, with a line break for instance, which no answer needs.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORE_INDEX), default=0)
@@ -244,6 +250,7 @@ class _DroppingEncoder(RecordEncoder):
     counted: ClassVar[tuple[str, ...]] = (
         "records",
         *DROPS,
+        *CHANGED,
         "answers_removed",
         "truncated_chosen",
         "truncated_rejected",
@@ -258,33 +265,28 @@ class _DroppingEncoder(RecordEncoder):
 
     def encode(self, unit: list[Record]) -> Part:
         rows = _Rows()
+        bad_records = BadRecords(self.on_bad_record)
         for record in unit:
-            rows.counters["records"] += 1
-            self.add_row(record, rows)
+            with bad_records.handled():
+                self.add_row(record, rows)
+                rows.counters["records"] += 1
         arrays = [rows.arrays(token_dtype(self.tokenizer))] if rows.ids else []
-        return Part(len(unit), arrays, dict(rows.counters))
+        return Part(len(unit), arrays, dict(rows.counters), bad_records.skipped, bad_records.problems)
 
     def check(self, counters: Counter[str], files: Sequence[Path]) -> None:
         if counters["records"] and counters["records"] == sum(counters[reason] for reason in DROPS):
             raise InputError(
                 f"{describe_files(files)}: nothing is left of {counters['records']} records: "
-                f"{_describe_drops(counters)}; the window is {self.max_length} tokens"
+                f"{describe_counts(counters, DROPS)}; the window is {self.max_length} tokens"
             )
-
-
-@contextlib.contextmanager
-def _located(location: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{location}: {error}") from None
 
 
 class _PairEncoder(_DroppingEncoder):
     def add_row(self, record: Record, rows: _Rows) -> None:
         preference = read_preference(record.fields, record.location)
-        with _located(record.location):
+        with located(record.location):
             encoded = self._encode_pair(preference)
+        rows.counters.update(preference.changes & set(CHANGED))
         if isinstance(encoded, str):
             rows.counters[encoded] += 1
             return
@@ -311,22 +313,23 @@ class _PairEncoder(_DroppingEncoder):
         """The ids of the prompt and of both answers, uncut; or why the pair is dropped."""
         if not preference.messages[-1]["content"].strip():
             return "empty_prompt"
-        if not (preference.chosen.strip() and preference.rejected.strip()):
+        pair = (preference.chosen, preference.rejected)
+        if any(map(is_empty, pair)):
             return "empty_answer"
-        texts = (preference.chosen, preference.rejected)
-        prompt, answers = encode_answers(preference.messages, texts, self.template, self.tokenizer)
+        prompt, answers = encode_answers(preference.messages, pair, self.template, self.tokenizer, preference.tools)
         return "long_prompt" if len(prompt) + MIN_ANSWER > self.max_length else (prompt, answers)
 
 
 class _PromptEncoder(_DroppingEncoder):
     def add_row(self, record: Record, rows: _Rows) -> None:
-        messages, answered = split_prompt(record.fields, record.location)
+        conversation, answered = read_prompt(record.fields, record.location)
+        with located(record.location):
+            ids = encode_prompt(conversation.messages, self.template, self.tokenizer, conversation.tools)
         rows.counters["answers_removed"] += answered
-        if not messages[-1]["content"].strip():
+        rows.counters.update(conversation.changes & set(CHANGED))
+        if not conversation.messages[-1]["content"].strip():
             rows.counters["empty_prompt"] += 1
             return
-        with _located(record.location):
-            ids = encode_prompt(messages, self.template, self.tokenizer)
         if len(ids) > self.max_length:
             rows.counters["long_prompt"] += 1
             return
@@ -357,7 +360,7 @@ def load_preferences(
     if max_seq_length <= MIN_ANSWER:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least {MIN_ANSWER + 1} tokens")
     warn_without_end(template, tokenizer)
-    encoder = _PairEncoder(tokenizer, template, max_seq_length, max_samples)
+    encoder = _PairEncoder(tokenizer, template, max_seq_length, max_samples, settings.on_bad_record)
     pairs = build_cache(PairCache, encoder, files, tokenizer, settings)
     _log_counters(pairs, files, settings)
     return pairs
@@ -376,15 +379,10 @@ def load_prompts(
     if max_prompt_length < 1:
         raise InputError(f"--max_prompt_length {max_prompt_length}: need at least 1 token")
     warn_without_end(template, tokenizer)
-    encoder = _PromptEncoder(tokenizer, template, max_prompt_length, max_samples)
+    encoder = _PromptEncoder(tokenizer, template, max_prompt_length, max_samples, settings.on_bad_record)
     prompts = build_cache(PromptCache, encoder, files, tokenizer, settings)
     _log_counters(prompts, files, settings)
     return prompts
-
-
-def _describe_drops(counters: Mapping[str, int]) -> str:
-    parts = [f"{counters[reason]} {words}" for reason, words in DROPS.items() if counters[reason]]
-    return ", ".join(parts)
 
 
 def _log_counters(cache: PromptCache, files: Sequence[str | Path], settings: CacheSettings) -> None:
@@ -394,7 +392,9 @@ def _log_counters(cache: PromptCache, files: Sequence[str | Path], settings: Cac
     dropped = sum(counters[reason] for reason in DROPS)
     if dropped:
         level = logging.WARNING if dropped > settings.max_dropped_share * records else logging.INFO
-        logger.log(level, "%s: %d of %d records dropped: %s", name, dropped, records, _describe_drops(counters))
+        logger.log(level, "%s: %d of %d records dropped: %s", name, dropped, records, describe_counts(counters, DROPS))
+    if changed := describe_counts(counters, CHANGED):
+        logger.warning("%s: of %d records %s", name, records, changed)
     cut = counters["truncated_chosen"], counters["truncated_rejected"]
     if any(cut):
         logger.warning("%s: cut at the right, no end token: %d chosen and %d rejected of %d", name, *cut, len(cache))

@@ -6,18 +6,39 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from ..core.errors import InputError
-from .cache import CacheSettings, Part, Record, RecordEncoder, TokenCache, build_cache, describe_files, token_dtype
+from ..core.records import BadRecords
+from ..text.conversations import CHANGES, read_example
+from ..text.prompts import IGNORE_INDEX, encode_conversation, stop_token_ids, warn_without_end
+from .cache import (
+    CacheSettings,
+    Part,
+    Record,
+    RecordEncoder,
+    TokenCache,
+    build_cache,
+    describe_counts,
+    describe_files,
+    located,
+    token_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+DROPS = {
+    "dropped_no_answer": "have no answer but empty ones and are dropped",
+    "dropped_no_label": "have no answer token left to learn from and are dropped",
+}
+CUTS = {"truncated": "are longer than --max_seq_length and cut at the right, end token kept"}
 
 
 class SampleCache(TokenCache):
@@ -25,16 +46,17 @@ class SampleCache(TokenCache):
 
     Attributes:
         trained: (num_tokens,) bool, where the label is the token itself and not IGNORE_INDEX.
-        counters: samples, truncated, dropped_no_label, skipped_bad_text, tokens, label_tokens.
+        counters: samples, truncated, dropped_no_answer, dropped_no_label, skipped_bad_records, those of
+            conversations.CHANGES, tokens, label_tokens.
     """
 
     KIND = "samples"
-    RULES = 2
+    RULES = 3
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         self.trained = self._map("trained")
-        self.counters["skipped_bad_text"] = self.skipped
+        self.counters["skipped_bad_records"] = self.skipped
 
     @property
     def num_samples(self) -> int:
@@ -52,8 +74,9 @@ def load_sft_samples(
 ) -> SampleCache:
     """Tokenise conversations (json, jsonl, parquet) into a SampleCache, or open the one that is there.
 
-    A sample longer than max_seq_length loses its right end; if the cut falls within an answer, the answer's end token
-    takes the last place. A sample that then trains nothing is dropped. Both are counted.
+    A sample without an answer is dropped, see conversations.read_example. One longer than max_seq_length loses its
+    right end; if the cut falls within an answer, the answer's end token takes the last place. A sample that then
+    trains nothing is dropped. All are counted.
 
     Args:
         template: the jinja text of the chat template, see prompts.resolve_template.
@@ -62,45 +85,53 @@ def load_sft_samples(
     """
     if max_seq_length < 2:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least 2 tokens")
-    from ..text.prompts import warn_without_end
-
     warn_without_end(template, tokenizer)
-    encoder = _ConversationEncoder(tokenizer, template, max_seq_length, max_samples)
-    return build_cache(SampleCache, encoder, files, tokenizer, settings)
+    encoder = _ConversationEncoder(tokenizer, template, max_seq_length, max_samples, settings.on_bad_record)
+    cache = build_cache(SampleCache, encoder, files, tokenizer, settings)
+    _log_counters(cache, files)
+    return cache
 
 
 class _ConversationEncoder(RecordEncoder):
     """Records -> samples with what is trained marked."""
 
-    counted: ClassVar[tuple[str, ...]] = ("samples", "truncated", "dropped_no_label", "tokens", "label_tokens")
+    counted: ClassVar[tuple[str, ...]] = (
+        *("samples", "truncated", "dropped_no_answer", "dropped_no_label"),
+        *CHANGES,
+        *("tokens", "label_tokens"),
+    )
 
     def encode(self, unit: list[Record]) -> Part:
-        from ..text.conversations import read_conversation
-        from ..text.prompts import IGNORE_INDEX, encode_conversation, stop_token_ids
-
         tokens: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []
-        truncated = dropped = 0
+        counters = Counter(dict.fromkeys(self.counted, 0))
         stops = stop_token_ids(self.template, self.tokenizer)
+        bad_records = BadRecords(self.on_bad_record)
         for record in unit:
-            messages = read_conversation(record.fields, record.location)
-            ids, labels = encode_conversation(messages, self.template, self.tokenizer)
-            flags = [label != IGNORE_INDEX for label in labels]
-            if len(ids) > self.max_length:
-                truncated += 1
-                ids, flags = truncate_sample(ids, flags, self.max_length, stops)
-            flags[0] = False  # nothing predicts the first token
-            if not any(flags):
-                dropped += 1
-                continue
-            tokens += ids
-            trained += flags
-            ends.append(len(tokens))
-        counts = (len(ends), truncated, dropped, len(tokens), sum(trained))
-        counters = dict(zip(self.counted, counts, strict=True))
+            with bad_records.handled():
+                example = read_example(record.fields, record.location)
+                if not example.messages:
+                    counters["dropped_no_answer"] += 1
+                    continue
+                with located(record.location):
+                    ids, labels = encode_conversation(example.messages, self.template, self.tokenizer, example.tools)
+                flags = [label != IGNORE_INDEX for label in labels]
+                counters.update(example.changes)
+                if len(ids) > self.max_length:
+                    counters["truncated"] += 1
+                    ids, flags = truncate_sample(ids, flags, self.max_length, stops)
+                flags[0] = False  # nothing predicts the first token
+                if not any(flags):
+                    counters["dropped_no_label"] += 1
+                    continue
+                tokens += ids
+                trained += flags
+                ends.append(len(tokens))
+        counters.update(samples=len(ends), tokens=len(tokens), label_tokens=sum(trained))
+        part = Part(len(unit), [], dict(counters), bad_records.skipped, bad_records.problems)
         if not ends:
-            return Part(len(unit), counters=counters)
+            return part
         ids_array = np.array(tokens, dtype=token_dtype(self.tokenizer))
         bounds = zip([0, *ends[:-1]], ends, strict=True)
         hashes = [zlib.crc32(ids_array[start:end].tobytes()) for start, end in bounds]
@@ -110,26 +141,24 @@ class _ConversationEncoder(RecordEncoder):
             "document_ends": np.array(ends, dtype=np.int64),
             "document_hashes": np.array(hashes, dtype=np.uint32),
         }
-        return Part(len(unit), [arrays], counters)
+        return replace(part, arrays=[arrays])
 
     def check(self, counters: Counter[str], files: Sequence[Path]) -> None:
-        truncated, dropped = counters["truncated"], counters["dropped_no_label"]
-        num_records = counters["samples"] + dropped
-        if num_records and dropped == num_records:
+        dropped = counters["dropped_no_answer"] + counters["dropped_no_label"]
+        if dropped and not counters["samples"]:
             raise InputError(
-                f"{describe_files(files)}: all labels are masked: of {num_records} samples {truncated} were longer "
-                f"than --max_seq_length {self.max_length} and {dropped} have no answer left to learn from; raise "
+                f"{describe_files(files)}: all labels are masked: of {dropped} samples {counters['truncated']} were "
+                f"longer than --max_seq_length {self.max_length}, and {describe_counts(counters, DROPS)}; raise "
                 "--max_seq_length, or check that the answers are not empty"
             )
-        if truncated:
-            logger.warning(
-                "%d of %d samples are longer than max_seq_length %d: cut at the right, end token kept",
-                truncated,
-                num_records,
-                self.max_length,
-            )
-        if dropped:
-            logger.warning("%d of %d samples dropped: no answer token is left in them", dropped, num_records)
+
+
+def _log_counters(cache: SampleCache, files: Sequence[str | Path]) -> None:
+    """Say, also of a cache that was there, what is not as the records have it."""
+    counters = cache.counters
+    total = sum(counters[name] for name in ("samples", *DROPS))
+    if said := describe_counts(counters, {**DROPS, **CHANGES, **CUTS}):
+        logger.warning("%s: of %d samples %s", describe_files(list(map(Path, files))), total, said)
 
 
 def truncate_sample(

@@ -63,7 +63,7 @@ class Sources:
         self.data_args, self.training_args = data_args, training_args
         self.settings = CacheSettings(
             Path(data_args.data_cache_dir or Path(str(training_args.output_dir)).absolute().parent / ".token_cache"),
-            data_args.on_bad_text,
+            data_args.on_bad_record,
             data_args.preprocessing_num_workers,
             max_dropped_share,
         )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.records import BadText, iter_records, list_data_files
+from ..core.records import BadRecords, iter_records, list_data_files
 from .rolling_hash import BOUNDARY, RollingHash, Units, cut_units, join_texts
 
 logger = logging.getLogger(__name__)
@@ -95,23 +95,20 @@ def find_contaminated(
 
     files = [file for name in data for file in list_data_files(Path(name).expanduser())]
     search = _Search(texts, num_words, num_characters, max_hits)
-    bad_text = BadText("skip")
+    bad_records = BadRecords("skip")
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="looking for the questions") as bar:
         for file in files:
             left = file.stat().st_size
-            for block in _text_blocks(file) if file.suffix.lower() == ".txt" else _record_blocks(file, bad_text):
+            for block in _text_blocks(file) if file.suffix.lower() == ".txt" else _record_blocks(file, bad_records):
                 search.scan(block)
                 # How far the file has been read is not known exactly; the end of it is.
                 done = min(left, len(block.text) if block.text.isascii() else len(block.text.encode(errors="replace")))
                 bar.update(done)
                 left -= done
             bar.update(left)
-    if bad_text.skipped:
-        logger.warning(
-            "%d records are no Unicode text and were left out, such as %s",
-            *(bad_text.skipped, ", ".join(bad_text.locations)),
-        )
+    if bad_records.skipped:
+        logger.warning("%s", bad_records)
     overlaps = search.result()
     logger.info(
         "%d of %d questions share a stretch with %s, %d are too short to tell",
@@ -163,12 +160,12 @@ def _text_blocks(path: Path) -> Iterator[_Block]:
             line += text.count(LINE_END)
 
 
-def _record_blocks(path: Path, bad_text: BadText) -> Iterator[_Block]:
+def _record_blocks(path: Path, bad_records: BadRecords) -> Iterator[_Block]:
     """The records of a json, jsonl or parquet file, each as one text."""
     locations: list[str] = []
     texts: list[str] = []
     size = 0
-    for location, record in iter_records(path, bad_text):
+    for location, record in iter_records(path, bad_records):
         locations.append(location)
         texts.append("\n".join(_iter_texts(record)))
         size += len(texts[-1])

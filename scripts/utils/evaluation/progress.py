@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Question = str | list[dict[str, str]]  # one text, or messages of role and content
+# One text, messages, or {"messages", "tools"}, with the functions that may be called.
+Question = str | list[dict[str, Any]] | dict[str, Any]
 
 
 def refuse_finished(path: Path, overwrite: bool) -> None:
@@ -52,6 +53,13 @@ def _read_rows(path: Path) -> tuple[list[Any], int]:
     whole = content.rfind(b"\n") + 1
     # Not splitlines: texts may hold U+2028 and the like, which end no line of a file.
     return [json.loads(line) for line in content[:whole].split(b"\n") if line], whole
+
+
+def _is_start_of(path: Path, row: Any) -> bool:
+    """Whether the file is all that a kill left of its first row."""
+    line = json.dumps(row, ensure_ascii=False).encode()
+    with open(path, "rb") as file:
+        return line.startswith(file.read(len(line) + 1))
 
 
 def _cut(path: Path, size: int) -> None:
@@ -263,7 +271,7 @@ class Parts:
         self._path = path
         self._values: dict[str, Any] = {}
         settings = _as_read_back(settings)
-        if path.is_file():
+        if path.is_file() and not _is_start_of(path, settings):
             # The first line is read before anything is cut off: the file may be another run's, which goes on some day.
             recorded, values, whole = self._read()
             if recorded == settings:
@@ -276,8 +284,8 @@ class Parts:
                     f"{path} is of an unfinished run with other {', '.join(sorted(_changed(recorded, settings)))}; "
                     "run that again to go on, pass another --output_dir, or --overwrite to replace it"
                 )
-            remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove(path)
         _append_rows(path, [settings])
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Any], int]:

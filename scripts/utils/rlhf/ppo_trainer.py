@@ -529,8 +529,9 @@ class PPOTrainer(CausalLMTrainer):
         if not self.args.should_save or self.best_is_loaded:
             return  # the best checkpoint's own evaluation wrote the same
         path = Path(self.args.output_dir) / SAMPLES_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] < self.state.global_step]
+        # Not splitlines: answers may hold U+2028 and the like, which end no line of a file.
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        kept = [line for line in lines if line and json.loads(line)["step"] < self.state.global_step]
         with atomic_file(path) as file:
             file.writelines(f"{line}\n" for line in kept)
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

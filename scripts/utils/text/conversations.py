@@ -1,14 +1,20 @@
-"""Records of conversations, preference pairs and prompts, in every layout -> messages and answers."""
+"""Records of conversations, preference pairs and prompts, in every layout -> messages, tools and answers.
+
+A record that cannot be used is an InputError with its place; what is used in another form is named in `changes`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import InputError
 from .prompts import Message
+from .tool_calls import read_function
 
 ROLES = {
     "system": "system",
@@ -23,69 +29,235 @@ ROLES = {
     "function": "tool",
 }
 TURN_FIELDS = (("from", "value"), ("role", "content"))  # where a turn has its role and its text
+WEIGHTS = ("weight", "train", "loss")  # where a turn says whether it is trained, as 0 and 1 or false and true
+
+# What may be changed in a conversation, and how the log says it.
+CHANGES = {
+    "joined_turns": "have neighbouring turns of one speaker, joined with an empty line between them",
+    "dropped_openings": "are opened by the assistant, whose words before the first question are left out",
+    "empty_answers": "have empty answers, which are not trained",
+    "cut_ends": "go on after the last answer, and end there now",
+}
 
 
-def read_conversation(record: dict[str, Any], location: str) -> list[Message]:
-    """Turn one record into messages of role (system, user, assistant, tool) and content.
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and what goes with them.
+
+    Attributes:
+        messages: at most one system message at the beginning; no two users' or assistants' turns are neighbours.
+        tools: the functions that may be called; None: there are none.
+        changes: the names in CHANGES of what is not as the record has it.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    changes: frozenset[str] = frozenset()
+
+
+def read_conversation(record: dict[str, Any], location: str) -> Conversation:
+    """Turn one record into messages of role (system, user, assistant, tool), content, and what else they have.
 
     Understood: {"instruction", "input", "output", "system", "history"}, {"messages": [{"role", "content"}]} and
-    ShareGPT's {"conversations": [{"from", "value"}], "system", "tools"}; a turn may have either spelling in both.
+    ShareGPT's {"conversations": [{"from", "value"}], "system", "tools"}; a turn may have either spelling in both. An
+    instruction without an output is a question.
     Raises: InputError naming `location` and the fields found.
     """
-    if record.get("messages") is not None:
-        messages = _read_turns(record["messages"], f"{location}: messages")
-    elif record.get("conversations") is not None:
-        messages = _read_turns(record["conversations"], f"{location}: conversations")
-    elif "instruction" in record:
-        messages = _read_instruction(record, location)
-    else:
+    layout = _find_layout(record, location)
+    turns = (
+        _read_instruction(record, location)
+        if layout == "instruction"
+        else _read_turns(record[layout], f"{location}: {layout}")
+    )
+    return _arrange(turns, record, location)
+
+
+def read_example(record: dict[str, Any], location: str) -> Conversation:
+    """A conversation to be trained: read_conversation's up to its last answer, empty answers weighted 0.
+
+    No message is left if all answers are empty, or stand before the first question.
+    Raises: InputError as read_conversation, and if there is no answer.
+    """
+    if _find_layout(record, location) == "instruction" and record.get("output") is None:
+        raise InputError(f"{location}: field 'output' is missing; the record has {sorted(record)}")
+    found = read_conversation(record, location)
+    answers = [number for number, message in enumerate(found.messages) if message["role"] == "assistant"]
+    if not answers and "dropped_openings" not in found.changes:
+        raise InputError(f"{location}: the conversation has no assistant turn to learn from")
+    empty = [number for number in answers if is_empty(found.messages[number])]
+    end = max((number + 1 for number in answers if number not in empty), default=0)
+    messages = list(found.messages[:end])
+    for number in empty:
+        if number < end:
+            messages[number] = {**messages[number], "weight": 0}
+    made = {"empty_answers": bool(empty), "cut_ends": end < len(found.messages)}
+    return Conversation(messages, found.tools, found.changes.union(name for name, holds in made.items() if holds))
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn says nothing and calls nothing."""
+    return not message["content"].strip() and not message.get("tool_calls")
+
+
+def _find_layout(record: dict[str, Any], location: str) -> str:
+    """The field with the conversation. Raises: InputError."""
+    if layout := next((name for name in ("messages", "conversations") if record.get(name) is not None), None):
+        return layout
+    if "instruction" not in record:
         raise InputError(
             f"{location}: need 'instruction' and 'output', 'messages', or 'conversations'; the record has "
             f"{sorted(record)}"
         )
-    system = "\n\n".join(str(record[field]) for field in ("system", "tools") if record.get(field))
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{location}: the conversation has no assistant turn to learn from")
-    return messages
+    return "instruction"
 
 
 def _read_instruction(record: dict[str, Any], location: str) -> list[Message]:
-    texts = {field: record.get(field, "") or "" for field in ("instruction", "input")}
-    texts["output"] = record.get("output")
+    texts = {field: record.get(field, "") or "" for field in ("instruction", "input", "output")}
     for field, text in texts.items():
         if not isinstance(text, str):
-            problem = "is missing" if text is None else f"is {type(text).__name__}, not text"
-            raise InputError(f"{location}: field '{field}' {problem}; the record has {sorted(record)}")
+            raise InputError(f"{location}: field '{field}' is {type(text).__name__}, not text")
     messages: list[Message] = []
     for turn in record.get("history") or []:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise InputError(f"{location}: 'history' needs [question, answer] pairs, got {turn!r:.80}")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     question = texts["instruction"] + ("\n" + texts["input"] if texts["input"] else "")
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
+    messages.append({"role": "user", "content": question})
+    if record.get("output") is not None:
+        messages.append({"role": "assistant", "content": texts["output"]})
+    return messages
 
 
 def _read_turns(turns: Any, location: str) -> list[Message]:
     """Messages of a list of turns, each in one of TURN_FIELDS."""
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{location}: need a non-empty list of turns, got {turns!r:.80}")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        fields = turn if isinstance(turn, dict) else {}
-        spellings = [(fields.get(role), fields.get(text)) for role, text in TURN_FIELDS]
-        # parquet fills up the fields of the other spelling with None
-        found = [(role, text) for role, text in spellings if role in ROLES and isinstance(text, str)]
-        if not found:
-            raise InputError(
-                f"{location}: turn {number} needs 'role' (one of {', '.join(ROLES)}) and text in 'content', or the "
-                f"same in 'from' and 'value'; got {turn!r:.80}"
-            )
-        role, text = found[0]
-        messages.append({"role": ROLES[role], "content": text})
-    return messages
+    return [_read_turn(turn, f"{location}: turn {number}") for number, turn in enumerate(turns, 1)]
 
+
+def _read_turn(turn: Any, location: str) -> Message:
+    fields = turn if isinstance(turn, dict) else {}
+    calls = fields.get("tool_calls") or fields.get("function_call")
+    spellings = [(fields.get(role), fields.get(text)) for role, text in TURN_FIELDS]
+    # parquet fills up the fields of the other spelling with None
+    found = [(role, text) for role, text in spellings if role in ROLES and isinstance(text, str)]
+    found += [(role, "") for role, text in spellings if role in ROLES and text is None and calls]
+    if not found:
+        raise InputError(
+            f"{location} needs 'role' (one of {', '.join(ROLES)}) and text in 'content', or the same in 'from' and "
+            f"'value'; got {turn!r:.80}"
+        )
+    role, text = found[0]
+    message: Message = {"role": ROLES[role], "content": text}
+    if calls and message["role"] != "assistant":
+        raise InputError(f"{location}: only the assistant calls functions, not the {role}")
+    if role == "function_call" and not calls and (calls := _parse_calls(text)):
+        message["content"] = ""
+    if calls:
+        message["tool_calls"] = _read_calls(calls, location)
+    if message["role"] == "tool":
+        message |= {name: fields[name] for name in ("tool_call_id", "name") if isinstance(fields.get(name), str)}
+    if not _is_trained(fields, message["role"], location):
+        message["weight"] = 0
+    return message
+
+
+def _is_trained(turn: dict[str, Any], role: str, location: str) -> bool:
+    """What the turn says about it, True by default. Raises: InputError for what is neither yes nor no."""
+    given = {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
+    values = list(given.values())  # 0 and 1, 0.0 and 1.0, false and true
+    if any(value not in (0, 1) or bool(value) != bool(values[0]) for value in values):
+        raise InputError(f"{location}: {given!r:.80}, need 0 (not trained) or 1")
+    if role == "assistant":
+        return all(values)
+    if values and values[0]:
+        raise InputError(f"{location}: {given!r:.80}: only the assistant's turns can be trained, not the {role}'s")
+    return True
+
+
+def _parse_calls(text: str) -> Any:
+    """The call or calls that ShareGPT's function_call writes as JSON; None for other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    calls = value if isinstance(value, list) else [value]
+    is_call = all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls)
+    return calls if calls and is_call else None
+
+
+def _read_calls(calls: Any, location: str) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form. Raises: InputError."""
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = read_function(call) if isinstance(call, dict) else {}
+        name, arguments = function.get("name"), function.get("arguments") or {}
+        if not isinstance(name, str) or not isinstance(_parse_json(arguments), dict):
+            raise InputError(
+                f"{location}: a call needs 'name' and 'arguments', an object or its JSON; got {call!r:.80}"
+            )
+        index = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        read.append({"type": "function", **index, "function": {"name": name, "arguments": arguments}})
+    return read
+
+
+def _read_tools(tools: Any, location: str) -> list[dict[str, Any]] | None:
+    """The functions that may be called, of a list or its JSON. Raises: InputError."""
+    if tools is None or (isinstance(tools, str) and not tools.strip()):
+        return None
+    parsed = _parse_json(tools)
+    found = [_parse_json(tool) for tool in (parsed if isinstance(parsed, list) else [parsed])]
+    for tool in found:
+        if not isinstance(tool, dict) or not isinstance(read_function(tool).get("name"), str):
+            raise InputError(
+                f"{location}: 'tools' needs a list of functions, each with 'name', 'description' and 'parameters', or "
+                f"the same as JSON; got {tool!r:.80}"
+            )
+    return found or None
+
+
+def _parse_json(value: Any) -> Any:
+    """What text that is JSON stands for; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _arrange(turns: Iterable[Message], record: dict[str, Any], location: str) -> Conversation:
+    """The turns with the record's system prompt and tools, see Conversation. Raises: InputError."""
+    system = record.get("system")
+    if not isinstance(system, str | None):
+        raise InputError(f"{location}: field 'system' is {type(system).__name__}, not text")
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    changes = set()
+    is_asked = False
+    for turn in turns:
+        is_asked = is_asked or turn["role"] in ("user", "tool")
+        if turn["role"] == "assistant" and not is_asked:
+            changes.add("dropped_openings")
+        elif not messages or turn["role"] == "tool" or turn["role"] != messages[-1]["role"]:
+            messages.append(turn)
+        else:
+            messages[-1] = _join(messages[-1], turn, location)
+            if turn["role"] != "system":
+                changes.add("joined_turns")
+    return Conversation(messages, _read_tools(record.get("tools"), location), frozenset(changes))
+
+
+def _join(first: Message, second: Message, location: str) -> Message:
+    """Neighbouring turns of one speaker as one."""
+    if first.get("weight") != second.get("weight"):
+        raise InputError(f"{location}: of two neighbouring turns of the {first['role']} only one is to be trained")
+    joined = {**first, "content": "\n\n".join(filter(str.strip, [first["content"], second["content"]]))}
+    if calls := [*first.get("tool_calls", ()), *second.get("tool_calls", ())]:
+        joined["tool_calls"] = calls
+    return joined
+
+
+# ---------------------------------------------------------------- preference pairs and prompts
 
 PROMPT_FIELDS = ("prompt", "messages", "conversations", "instruction")
 
@@ -95,15 +267,19 @@ class Preference:
     """A conversation up to where the assistant answers, the better and the worse answer.
 
     Attributes:
+        chosen, rejected: messages of the assistant.
         margin: how much better, in the units of the reward; None if not given.
         source: where the record says it comes from; None if it does not.
+        tools, changes: see Conversation.
     """
 
     messages: list[Message]
-    chosen: str
-    rejected: str
+    chosen: Message
+    rejected: Message
     margin: float | None = None
     source: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    changes: frozenset[str] = frozenset()
 
 
 def read_preference(record: dict[str, Any], location: str) -> Preference:
@@ -117,10 +293,12 @@ def read_preference(record: dict[str, Any], location: str) -> Preference:
     """
     record = {name: value for name, value in record.items() if value is not None}  # parquet fills up with None
     prompt = _read_prompt_turns(record, location)
-    chosen, rejected = (_read_answer(record, name, prompt, location) for name in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
+    chosen, rejected = (
+        _arrange(_read_answer(record, name, prompt, location), record, location) for name in ("chosen", "rejected")
+    )
+    if chosen.messages[:-1] != rejected.messages[:-1]:
         raise InputError(f"{location}: 'chosen' and 'rejected' answer different conversations; only the last turn may")
-    messages = _finish_prompt(record, chosen[:-1], location)
+    _check_question(chosen.messages[:-1], record, location)
     margin, source = record.get("margin"), record.get("source")
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise InputError(f"{location}: field 'margin' needs a number, got {margin!r:.80}")
@@ -128,11 +306,18 @@ def read_preference(record: dict[str, Any], location: str) -> Preference:
         raise InputError(f"{location}: field 'margin' is {margin}, need a finite number")
     if not isinstance(source, str | None):
         raise InputError(f"{location}: field 'source' needs text, got {source!r:.80}")
-    answers = chosen[-1]["content"], rejected[-1]["content"]
-    return Preference(messages, *answers, None if margin is None else float(margin), source)
+    return Preference(
+        chosen.messages[:-1],
+        chosen.messages[-1],
+        rejected.messages[-1],
+        None if margin is None else float(margin),
+        source,
+        chosen.tools,
+        chosen.changes | rejected.changes,
+    )
 
 
-def split_prompt(record: dict[str, Any], location: str) -> tuple[list[Message], bool]:
+def read_prompt(record: dict[str, Any], location: str) -> tuple[Conversation, bool]:
     """One record's messages up to a user (or tool) turn, and whether an answer after them was left out.
 
     The fields are read_preference's; "chosen", "rejected" and "output" may be absent.
@@ -146,7 +331,9 @@ def split_prompt(record: dict[str, Any], location: str) -> tuple[list[Message], 
     while count and turns[count - 1]["role"] == "assistant":
         count -= 1
     answered = count < len(turns) or ("instruction" in record and bool(record.get("output")))
-    return _finish_prompt(record, turns[:count], location), answered
+    conversation = _arrange(turns[:count], record, location)
+    _check_question(conversation.messages, record, location)
+    return conversation, answered
 
 
 def _read_prompt_turns(record: dict[str, Any], location: str) -> list[Message]:
@@ -155,13 +342,16 @@ def _read_prompt_turns(record: dict[str, Any], location: str) -> list[Message]:
     if name is None:
         return []
     if name == "instruction":
-        fields = ("instruction", "input", "history", "system", "tools")
-        kept = {name: record[name] for name in fields if name in record}
-        return read_conversation({**kept, "output": ""}, location)[:-1]
+        return _read_instruction({**record, "output": None}, location)
     value = record[name]
     if name == "prompt" and isinstance(value, str):
         return _read_dialogue(value) or [{"role": "user", "content": value}]
-    return _read_turns(value, f"{location}: {name}")
+    return _unweighted(_read_turns(value, f"{location}: {name}"))
+
+
+def _unweighted(turns: list[Message]) -> list[Message]:
+    """The turns of a pair, in which nothing but the two answers is learnt from."""
+    return [{name: value for name, value in turn.items() if name != "weight"} for turn in turns]
 
 
 def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], location: str) -> list[Message]:
@@ -174,13 +364,16 @@ def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], locat
         )
     if isinstance(value, str):
         if prompt:
+            _check_question(prompt, record, location)
             # After the text "Assistant:" an answer usually begins with a space, which is the mark's and not its own.
             dialogue = isinstance(record.get("prompt"), str) and _read_dialogue(record["prompt"])
             return [*prompt, {"role": "assistant", "content": value.strip() if dialogue else value}]
         turns = _split_dialogue(value)
     else:
-        turns = _read_turns([value] if isinstance(value, dict) else value, f"{location}: {name}")
+        turns = _unweighted(_read_turns([value] if isinstance(value, dict) else value, f"{location}: {name}"))
         if turns[0]["role"] == "assistant":
+            if prompt:
+                _check_question(prompt, record, location)
             turns = [*prompt, *turns]
         elif prompt and prompt not in (turns[: len(prompt)], turns[:-1][-len(prompt) :]):
             raise InputError(f"{location}: the turns in '{name}' neither go on from the prompt nor hold it")
@@ -192,17 +385,14 @@ def _read_answer(record: dict[str, Any], name: str, prompt: list[Message], locat
     return turns
 
 
-def _finish_prompt(record: dict[str, Any], turns: list[Message], location: str) -> list[Message]:
-    """The turns with the record's system prompt. Raises: InputError unless the assistant is to speak next."""
-    if not turns or turns[-1]["role"] not in ("user", "tool"):
+def _check_question(messages: list[Message], record: dict[str, Any], location: str) -> None:
+    """Raises: InputError unless the assistant is to speak next."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError(
             f"{location}: need a question for the assistant to answer, the last of the turns in one of "
-            f"{', '.join(PROMPT_FIELDS)}; got the roles {[turn['role'] for turn in turns]}, the record has "
+            f"{', '.join(PROMPT_FIELDS)}; got the roles {[turn['role'] for turn in messages]}, the record has "
             f"{sorted(record)}"
         )
-    system: dict[str, Any] = {name: record[name] for name in ("system", "tools") if name in record}
-    answered = [*turns, {"role": "assistant", "content": ""}]  # read_conversation wants something to learn
-    return read_conversation({"messages": answered, **system}, location)[:-1]
 
 
 # A speaker's mark: at the start of the text or of a line, or as the last word.

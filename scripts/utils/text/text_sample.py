@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.records import BadText, iter_document_batches, list_data_files
+from ..core.records import BadRecords, iter_document_batches, list_data_files
 
 
 @dataclass
@@ -27,10 +27,10 @@ def list_corpus(sources: Sequence[str]) -> list[Path]:
     return [path for source in sources for path in list_data_files(source)]
 
 
-def iter_corpus(paths: Sequence[Path], text_column: str, bad_text: BadText) -> Iterator[list[str]]:
+def iter_corpus(paths: Sequence[Path], text_column: str, bad_records: BadRecords) -> Iterator[list[str]]:
     """The documents of some files in batches."""
     for path in paths:
-        yield from iter_document_batches(path, text_column=text_column, bad_text=bad_text)
+        yield from iter_document_batches(path, text_column=text_column, bad_records=bad_records)
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int, max_count: int | None, seed: int) -> Sample:

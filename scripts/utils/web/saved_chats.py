@@ -12,6 +12,7 @@ from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..text.conversations import read_conversation
 from ..text.prompts import Message, with_system_prompt
+from ..text.tool_calls import add_tools
 from .chat import SETTINGS, Conversation, Reply, Turn, with_guidance
 
 TURN_KEYS = {"role", "from"}  # one of them says that a record is a turn
@@ -78,13 +79,11 @@ def load_chat(data: bytes, num_models: int = 1) -> SavedChat:
 
 
 def _read_messages(record: dict[str, Any]) -> list[Message]:
-    """The messages of a record; a question without an answer, which training data may not have, is one too."""
-    messages = record.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
-        record = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-        read = read_conversation(record, "the file")[:-1]
-    else:
-        read = read_conversation(record, "the file")
+    """The messages of a record; tools are told in the system prompt."""
+    conversation = read_conversation(record, "the file")
+    if conversation.changes:
+        raise InputError("user and assistant have to take turns, beginning with the user")
+    read = add_tools(conversation.messages, conversation.tools) if conversation.tools else conversation.messages
     for message in read:
         try:
             message["content"].encode()

@@ -9,13 +9,17 @@ import pytest
 
 from utils.core import records as core_records
 from utils.core.errors import InputError
-from utils.core.records import BadText, iter_document_batches, iter_records
+from utils.core.records import BadRecords, iter_document_batches, iter_records
 
 ALPHABET = ["a", "b", " ", "\t", "é", "中", "文", "𠮷", "😀", "\u3000", "\u2028", "\x0c", "\ufeff", "\x00"]
 
 
 def read_all(path, **options) -> list[str]:
     return [text for batch in iter_document_batches(path, **options) for text in batch]
+
+
+def places(bad_records) -> list[str]:
+    return [problem.partition(": ")[0] for problem in bad_records.problems]
 
 
 def expected_lines(content: bytes) -> list[str]:
@@ -66,19 +70,19 @@ def test_invalid_utf8_is_named_and_counted(tmp_path, monkeypatch, read_bytes):
     path.write_bytes(b"\xef\xbb\xbfgood\nba\xffd\n\xe4\xb8\xad\nalso \xe4\xb8\nlast\xc0")
     with pytest.raises(InputError, match=re.escape(f"{path}:2: invalid UTF-8 (byte 3 of the line)")):
         read_all(path)
-    bad_text = BadText("skip")
-    assert read_all(path, bad_text=bad_text) == ["good", "中"]
-    assert (bad_text.skipped, bad_text.locations) == (3, [f"{path}:2", f"{path}:4", f"{path}:5"])
+    bad_records = BadRecords("skip")
+    assert read_all(path, bad_records=bad_records) == ["good", "中"]
+    assert (bad_records.skipped, places(bad_records)) == (3, [f"{path}:2", f"{path}:4", f"{path}:5"])
     with pytest.raises(InputError, match=re.escape(f"{path}:4: ")):
         read_all(path, byte_range=(15, 20))
 
 
 def test_only_the_first_places_are_kept():
-    bad_text = BadText("skip")
+    bad_records = BadRecords("skip")
     for number in range(100):
-        bad_text.handle(f"f:{number}", "bad")
-    assert bad_text.skipped == 100
-    assert bad_text.locations == [f"f:{number}" for number in range(core_records.MAX_LOCATIONS)]
+        bad_records.handle(f"f:{number}: bad")
+    assert bad_records.skipped == 100
+    assert places(bad_records) == [f"f:{number}" for number in range(core_records.MAX_NAMED)]
 
 
 def test_documents_of_several_lines(tmp_path, monkeypatch):
@@ -111,7 +115,8 @@ def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path):
             '{"content": "x", "id": 3}',
             "2: field 'text' is missing; the record has ['content', 'id']; pass --text_column",
         ),
-        ('{"text": 5}', "2: field 'text' is not a string"),
+        ('{"text": null}', "2: field 'text' is null, not text"),
+        ('{"text": 5}', "2: field 'text' is int, not text"),
         ('["text"]', "2: need an object with named fields, got list"),
         ('{"text": "\\ud800"}', "2: text that is not valid Unicode"),
     ],
@@ -121,6 +126,9 @@ def test_bad_jsonl_is_named_with_file_and_line(tmp_path, line, message):
     path.write_text('{"text": "fine"}\n' + line + '\n{"text": "more"}\n', encoding="utf-8")
     with pytest.raises(InputError, match=re.escape(f"{path}:{message}")):
         read_all(path)
+    bad_records = BadRecords("skip")
+    assert read_all(path, bad_records=bad_records) == ["fine", "more"]
+    assert places(bad_records) == [f"{path}:2"]
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -131,9 +139,9 @@ def test_bad_unicode_in_records_is_skipped_and_counted(tmp_path, suffix):
     )
     with pytest.raises(InputError, match=re.escape(f"{path}:2: ")):
         read_all(path)
-    bad_text = BadText("skip")
-    assert read_all(path, bad_text=bad_text) == ["one", "中"]
-    assert (bad_text.skipped, bad_text.locations) == (2, [f"{path}:2", f"{path}:3"])
+    bad_records = BadRecords("skip")
+    assert read_all(path, bad_records=bad_records) == ["one", "中"]
+    assert (bad_records.skipped, places(bad_records)) == (2, [f"{path}:2", f"{path}:3"])
 
 
 def random_record(rng: random.Random) -> dict:
@@ -190,13 +198,73 @@ def test_parquet(tmp_path):
     assert [record["id"] for _, record in iter_records(path)] == [1, 2, 3, 4]
     with pytest.raises(InputError, match=r"row 1: field 'text' is missing; the record has \['content', 'id'\]"):
         read_all(path)
-    with pytest.raises(InputError, match="row 4: field 'content' is missing"):
+    with pytest.raises(InputError, match="row 4: field 'content' is null"):
         read_all(path, text_column="content")
     parquet.write_table(pyarrow.table({"content": texts[:3]}), path)
     assert read_all(path, text_column="content") == ["一", "b"]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(InputError, match="not a readable parquet file"):
         list(iter_records(path))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bytes_that_are_no_text_in_parquet(tmp_path, nested):
+    """pyarrow gives no row of a batch in which one text is not UTF-8."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    raw = pyarrow.array(["一".encode(), b"\xff\xfe", b"two"], pyarrow.binary()).view(pyarrow.string())
+    column = pyarrow.ListArray.from_arrays([0, 1, 2, 3], raw) if nested else raw
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(InputError, match=re.escape(f"{path}: row 2: invalid UTF-8")):
+        list(iter_records(path))
+    bad_records = BadRecords("skip")
+    texts = [record["text"] for _, record in iter_records(path, bad_records)]
+    assert texts == ([["一"], ["two"]] if nested else ["一", "two"])
+    assert places(bad_records) == [f"{path}"]
+
+
+# ---------------------------------------------------------------- other encodings
+
+SIMPLIFIED = "老师的本子上写着许多小知识。“安全”和“危险”是一对反义词，2024 年的 PDF 文件。"
+TRADITIONAL = "老師的本子上寫著許多小知識。「安全」和「危險」是一對反義詞，2024 年的 PDF 文件。"
+
+
+@pytest.mark.parametrize(
+    ("text", "codec", "name"),
+    [
+        (SIMPLIFIED, "gbk", "GB18030"),
+        (SIMPLIFIED, "gb18030", "GB18030"),
+        (TRADITIONAL, "big5", "BIG5"),
+        (SIMPLIFIED, "utf-16", "UTF-16"),
+        (TRADITIONAL, "utf-16-le", "UTF-16LE"),
+        (SIMPLIFIED, "utf-16-be", "UTF-16BE"),
+        ("no Chinese", "utf-16", "UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl"])
+def test_a_file_in_another_encoding_is_named_with_the_command(tmp_path, suffix, text, codec, name):
+    path = tmp_path / f"a b.{suffix}"
+    line = text if suffix == "txt" else json.dumps({"text": text}, ensure_ascii=False)
+    path.write_bytes((line + "\n").encode(codec) * 3)
+    # Skipping would leave nothing of it, or in UTF-16 some letters with zero bytes between them.
+    for policy in ("error", "skip"):
+        with pytest.raises(InputError, match=re.escape(f"{name}, need UTF-8; convert it: iconv -f {name} -t UTF-8 '")):
+            read_all(path, bad_records=BadRecords(policy))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "好\n".encode() + SIMPLIFIED.encode("gbk"),  # one line of two
+        "caf\xe9 au lait \xe0 la carte\nd\xe9j\xe0 vu\n".encode("latin-1"),
+        b"\xff\n",
+    ],
+)
+def test_single_bad_lines_are_no_other_encoding(tmp_path, content):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="invalid UTF-8"):
+        read_all(path)
 
 
 # ---------------------------------------------------------------- which files
@@ -214,6 +282,31 @@ def test_folders_are_recursive_sorted_and_without_hidden_files(tmp_path):
         core_records.list_data_files(tmp_path / "absent")
     with pytest.raises(InputError, match=r"no \.json, \.jsonl, \.parquet files below"):
         core_records.list_data_files(tmp_path / ".cache", core_records.RECORD_SUFFIXES)
+
+
+def test_files_that_are_not_read_are_named(tmp_path, caplog):
+    for name in ("a.txt", "b.csv", "deep/c.xlsx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    assert core_records.list_data_files(tmp_path) == [tmp_path / "a.txt"]
+    assert "2 files are not read, being no .txt, .json, .jsonl, .parquet: b.csv, deep/c.xlsx" in caplog.text
+    with pytest.raises(InputError, match=r"no \.json.* files below .*; there are a\.txt, b\.csv, deep/c\.xlsx"):
+        core_records.list_data_files(tmp_path, core_records.RECORD_SUFFIXES)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data / "own", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("x", encoding="utf-8")
+    (data / "linked").symlink_to(elsewhere)
+    (data / "own" / "circle").symlink_to(data)
+    (elsewhere / "twin").symlink_to(data / "own")
+    found = core_records.list_data_files(data)
+    assert sorted(path.resolve() for path in found) == [data / "own" / "a.txt", elsewhere / "a.txt"]
+    (data / "lost.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(InputError, match=r"lost\.txt: a link that leads nowhere"):
+        core_records.list_data_files(data)
 
 
 # ---------------------------------------------------------------- output: complete or absent

@@ -160,11 +160,11 @@ def test_bad_text_stops_or_is_counted(tmp_path, monkeypatch, caplog, sentencepie
         tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache, num_workers=num_workers))
     assert [item.name for item in cache.iterdir() if item.suffix not in (".lock", ".json")] == []
     file = tokenize_corpus(
-        [path], sentencepiece_tokenizer, CacheSettings(cache, on_bad_text="skip", num_workers=num_workers)
+        [path], sentencepiece_tokenizer, CacheSettings(cache, on_bad_record="skip", num_workers=num_workers)
     )
     check_tokens(file, ["good one", "good two", "good three"], sentencepiece_tokenizer)
     assert file.skipped == 2
-    assert f"skipped 2 rows whose text is not valid, the first at {path}:3, {path}:5" in caplog.text
+    assert f"skipped 2 bad records, the first: {path}:3: invalid UTF-8" in caplog.text
     with pytest.raises(InputError):  # what was skipped before is not forgotten
         tokenize_corpus([path], sentencepiece_tokenizer, CacheSettings(cache, num_workers=num_workers))
 
@@ -172,9 +172,12 @@ def test_bad_text_stops_or_is_counted(tmp_path, monkeypatch, caplog, sentencepie
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xff\n"])
 def test_a_corpus_without_text_is_an_error(tmp_path, sentencepiece_tokenizer, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(InputError, match="no text in"):
+    with pytest.raises(
+        InputError,
+        match="no text in" if content != b"\xff\n" else "skipped 1 bad records, the first: .*a.txt:1: invalid UTF-8",
+    ):
         tokenize_corpus(
-            [tmp_path / "a.txt"], sentencepiece_tokenizer, CacheSettings(tmp_path / "c", on_bad_text="skip")
+            [tmp_path / "a.txt"], sentencepiece_tokenizer, CacheSettings(tmp_path / "c", on_bad_record="skip")
         )
 
 
@@ -215,7 +218,7 @@ def test_the_key_is_content_tokenizer_and_settings(
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert tokenize()
     assert tokenize(tokenizer=byte_level_tokenizer)
-    assert tokenize(on_bad_text="skip")
+    assert tokenize(on_bad_record="skip")
     # Neither name nor place count; the kind of file does.
     other = tmp_path / "elsewhere" / "b.txt"
     other.parent.mkdir()

@@ -16,7 +16,7 @@ from utils.data.cache import CacheSettings
 from utils.data.corpora import split_documents
 from utils.data.preferences import encode_answers, load_preferences, load_prompts
 from utils.text import prompts
-from utils.text.conversations import Preference, read_preference, split_prompt
+from utils.text.conversations import Preference, read_preference, read_prompt
 from utils.text.prompts import CHAT_TEMPLATES, encode_conversation, encode_prompt
 from utils.text.tokenizer import load_tokenizer
 
@@ -75,38 +75,40 @@ MULTI_TURN = {
 def test_every_format_gives_the_same_pair_and_prompt(name):
     record = MULTI_TURN[name]
     before = json.dumps(record)
-    assert read_preference(record, "f:1") == Preference(CHAT, "good", "bad")
+    assert read_preference(record, "f:1") == Preference(CHAT, assistant("good"), assistant("bad"))
     expected = CHAT[:2] if name == "turns go on together" else CHAT
     if name == "last question as text":
         expected = CHAT[-1:]  # a prompt record has nothing but its prompt
-    assert split_prompt(record, "f:1")[0] == expected
+    assert read_prompt(record, "f:1")[0].messages == expected
     assert json.dumps(record) == before
 
 
 def test_one_turn_margin_and_source():
     record = {"prompt": "Q", **TEXTS, "margin": 2, "source": "web", "score": 7}
-    assert read_preference(record, "f:1") == Preference([user("Q")], "good", "bad", 2.0, "web")
+    assert read_preference(record, "f:1") == Preference([user("Q")], assistant("good"), assistant("bad"), 2.0, "web")
     record = {"instruction": "Q", "input": "", "output": None, "conversations": None, "margin": None, **TEXTS}
-    assert read_preference(record, "f:1") == Preference([user("Q")], "good", "bad")
+    assert read_preference(record, "f:1") == Preference([user("Q")], assistant("good"), assistant("bad"))
 
 
 def test_deepspeed_chats_marks_are_turns_and_other_text_is_not():
     pair = read_preference(
         {"prompt": "Human: I have a question. Assistant:", "chosen": " Yes.", "rejected": "No."}, ""
     )
-    assert pair == Preference([user("I have a question.")], "Yes.", "No.")
+    assert pair == Preference([user("I have a question.")], assistant("Yes."), assistant("No."))
     pair = read_preference({"prompt": "Human: what does Human: mean? Assistant:", **TEXTS}, "")
     assert pair.messages == [user("what does Human: mean?")]
     for text in ("Human: are you one?", "What does Human: mean? Assistant:", "Say\nHuman: hi\nAssistant:"):
         pair = read_preference({"prompt": text, "chosen": " Yes.", "rejected": "No."}, "")
-        assert pair == Preference([user(text)], " Yes.", "No.")
+        assert pair == Preference([user(text)], assistant(" Yes."), assistant("No."))
 
 
 def test_observations_and_tools_are_kept():
     turns = [("human", "Q"), ("function_call", "{}"), ("observation", "R")]
-    record = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]", **TEXTS}
-    roles = [message["role"] for message in read_preference(record, "f:1").messages]
-    assert roles == ["system", "user", "assistant", "tool"]
+    tools = [{"name": "f", "parameters": {}}]
+    record = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": tools, **TEXTS}
+    pair = read_preference(record, "f:1")
+    assert [message["role"] for message in pair.messages] == ["user", "assistant", "tool"]
+    assert pair.tools == tools
 
 
 @pytest.mark.parametrize(
@@ -160,13 +162,13 @@ def test_bad_pairs_are_named(record, words):
     ],
 )
 def test_prompts_end_with_the_question(record, expected):
-    assert split_prompt(record, "f:1")[0] == expected
+    assert read_prompt(record, "f:1")[0].messages == expected
 
 
 @pytest.mark.parametrize("record", [{"text": "Q"}, {"messages": GOOD}, {"prompt": [SYSTEM]}])
 def test_records_without_a_question_are_named(record):
     with pytest.raises(InputError, match=r"f\.json:3: need a question.*the record has"):
-        split_prompt(record, "f.json:3")[0]
+        read_prompt(record, "f.json:3")
 
 
 # ---------------------------------------------------------------- ids
@@ -356,6 +358,7 @@ def test_drops_are_counted_and_warned_of(tmp_path, tokenizer, caplog):
         )
         assert len(file) == 6
         assert file.counters == {
+            **dict.fromkeys(("joined_turns", "dropped_openings"), 0),
             **{"records": 10, "empty_prompt": 1, "empty_answer": 2, "long_prompt": 0, "identical": 1},
             **{"answers_removed": 0, "truncated_chosen": 0, "truncated_rejected": 0},
         }
@@ -385,8 +388,8 @@ def test_broken_records_name_file_and_line(tmp_path, tokenizer):
     path.write_bytes(json.dumps(make_pairs(3, 1)[0]).encode() + b'\n{"prompt": "\xff"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl:2: invalid UTF-8"):
         load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c"))
-    file = load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_text="skip"))
-    assert (len(file), file.skipped, file.statistics()["skipped_bad_text"]) == (1, 1, 1)
+    file = load_preferences([path], tokenizer, TEMPLATE, 100, CacheSettings(tmp_path / "c", on_bad_record="skip"))
+    assert (len(file), file.skipped, file.statistics()["skipped_bad_records"]) == (1, 1, 1)
 
 
 def test_statistics_are_those_of_a_plain_count(tmp_path, tokenizer):
@@ -434,6 +437,40 @@ def test_prompt_files_drop_the_answers(tmp_path, tokenizer):
     assert statistics["prompt"]["max"] == len(expected[0])
 
 
+def test_pairs_that_cannot_be_used_are_skipped_and_counted(tmp_path, tokenizer, caplog):
+    """hh-rlhf has some whose two dialogues differ before the last turn."""
+    same, other = "\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q2\n\nAssistant:", "\n\nHuman: Q1\n\nAssistant:"
+    records = [
+        {"chosen": f"{same} good", "rejected": f"{same} bad"},
+        {"chosen": f"{same} good", "rejected": f"{other} bad"},
+        {"prompt": [user("a"), user("b")], "chosen": "good", "rejected": "bad"},
+    ]
+    path = write(tmp_path / "a.jsonl", records)
+    with pytest.raises(InputError, match=rf"{path}:2: .* different conversations.*pass --on_bad_record skip"):
+        load_preferences([path], tokenizer, TEMPLATE, 60, CacheSettings(tmp_path / "c"))
+    file = load_preferences([path], tokenizer, TEMPLATE, 60, CacheSettings(tmp_path / "c", on_bad_record="skip"))
+    statistics = file.statistics()
+    assert (statistics["records"], statistics["kept"], statistics["skipped_bad_records"]) == (2, 2, 1)
+    assert statistics["changed"] == {"joined_turns": 1, "dropped_openings": 0}
+    assert f"skipped 1 bad records, the first: {path}:2: 'chosen' and 'rejected' answer" in caplog.text
+    assert "of 2 records 1 have neighbouring turns" in caplog.text
+
+
+def test_answers_may_be_calls(tmp_path, tokenizer):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    record = {
+        "tools": json.dumps([{"name": "f"}]),
+        "messages": [user("Q")],
+        "chosen": {"role": "assistant", "content": None, "tool_calls": [call]},
+        "rejected": {"from": "function_call", "value": '{"name": "g", "arguments": {}}'},
+    }
+    path = write(tmp_path / "a.jsonl", [record])
+    [pair] = load_preferences([path], tokenizer, TEMPLATE, 200, CacheSettings(tmp_path / "c"))
+    assert "[{" in tokenizer.decode(pair.prompt)
+    for ids, text in ((pair.chosen, '{"name": "f", "arguments": {"x": 1}}'), (pair.rejected, '{"name": "g", "arg')):
+        assert tokenizer.decode(ids).strip().startswith(text)
+
+
 @pytest.mark.shared_data
 def test_shared_preferences_are_all_read(tmp_path, shared_data):
     records = 0
@@ -441,8 +478,9 @@ def test_shared_preferences_are_all_read(tmp_path, shared_data):
         for location, record in iter_records(path):
             pair = read_preference(record, location)
             assert pair.messages[-1]["content"] == record["conversations"][-1]["value"]
-            assert (pair.chosen, pair.rejected) == (record["chosen"]["value"], record["rejected"]["value"])
-            assert split_prompt(record, location)[0] == pair.messages
+            assert pair.chosen == assistant(record["chosen"]["value"])
+            assert pair.rejected == assistant(record["rejected"]["value"])
+            assert read_prompt(record, location)[0].messages == pair.messages
             records += 1
     assert records == 300
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "chinese_llama2_55296")

@@ -174,7 +174,7 @@ def test_held_out_rows_are_the_first_of_the_split(data, run, tokenizer):
 
 
 def test_the_settings_reach_every_loader(data, run, tokenizer, tmp_path):
-    data_args = DataArguments(train_data=["x"], on_bad_text="skip", preprocessing_num_workers=3)
+    data_args = DataArguments(train_data=["x"], on_bad_record="skip", preprocessing_num_workers=3)
     assert Sources(data_args, run, "", 0.2).settings == CacheSettings(
         tmp_path / "runs" / ".token_cache", "skip", 3, 0.2
     )
@@ -185,7 +185,7 @@ def test_the_settings_reach_every_loader(data, run, tokenizer, tmp_path):
     path.write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "\xff", "output": "b"}\n')
     ppo_args = ppo.PPOArguments(sft_data=[str(path), str(data / "training" / "sft.json")])
     samples = ppo.load_tuning_set(sources, ppo.RolloutArguments(), ppo_args, tokenizer, TEMPLATE)
-    assert (samples.num_samples, samples.skipped) == (41, 1)  # --on_bad_text skip counts for --sft_data too
+    assert (samples.num_samples, samples.skipped) == (41, 1)  # --on_bad_record skip counts for --sft_data too
     assert sources.keys == {"sft/tuning+sft": samples.key}
     assert (
         samples.key

@@ -138,6 +138,15 @@ def test_parts_go_on_after_a_kill(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("end", [0, 1, 9, -1])
+def test_parts_that_were_killed_in_their_first_line_begin_anew(tmp_path, end):
+    path = tmp_path / "parts.jsonl"
+    Parts(path, {"window": 8, "name": "猫"}, False)
+    path.write_bytes(path.read_bytes()[:end])
+    Parts(path, {"window": 8, "name": "猫"}, False).add(1, "a")
+    assert Parts(path, {"window": 8, "name": "猫"}, False).get("a") == 1
+
+
 def test_a_part_may_hold_what_some_take_for_the_end_of_a_line(tmp_path):
     text = "one\u2028two\x85three\n"
     Parts(tmp_path / "parts.jsonl", {}, False).add({"text": text}, "question")

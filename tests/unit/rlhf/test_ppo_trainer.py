@@ -427,6 +427,16 @@ def test_evaluation_is_greedy_repeatable_and_leaves_the_model_as_it_was(tiny_mod
     assert QUESTIONS[0] in lines[0]["prompt"]
 
 
+def test_sampled_answers_may_hold_what_some_take_for_the_end_of_a_line(tiny_model_folder, tmp_path):
+    trainer = make_trainer(tiny_model_folder, tmp_path, make_policy(tiny_model_folder))
+    samples = [{"step": step, "answer": "one\u2028two\x85three\u2029"} for step in (1, 2)]
+    for sample in samples:
+        trainer.state.global_step = sample["step"]
+        trainer._write_samples([sample])
+    lines = (tmp_path / "samples.jsonl").read_bytes().decode().split("\n")
+    assert [json.loads(line) for line in lines if line] == samples
+
+
 def test_figures_that_do_not_exist_are_not_logged(tiny_model_folder, tmp_path):
     """Without a reward that varies no variance can be explained; NaN is no JSON."""
     rewards = Rewards(function=("zero", lambda prompts, answers: [0.0] * len(answers)))

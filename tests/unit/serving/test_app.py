@@ -520,7 +520,8 @@ def test_tools_stand_in_the_prompt_as_in_training_data(speaker):
             {"from": "observation", "value": "21"},
         ],
     }
-    assert speaker.requests[-1].prompt == speaker.encode(read_conversation(trained, "here"))
+    conversation = read_conversation(trained, "here")
+    assert speaker.requests[-1].prompt == speaker.encode(conversation.messages, conversation.tools)
     assert speaker.requests[-1].constraint is not None
     assert post(speaker, HELLO | {"tools": [TOOL], "tool_choice": "none"}).status_code == 200
     assert speaker.requests[-1].constraint is None

@@ -12,7 +12,6 @@ from support.families import FAMILIES, call_and_result, describe_families, gener
 from support.paths import ROOT
 from support.tokenizers import CHATML, PATTERNS, make_byte_level
 from utils.core.errors import InputError
-from utils.text.conversations import read_conversation
 from utils.text.prompts import (
     CHAT_TEMPLATES,
     IGNORE_INDEX,
@@ -125,49 +124,6 @@ def test_a_template_that_strips_contents_is_followed(tokenizer):
         [{"role": "user", "content": " q "}, {"role": "assistant", "content": " a "}], template, tokenizer
     )
     assert tokenizer.decode(ids).replace(" ", "") == "[q]</s>[a]</s>" and labels[-1] == tokenizer.eos_token_id
-
-
-def test_every_record_format_gives_the_same_messages():
-    expected = [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "Q"},
-        {"role": "assistant", "content": "A"},
-        {"role": "user", "content": "I\nX"},
-        {"role": "assistant", "content": "O"},
-    ]
-    alpaca = {"instruction": "I", "input": "X", "output": "O", "system": "S", "history": [["Q", "A"]]}
-    turns = [("human", "Q"), ("gpt", "A"), ("human", "I\nX"), ("gpt", "O")]
-    sharegpt = {"system": "S", "conversations": [{"from": role, "value": text} for role, text in turns]}
-    other_spellings = {"messages": sharegpt["conversations"], "system": "S"}, {"conversations": expected}
-    for record in (alpaca, sharegpt, {"messages": expected}, *other_spellings):
-        assert read_conversation(record, "f:1") == expected
-
-
-def test_function_calls_are_answers_and_observations_are_not(tokenizer):
-    turns = [("human", "Q"), ("function_call", "{}"), ("observation", "R"), ("gpt", "A")]
-    record = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]"}
-    messages = read_conversation(record, "f:1")
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant"]
-    ids, labels = encode_conversation(messages, CHAT_TEMPLATES["alpaca-2"], tokenizer)
-    trained = tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX])
-    assert trained.replace(" ", "") == "{}</s>A</s>"
-
-
-@pytest.mark.parametrize(
-    ("record", "words"),
-    [
-        ({"instruction": "a"}, r"f\.json: record 3: field 'output' is missing"),
-        ({"instruction": 3, "output": "b"}, "field 'instruction' is int"),
-        ({"prompt": "a"}, r"need 'instruction' and 'output', 'messages', or 'conversations'.*\['prompt'\]"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 needs 'role' .* in 'from' and 'value'"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
-        ({"messages": []}, "non-empty list"),
-        ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history"),
-    ],
-)
-def test_bad_records_are_named(record, words):
-    with pytest.raises(InputError, match=words):
-        read_conversation(record, "f.json: record 3")
 
 
 def test_unknown_template_lists_the_known(tokenizer):

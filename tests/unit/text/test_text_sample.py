@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from utils.core.errors import InputError
-from utils.core.records import BadText
+from utils.core.records import BadRecords
 from utils.text.text_sample import iter_corpus, list_corpus, sample_texts
 
 
@@ -47,7 +47,7 @@ def test_files_and_folders_are_streamed(tmp_path):
     (tmp_path / "sub" / "a.jsonl").write_text('{"content": "four"}\n', encoding="utf-8")
     (tmp_path / "a.txt").write_text("one\n", encoding="utf-8")
     paths = list_corpus([str(tmp_path / "a.txt"), str(tmp_path / "sub"), str(tmp_path / "b.txt")])
-    documents = [text for batch in iter_corpus(paths, "content", BadText()) for text in batch]
+    documents = [text for batch in iter_corpus(paths, "content", BadRecords()) for text in batch]
     assert documents == ["one", "four", "two", "three"]
     with pytest.raises(InputError, match="not found"):
         list_corpus([str(tmp_path / "absent")])

@@ -175,6 +175,25 @@ def test_a_folder_of_ones_own(tmp_path):
         ([["question", "A", "B", "answer"], ["?", "x", "y"]], r"law_val\.csv:2: 3 cells, need 4"),
         ([["question", "A", "B", "answer"], [" ", "x", "y", "A"]], r"law_val\.csv:2: the question is empty"),
         ([["question", "A", "B", "answer"]], r"law_val\.csv: no question in it"),
+        (
+            [["question;A;B;answer"], ["?;x;y;A"]],
+            r"law_val\.csv:1: the cells seem to be separated by ';', need commas",
+        ),
+        ([["question\tA\tB\tanswer"], ["a, b\tx\ty\tA"]], r"separated by '\\t'"),
+        ([["题, 一;x;y;A"]], "separated by ';'"),
+        (
+            [["Question Text", "A", "B", "正确答案"], ["?", "x", "y", "A"]],
+            r"csv:1: neither a header, which has a column question or 题目.* are 'Question Text', 'A', 'B', '正确",
+        ),
+        ([["question", "A", "B", "正确答案"], ["?", "x", "y", "A"]], r"csv:2: need the columns .* '正确答案'"),
+        ([["question", *"ABCDEFGHIJKL", "answer"], ["?", *"abcdefghijkl", "L"]], r"csv:2: 12 choices, at most 10"),
+        ([["question", "A", "B", "D", "answer"], ["?", "x", "y", "z", "D"]], r"csv:2: choice C is empty, and others"),
+        ([["question", *"ABCD", "answer"], ["?", "x", "", " ", "z", "A"]], r"csv:2: choice B, C is empty"),
+        ([["question", *"ABCD", "answer"], ["?", "x", "", "", "", "A"]], r"csv:2: 1 choices that are not empty"),
+        (
+            [["question", *"ABCD", "answer"], ["?", "x", "y", "", "", "C"]],
+            r"csv:2: the answer is 'C', need one of A, B",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
@@ -183,10 +202,28 @@ def test_bad_rows_are_named(tmp_path, rows, message):
         read_benchmark("ceval", str(tmp_path), skip_missing=True)
 
 
+def test_empty_choices_at_the_end_are_none(tmp_path):
+    header = ["question", *"ABCD", "n", "answer"]
+    path = write_csv(tmp_path / "a.csv", [header, ["?", "x", "y", "", " ", 3, "B"], ["?", *"xyzw", 4, "D"]])
+    questions = read_questions("law", list(iter_csv(path)))
+    assert [(question.choices, question.letters) for question in questions] == [
+        (("x", "y"), "AB"),
+        (("x", "y", "z", "w"), "ABCD"),
+    ]
+    rows = [{"question": "?", "choices": ["x", "y", None, ""], "answer": 1}]
+    assert read_questions("law", [("f:1", row) for row in rows])[0].choices == ("x", "y")
+    row = {"question": "?", "choices": list("abcdefghijk"), "answer": 10}
+    with pytest.raises(InputError, match=r"f:1: 11 choices, at most 10"):
+        read_questions("law", [("f:1", row)])
+
+
 def test_bad_files_are_named(tmp_path):
     path = tmp_path / "bad.csv"
     path.write_bytes("question,A,B,answer\n题,x,y,A\n".encode("gbk"))
-    with pytest.raises(InputError, match=r"bad\.csv: not UTF-8 at byte 20"):
+    with pytest.raises(InputError, match=r"bad\.csv: the whole file seems to be in GB18030"):
+        list(iter_csv(path))
+    path.write_bytes("question,A,B,answer\n题,x,\ufffd,A\n".encode()[:-4] + b"\xff,A\n")
+    with pytest.raises(InputError, match=r"bad\.csv: not UTF-8 at byte 26"):
         list(iter_csv(path))
     path.write_text('question,A,B,answer\n?,"x,y,A\n?,x,y,B\n')
     with pytest.raises(InputError, match=r"bad\.csv:\d: broken csv"):
