@@ -88,7 +88,7 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
     rope = rope or RopeArguments()
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
     from utils.gguf.file import QUANTIZED_TYPES, parse_types, plan_gguf
-    from utils.gguf.llamacpp import read_imatrix, require_llama_cpp
+    from utils.gguf.llamacpp import is_installed, read_imatrix, require_llama_cpp
     from utils.lora.inputs import open_merge
     from utils.models.rope import scale_settings
 
@@ -96,7 +96,7 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
     types = parse_types(args.types, args.imatrix)
     if quantized := [name for name in types if name in QUANTIZED_TYPES]:
         require_llama_cpp(f"--types {' '.join(quantized).lower()}")
-    if args.self_test in ("full", "tokens"):
+    if args.self_test in ("full", "tokens") or (args.self_test == "auto" and is_installed()):
         require_llama_cpp(f"--self_test {args.self_test}")
     imatrix = read_imatrix(args.imatrix) if args.imatrix else None
     texts = read_texts(args.self_test_data)

@@ -298,6 +298,15 @@ def test_llama_cpp_takes_nothing_with_it(llama, tmp_path, monkeypatch, what, fil
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
+@needs_llama_cpp
+def test_a_llama_cpp_that_dies_is_named_before_weights_are_read(llama, tmp_path, monkeypatch):
+    llamacpp._try_out.cache_clear()
+    monkeypatch.setattr(llamacpp, "_work_on_model", die_of_sigill)
+    monkeypatch.setattr(gguf_file, "write_gguf", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=r"^llama\.cpp was ended by SIGILL"):
+        run_export(llama, tmp_path / "out", "f16")
+
+
 def shuffle_scores(plan):
     plan.metadata["add_token_scores"] = plan.metadata["add_token_scores"][::-1]
 
