@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from utils.generation.engine import Completion, Engine, Request
     from utils.generation.loading import EnginePlan
+    from utils.text.prompts import Message
 
 logger = logging.getLogger("inference_hf")
 
@@ -207,9 +208,17 @@ def encode_question(question: Question, plan: EnginePlan) -> list[int]:
         return plan.encode_text(question)
     from utils.text.prompts import with_system_prompt
 
-    asked = question if isinstance(question, dict) else {"messages": question, "tools": None}
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else asked["messages"]
-    return plan.encode(with_system_prompt(messages, plan.args.system_prompt), asked["tools"])
+    messages, tools = conversation_of(question)
+    return plan.encode(with_system_prompt(messages, plan.args.system_prompt), tools)
+
+
+def conversation_of(question: Question) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """A question's messages, and the functions that its answer may call."""
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}], None
+    if isinstance(question, dict):
+        return question["messages"], question["tools"]
+    return question, None
 
 
 def check_lengths(prompts: list[list[int]], settings: GenerationArguments, context: int | None) -> None:
@@ -262,12 +271,12 @@ def full_output(question: Question, completion: Completion, engine: Engine) -> s
     return completion.text if engine.template else f"{question}{completion.text}"
 
 
-def ask(engine: Engine, settings: GenerationArguments, messages: Question, prompt: list[int], seed: int) -> Request:
-    """The request that a question is; `messages` are what the prompt was made of."""
+def ask(engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int], seed: int) -> Request:
+    """The request that a question is; the prompt was made of it."""
     from utils.generation.engine import Request
 
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    negative = engine.encode_negative(turns, settings) if engine.template else None
+    messages, tools = conversation_of(question)
+    negative = engine.encode_negative(messages, settings, tools) if engine.template else None
     return Request(prompt, settings, seed, strip=engine.template is not None, negative_prompt=negative)
 
 
