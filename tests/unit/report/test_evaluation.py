@@ -112,7 +112,9 @@ def test_secret_answers_and_what_went_wrong_are_shown(put):
     entries = read_results([put(secret), put(cut | {"unparsed": 3, "ties": 4})])
     rows = rows_of(entries, "选择题")
     assert rows["base"][:2] == ["—", "—"]
-    assert rows["sft"][2] == "56.7 (39.7–72.7)<br>3 unparsed, 4 ties, 2 subjects missing, 4 prompts without all examples"
+    assert (
+        rows["sft"][2] == "56.7 (39.7–72.7)<br>3 unparsed, 4 ties, 2 subjects missing, 4 prompts without all examples"
+    )
 
 
 # ---------------------------------------------------------------- what can be compared
