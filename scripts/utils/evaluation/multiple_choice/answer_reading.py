@@ -111,6 +111,7 @@ _LETTER = re.compile(
 )
 _RUN = re.compile(r"(?<![A-Za-z0-9和与及、/])[A-J]{2,}(?![A-Za-z0-9])")  # ABD错误
 _FORMULA = re.compile(r"[+=^<>≤≥×÷∈∪∩]")
+_COLON = re.compile(r"[ \t]*:")  # after a letter: it heads what is said of it
 _BEFORE_TEXT = re.compile(r"\s*(?:选项|项)?[\s.、:\-]*")
 
 # Rules, over kinds: a verdict on the letters before it, but not one that is on the next ones; words that lead to
@@ -189,8 +190,8 @@ def read_letter(text: str, question: ChoiceQuestion, mode: Mode) -> str | None:
 class _Reader:
     """Reads one answer, clause by clause.
 
-    What it knows so far: the assertions; the letters denied; those that were spoken of last, which "no" is about; and
-    whether what comes next concludes or corrects.
+    What it knows so far: the assertions; the letters denied; those that stood alone, denied ones too; those that were
+    spoken of last, which "no" is about; and whether what comes next concludes or corrects.
     """
 
     def __init__(self, question: ChoiceQuestion, mode: Mode) -> None:
@@ -208,6 +209,7 @@ class _Reader:
         self._texts = re.compile("|".join(patterns) or "(?!)", re.IGNORECASE)
         self._assertions: list[_Assertion] = []
         self._denied: set[str] = set()
+        self._alone: dict[str, set[str]] = {"letter": set(), "text": set()}
         self._topic, self._concludes = "", False
 
     def read(self, text: str) -> str | None:
@@ -232,6 +234,10 @@ class _Reader:
             token, place = self._next_token(text, place)
             if token.kind != " ":
                 yield token
+            heading = _COLON.match(text, place) if token.kind == "L" and not token.by_text else None
+            if heading:
+                yield _Token(",")
+                place = heading.end()
 
     def _next_token(self, text: str, place: int) -> tuple[_Token, int]:
         """The token at a place, and where the next one begins."""
@@ -245,8 +251,7 @@ class _Reader:
             own = gap and self._texts.match(text, gap.end())
             if own and letter in self._by_text[own[0].lower()]:
                 return _Token("L", letter, before_text=True), own.end()
-            colon = re.compile(r"\s*:").match(text, found.end())  # "A: ..." is a heading
-            return _Token("L", letter), found.end() if not colon else colon.end() - 1
+            return _Token("L", letter), found.end()
         own = self._texts.match(text, place)
         if own and not (own[0].isdigit() and _in_formula(text, *own.span())):
             return _Token("L", self._by_text[own[0].lower()], by_text=True), own.end()
@@ -298,7 +303,6 @@ class _Reader:
         """不对, or 正确: of the letters that were spoken of last."""
         if _denies(words):
             self._deny(self._topic)
-            self._concludes = True
         elif "r" in words and not self._asks_for_wrong:
             self._assert(self._topic)
 
@@ -330,6 +334,8 @@ class _Reader:
 
     def _assert(self, letters: str, names: bool = False, alone: str = "") -> None:
         names = names or self._concludes
+        if alone:
+            self._alone[alone] |= set(letters)
         if not names or alone:  # what was denied is named anew by clear words alone
             letters = "".join(letter for letter in letters if letter not in self._denied)
         if letters:
@@ -358,13 +364,9 @@ class _Reader:
 
     def _without_headings(self) -> list[_Assertion]:
         """The assertions, without letters that stand alone beside others that do: they head explanations, or quote."""
-        found = self._assertions
-        for kind in ("letter", "text"):
-            alone = {assertion.letters for assertion in found if assertion.alone == kind}
-            if alone:
-                kept = kind if len(alone) == 1 else ""
-                return [assertion for assertion in found if assertion.alone in ("", kept)]
-        return found
+        kind = "letter" if self._alone["letter"] else "text"
+        kept = ("", kind) if len(self._alone[kind]) == 1 else ("",)
+        return [assertion for assertion in self._assertions if assertion.concludes or assertion.alone in kept]
 
     def _only_text(self, clauses: Sequence[_Clause]) -> str | None:
         """The one choice whose text is there, where nothing is denied and no letter spoken of."""

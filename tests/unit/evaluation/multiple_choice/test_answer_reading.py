@@ -216,6 +216,10 @@ CASES = {
         ("cot:<think>答案应该是B", None),
         ("cot:A不对，B不对，D不对。", "C"),
         ("cot:所以答案是A或者B", None),
+        # cut off in the middle of the choices, as a real model's answers are
+        ("逐一分析：\n\nA. 长江\n- 这个选项不符合题意。\n\nB. 黄河\n- 这个", None),
+        ("cot:A. 长江：不符合题意。\nB. 黄河", None),
+        ("A\nB\n所以C", "C"),
         ("cot:所以答案是$\\boxed{C}$", "C"),
     ],
     "city": [
