@@ -72,8 +72,8 @@ class FolderCheck:
     def _check_together(
         self, files: InferenceArguments, model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        ends = _end_ids(model, tokenizer)
-        self.found.append(f"  ends of an answer: {', '.join(ends) or 'none'}")
+        ends = self._try(lambda: _end_ids(model, tokenizer))
+        self.found.append(f"  ends of an answer: {', '.join(ends or ['none'])}")
         self.found.append(f"  padding: {getattr(model.config, 'pad_token_id', None)}")
         rows = old_rows = model.config.vocab_size
         if name := files.adapter_name_or_path:
