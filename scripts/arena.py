@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.core.arguments import GenerationArguments, InferenceArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json, read_json, remove, write_json
+from utils.core.machine import check_port
+from utils.evaluation.arguments import refuse_beams, warn_unused
 from utils.evaluation.progress import settings_beside
-from utils.web.access import WebArguments, check_port, launch, read_accounts
+from utils.web.access import WebArguments, launch, read_accounts
 
 if TYPE_CHECKING:
     from utils.evaluation.arena.page import ArenaPage
@@ -32,6 +34,7 @@ logger = logging.getLogger("arena")
 
 QUESTIONS = Path(__file__).resolve().parents[1] / "examples" / "data" / "arena" / "questions.jsonl"
 VOTES, VERDICTS, ANSWERS = "votes.jsonl", "verdicts.jsonl", "answers"
+JUDGE = "judge"  # the endpoint's name; its key is in JUDGE_API_KEY
 RESULT, RATINGS, PAIRS = "arena.json", "arena.png", "arena_pairs.png"
 
 
@@ -88,9 +91,11 @@ def main(
     model_args: InferenceArguments, settings: GenerationArguments, web: WebArguments, args: ArenaArguments
 ) -> dict[str, Any]:
     """Serve the page until Ctrl-C, have a model judge, or report; returns the figures of arena.json."""
+    refuse_beams(settings)
     for noisy in ("httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # a line for every request
     if args.report:
+        warn_unused(settings, "--report", but=("seed",))
         return report(args, settings.seed, find_votes(args))
     if args.judge:
         return judge(model_args, settings, web, args)
@@ -113,11 +118,10 @@ def start(
     check_port(web.host, web.port)
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.arena.matchmaking import Arena, read_bank
-    from utils.evaluation.arena.players import find_players
     from utils.evaluation.arena.votes import VoteFile
 
     bank = read_bank(args.questions or [str(QUESTIONS)], args.categories)
-    players = find_players(model_args, args.models, args.answers, args.servers)
+    players = list_players(model_args, settings, args)
     by_name = {player.name: player for player in players}
     votes = VoteFile(Path(args.output_dir) / VOTES)
     try:
@@ -126,8 +130,8 @@ def start(
         from utils.evaluation.arena.page import ARENA_CSS, RESULTS_CSS, ArenaPage  # gradio takes seconds
 
         for player in players:
-            player.load(web.max_batch_size)
-        figures = partial(summarise_votes, rounds=args.bootstrap_rounds, k=args.elo_k, seed=settings.seed)
+            player.load(web.max_batch_size * settings.prompts_per_answer)
+        figures = partial(rate_votes, rounds=args.bootstrap_rounds, k=args.elo_k, seed=settings.seed)
         page = ArenaPage(
             players,
             arena,
@@ -143,6 +147,18 @@ def start(
         raise
     logger.info("%d models, %d questions, %d votes in %s", len(players), len(bank), len(votes.log.votes), votes.path)
     return page
+
+
+def list_players(
+    model_args: InferenceArguments, settings: GenerationArguments, args: ArenaArguments, judge: str | None = None
+) -> list[Player]:
+    """Who takes part; says which settings servers are not told. Raises: InputError."""
+    from utils.evaluation.arena.players import find_players
+    from utils.evaluation.endpoints import unsent_flags
+
+    if args.servers and (unsent := unsent_flags(settings)):
+        logger.warning("OpenAI's protocol has no word for %s: servers are not told", ", ".join(unsent))
+    return find_players(model_args, args.models, args.answers, args.servers, judge)
 
 
 def stop(page: ArenaPage) -> None:
@@ -177,14 +193,14 @@ def judge(
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.arena.judging import Judge, judge_battles, list_battles, read_judge_prompt
     from utils.evaluation.arena.matchmaking import read_bank
-    from utils.evaluation.arena.players import LocalPlayer, answer_bank, find_players
+    from utils.evaluation.arena.players import LocalPlayer, answer_bank
     from utils.evaluation.arena.votes import VoteFile
     from utils.evaluation.endpoints import Endpoint
 
     prompt = read_judge_prompt(args.judge_prompt)
     bank = read_bank(args.questions or [str(QUESTIONS)], args.categories)
-    judging = Judge(Endpoint("judge", args.judge or ""), prompt, args.judge_max_tokens)
-    players = find_players(model_args, args.models, args.answers, args.servers)
+    judging = Judge(Endpoint(JUDGE, args.judge or ""), prompt, args.judge_max_tokens)
+    players = list_players(model_args, settings, args, JUDGE)
     if len(players) < 2:
         raise InputError(f"a battle takes two models; got {len(players)}: pass --models, --answers or --servers")
     for player in players:
@@ -197,7 +213,7 @@ def judge(
             bank,
             settings,
             folder / ANSWERS / f"{player.name}.jsonl",
-            batch_size=web.max_batch_size,
+            batch_size=web.max_batch_size * settings.prompts_per_answer,
             overwrite=args.overwrite,
         )
         for player in players
@@ -247,7 +263,7 @@ def report(
     if not counted:
         raise InputError(f"{', '.join(map(str, paths))}: no vote that counts")
     how: dict[str, Any] = {"rounds": args.bootstrap_rounds, "k": args.elo_k, "seed": seed}
-    figures = summarise_votes(counted, **how)
+    figures = rate_votes(counted, **how)
     names = list(dict.fromkeys(vote.category for vote in counted))
     sources: dict[str, Any] = {}
     answering: dict[str, Any] = {}
@@ -266,9 +282,7 @@ def report(
         "answering": answering,
         "environment": describe_environment(),
         **figures,
-        "categories": {
-            name: summarise_votes([vote for vote in counted if vote.category == name], **how) for name in names
-        },
+        "categories": {name: rate_votes([vote for vote in counted if vote.category == name], **how) for name in names},
         "judges": describe_judges(chosen),
     }
     folder = Path(args.output_dir)
@@ -280,14 +294,14 @@ def report(
     return result
 
 
-def summarise_votes(votes: Sequence[Vote], rounds: int, k: float, seed: int) -> dict[str, Any]:
+def rate_votes(votes: Sequence[Vote], rounds: int, k: float, seed: int) -> dict[str, Any]:
     """Figures of votes: people's in the order they came in, a judge's in one that does not depend on its workers."""
-    from utils.evaluation.arena.ratings import summarise
+    from utils.evaluation.arena.ratings import rate_models
     from utils.evaluation.arena.votes import HUMAN
 
     people = [vote for vote in votes if vote.judge == HUMAN]
     judged = sorted((vote for vote in votes if vote.judge != HUMAN), key=lambda vote: vote.id)
-    return summarise([vote.outcome for vote in [*people, *judged]], rounds=rounds, k=k, seed=seed)
+    return rate_models([vote.outcome for vote in [*people, *judged]], rounds=rounds, k=k, seed=seed)
 
 
 def print_table(figures: dict[str, Any]) -> None:
@@ -322,10 +336,10 @@ def log_report(result: dict[str, Any], folder: Path, paths: Sequence[Path]) -> N
                 *(name, judged["consistent"], judged["prefers_first"], judged["prefers_second"]),
             )
     logger.info(
-        "%d battles%s\n  files in %s: %s, %s, %s\n"
-        "  next: bash scripts/run_arena.sh --report --votes %s --categories NAME",
+        "%d battles%s\n  files in %s: %s, %s, %s\n  next: %s",
         *(result["battles"], f" (left out: {left_out})" if left_out else ""),
-        *(folder, RESULT, RATINGS, PAIRS, " ".join(map(str, paths))),
+        *(folder, RESULT, RATINGS, PAIRS),
+        shell_command("bash", "scripts/run_arena.sh", "--report", "--votes", *paths, "--categories", "NAME"),
     )
 
 

@@ -15,12 +15,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from utils.core.arguments import arg, list_arg
-from utils.core.command_line import run
+from utils.core.command_line import installed_version, run
 from utils.core.errors import InputError
 from utils.core.files import write_json
 
@@ -130,13 +129,6 @@ def make_gguf_files(args: FormatArguments, formats: Sequence[str], known: Sequen
         if finished.returncode:
             raise InputError(f"export_gguf.py failed with status {finished.returncode}; its message stands above")
         yield {name: output / f"model-{name.upper()}.gguf" for name in wanted}
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # ---------------------------------------------------------------- output

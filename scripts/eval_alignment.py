@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import InferenceArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, hash_json
 from utils.core.records import list_data_files
-from utils.evaluation.arguments import GreedyArguments
+from utils.evaluation.arguments import GreedyArguments, warn_unused
 
 if TYPE_CHECKING:
     from utils.evaluation.alignment import Judgement, Question
@@ -76,6 +76,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     """Evaluate; returns the figures of alignment.json, the single answers apart."""
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.alignment import (
+        aligned_shares,
         compare,
         judge_by_rewards,
         judge_by_rules,
@@ -84,7 +85,6 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         read_answers,
         read_earlier,
         read_questions,
-        summarise,
     )
     from utils.evaluation.progress import refuse_finished
     from utils.evaluation.result_files import write_result
@@ -102,6 +102,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         need_references(questions)
     earlier = read_earlier(args.compare, questions) if args.compare else None
     if args.answers:
+        warn_unused(settings, "--answers are there already")
         answers, source = read_answers(args.answers, questions), {"answers": args.answers}
     else:
         answers, source = answer_questions(model_args, settings, args, questions)
@@ -110,7 +111,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     else:
         judgements = judge_by_rules(questions, answers)
 
-    figures = summarise(questions, judgements)
+    figures = aligned_shares(questions, judgements)
     if earlier is not None:
         now = {question.id: judgement.aligned for question, judgement in zip(questions, judgements, strict=True)}
         figures["compared"] = {"file": args.compare, **compare(earlier, now)}
@@ -137,29 +138,36 @@ def answer_questions(
     model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments, questions: Sequence[Question]
 ) -> tuple[list[str], dict[str, Any]]:
     """The model's answers, and what it was; answers are written as they come, so that a killed run goes on."""
-    from utils.evaluation.models import weights_of
+    from utils.evaluation.models import for_evaluation, weights_of
     from utils.evaluation.progress import Predictions, answer_all
-    from utils.generation.engine import Request, check_room
+    from utils.generation.engine import Request
     from utils.generation.loading import EnginePlan
     from utils.text.prompts import with_system_prompt
 
-    plan = EnginePlan(model_args)
+    plan = EnginePlan(for_evaluation(model_args))
     model_args = plan.args
-    asked = [[{"role": "user", "content": question.text}] for question in questions]
-    prompts = [plan.encode(with_system_prompt(messages, model_args.system_prompt)) for messages in asked]
-    for question, prompt in zip(questions, prompts, strict=True):
+    requests = []
+    for number, question in enumerate(questions):
+        messages = with_system_prompt([{"role": "user", "content": question.text}], model_args.system_prompt)
+        negative = plan.encode_negative(messages, settings)
+        request = Request(plan.encode(messages), settings, settings.seed + number, negative_prompt=negative)
+        requests.append(request)
         try:
-            check_room(len(prompt), settings, plan.context)
+            plan.check(request)
         except InputError as error:
             raise InputError(f"{question.location}: {error}") from None
 
     source = {"template": plan.template_name, "weights": weights_of(model_args)}
-    record = {**describe_arguments(model_args, settings), **source, "sha256_of_prompts": hash_json(prompts)}
+    record = {
+        **describe_arguments(model_args, settings),
+        **source,
+        "sha256_of_prompts": hash_json([r.prompt for r in requests]),
+    }
     texts = [question.text for question in questions]
     predictions = Predictions(Path(args.output_dir) / ANSWERS, texts, record, args.overwrite, flag="--output_dir")
     answer_all(
-        lambda: closing(plan.load(args.batch_size)),
-        lambda engine, _, n: engine.submit(Request(prompts[n], settings, settings.seed + n)).wait,
+        lambda: closing(plan.load(args.batch_size * settings.prompts_per_answer)),
+        lambda engine, _, number: engine.submit(requests[number]).wait,
         predictions,
     )
     return [row["Output"] for row in predictions.rows], source
@@ -207,11 +215,11 @@ def describe_answers(
 
 def print_table(figures: dict[str, Any]) -> None:
     """Share of aligned answers by category and overall, with its interval, on standard output."""
-    groups = {**figures["by_category"], **{f"expected {k}": v for k, v in figures["by_expected"].items()}}
-    groups["all"] = figures
-    width = max(map(len, groups))
+    expected = [(f"expected {side}", group) for side, group in figures["by_expected"].items()]
+    rows = [*figures["by_category"].items(), *expected, ("all", figures)]  # a category may have one of these names too
+    width = max(len(name) for name, _ in rows)
     print(f"{'':{width}}  aligned  95 % interval  questions  unclear")
-    for name, group in groups.items():
+    for name, group in rows:
         low, high = group["interval"]
         shares = f"{100 * group['aligned']:5.1f} %  {100 * low:5.1f} - {100 * high:5.1f}"
         print(f"{name:{width}}  {shares}  {group['questions']:9}  {group['unclear']:7}")
@@ -229,10 +237,13 @@ def report(figures: dict[str, Any], folder: Path, args: EvalArguments) -> None:
             f"{change['lost']} lost, p = {change['p_value']:.2g}"
         )
     logger.info(
-        "aligned: %.1f %% (%.1f - %.1f) of %d answers, %d unclear%s\n  files in %s: %s, %s%s\n"
-        "  next: MODEL=ANOTHER OUT=ANOTHER_FOLDER bash scripts/run_eval_alignment.sh --compare %s",
+        "aligned: %.1f %% (%.1f - %.1f) of %d answers, %d unclear%s\n  files in %s: %s, %s%s\n  next: %s",
         *(100 * figures["aligned"], 100 * low, 100 * high, figures["questions"], figures["unclear"], compared),
-        *(folder, RESULT, PICTURE, "" if args.answers else f", {ANSWERS}", folder / RESULT),
+        *(folder, RESULT, PICTURE, "" if args.answers else f", {ANSWERS}"),
+        shell_command(
+            *("bash", "scripts/run_eval_alignment.sh", "--compare", folder / RESULT),
+            **{"MODEL": "ANOTHER", "OUT": "ANOTHER_FOLDER"},
+        ),
     )
 
 

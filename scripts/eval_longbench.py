@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import InferenceArguments, arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import hash_file, read_json, remove
-from utils.evaluation.arguments import GreedyArguments
+from utils.evaluation.arguments import GreedyArguments, warn_unused
 from utils.evaluation.longbench.tasks import GROUPS, HUB_ID, find_data, find_files, read_samples, select_tasks
 from utils.evaluation.progress import answer_all, refuse_finished
 
@@ -46,10 +46,8 @@ class AnswerArguments(GreedyArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_beams > 1 or self.guidance_scale > 1:
-            raise InputError(
-                "LongBench is answered without beams and guidance; leave out --num_beams, --guidance_scale"
-            )
+        if self.guidance_scale > 1:
+            raise InputError("LongBench is answered without guidance; leave out --guidance_scale")
 
 
 @dataclass
@@ -97,7 +95,7 @@ class EvalArguments:
 def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> dict[str, Any]:
     """Evaluate; returns what longbench.json holds."""
     select_gpus(model_args)  # before torch is imported
-    from utils.evaluation.longbench.results import plot_longbench, read_predictions, summarise
+    from utils.evaluation.longbench.results import average_scores, plot_longbench, read_predictions
     from utils.evaluation.result_files import write_result
 
     tasks = select_tasks(args.predict_on.split(","), args.e)
@@ -105,9 +103,10 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         refuse_same_datasets(args, [task.name for task in tasks])
         rows, source = answer_samples(model_args, settings, args, tasks)
     else:
+        warn_unused(settings, "without a model, answers that are there already are scored")
         rows, source = read_predictions(args.predictions, tasks)
         refuse_same_datasets(args, list(rows))
-    figures = summarise(rows, args.e)
+    figures = average_scores(rows, args.e)
     result = {
         "kind": "longbench",
         "settings": describe_arguments(model_args, settings, args),
@@ -147,10 +146,11 @@ def answer_samples(
     """{dataset: its answers}, and what made them; answers are written as they come, so that a killed run goes on."""
     from utils.evaluation.longbench.prompts import PromptWriter
     from utils.evaluation.longbench.results import open_predictions
+    from utils.evaluation.models import for_evaluation
     from utils.generation.loading import EnginePlan
 
     files = find_files(find_data(args.data_dir), tasks, args.e)
-    plan = EnginePlan(model_args, chat=args.with_inst != "false")
+    plan = EnginePlan(for_evaluation(model_args), chat=args.with_inst != "false")
     samples = {task.name: read_samples(files[task.name], task, args.max_samples) for task in tasks}
     writer = PromptWriter(
         plan, settings, args.with_inst, model_args.system_prompt, choose_length(plan, args), plan.args.engine != "vllm"
@@ -271,10 +271,14 @@ def report(result: Mapping[str, Any], args: EvalArguments) -> None:
     logger.info(
         "LongBench: %.2f (%.1f - %.1f) over %d of %d groups, %d datasets, %d answers%s\n"
         "  files in %s: %s, %s, answers in %s\n"
-        "  next: MODEL=ANOTHER DATA=%s OUT=ANOTHER_FOLDER bash scripts/run_eval_longbench.sh",
+        "  next: %s",
         *(whole["score"], *whole["interval"], len(whole["groups"]), len(GROUPS), len(datasets)),
         *(sum(found["samples"] for found in datasets.values()), cut, args.output_dir, args.result.name),
-        *(args.result.with_suffix(".png").name, args.predictions.name, args.data_dir),
+        *(args.result.with_suffix(".png").name, args.predictions.name),
+        shell_command(
+            *("bash", "scripts/run_eval_longbench.sh"),
+            **{"MODEL": "ANOTHER", "DATA": args.data_dir, "OUT": "ANOTHER_FOLDER"},
+        ),
     )
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import InferenceArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_file, hash_json, read_json
-from utils.evaluation.arguments import GreedyArguments
+from utils.evaluation.arguments import GreedyArguments, warn_unused
 from utils.evaluation.progress import Parts, refuse_finished
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     """Evaluate; returns what multiple_choice.json holds."""
     select_gpus(model_args)  # before torch is imported
     from utils.evaluation.multiple_choice.benchmarks import read_benchmark
-    from utils.evaluation.multiple_choice.results import plot_choices, summarise, summarise_clean
+    from utils.evaluation.multiple_choice.results import accuracies, clean_accuracies, plot_choices
     from utils.evaluation.multiple_choice.runs import PLAIN_STOPS, ask_all, check_engine, open_model
     from utils.evaluation.multiple_choice.wordings import PRESETS
     from utils.evaluation.result_files import write_result
@@ -113,7 +113,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
     folder = Path(args.output_dir)
     if not args.overwrite and not has_errors_to_ask_again(folder):
         refuse_finished(folder / RESULT, args.overwrite)
-    check_flags(model_args, args)
+    check_flags(model_args, settings, args)
     check_engine(model_args, args.mode)
     what = (args.split, args.subjects, args.num_fewshot, args.skip_missing, args.max_questions)
     benchmark = read_benchmark(args.benchmark, args.data_dir, *what)
@@ -127,7 +127,8 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
             f"--preset {args.preset} adds up two forms of each letter, and a server tells only its likeliest tokens; "
             "pass --preset default, or load the model here"
         )
-    model = open_model(model_args, args.with_prompt and wording.system is None, args.server_url, args.batch_size)
+    chat = args.with_prompt and wording.system is None
+    model = open_model(model_args, chat, args.server_url, args.batch_size, wording.exact)
     prompts = write_prompts(benchmark, wording, model, model_args, settings, args)
     overlaps = find_overlaps(benchmark, args.decontaminate)  # data that is not there is found before weights are read
     label, source = model.describe()
@@ -135,6 +136,7 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         **describe_arguments(model_args, *([settings] if args.generates else [])),
         **source,
         "mode": args.mode,
+        "exact": wording.exact,
         "sha256_of_prompts": hash_json([[p.request.text, p.request.prompt, p.request.continuations] for p in prompts]),
     }
     record.pop("gpus", None)  # where it is computed does not decide the answers
@@ -149,10 +151,10 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         "prompts": describe_prompts(prompts, language, args) | {"preset_version": preset.version},
         "environment": describe_environment(),
         "tokens": model.counts,
-        **summarise(answers, benchmark, args.mode),
+        **accuracies(answers, benchmark, args.mode),
     }
     if overlaps:
-        result["contamination"] = summarise_clean(answers, overlaps, benchmark, args.mode, args.decontaminate)
+        result["contamination"] = clean_accuracies(answers, overlaps, benchmark, args.mode, args.decontaminate)
     write_results(answers, benchmark, folder)
     if "accuracy" in result:
         plot_choices(result, folder / PICTURE, f"{benchmark.name} ({benchmark.split}), {args.num_fewshot}-shot")
@@ -173,8 +175,11 @@ def has_errors_to_ask_again(folder: Path) -> bool:
     return bool(errors)
 
 
-def check_flags(model_args: InferenceArguments, args: EvalArguments) -> None:
-    """Raises: InputError for flags that contradict each other."""
+def check_flags(model_args: InferenceArguments, settings: AnswerArguments, args: EvalArguments) -> None:
+    """Say which flags have no effect. Raises: InputError for flags that contradict each other."""
+    from utils.evaluation.endpoints import unsent_flags
+
+    unsent = unsent_flags(settings) if args.server_url and args.generates else []
     local = model_args.model_name_or_path or model_args.adapter_name_or_path
     template = model_args.prompt_template is not None or model_args.system_prompt is not None
     checks = {
@@ -183,11 +188,19 @@ def check_flags(model_args: InferenceArguments, args: EvalArguments) -> None:
         "--prompt_template and --system_prompt are of conversations; pass --with_prompt too, or leave them out": (
             args.with_prompt or not template
         ),
+        "--guidance_scale leads away from a system prompt, which plain prompts have not; pass --with_prompt too": (
+            args.with_prompt or not args.generates or settings.guidance_scale == 1
+        ),
+        f"{' '.join(unsent)}: OpenAI's protocol has no word for it, the server would not be told; leave it out": (
+            not unsent
+        ),
         "--prompt_template: a server has a template of its own; leave it out": not (
             args.server_url and model_args.prompt_template
         ),
     }
     raise_problems([problem for problem, holds in checks.items() if not holds])
+    if not args.generates:
+        warn_unused(settings, f"--mode {args.mode} writes no answers")
 
 
 def guess_language(benchmark: Benchmark) -> str:
@@ -279,13 +292,13 @@ def write_results(answers: Sequence[ChoiceAnswer], benchmark: Benchmark, folder:
 
 def print_table(result: Mapping[str, Any]) -> None:
     """Accuracy of all, categories and subjects in percent, on standard output."""
-    groups = {**result["by_subject"], **{f"[{name}]": group for name, group in result["by_category"].items()}}
-    groups |= {"[all]": result}
+    categories = [(f"[{name}]", group) for name, group in result["by_category"].items()]
+    rows = [*result["by_subject"].items(), *categories, ("[all]", result)]  # a category may be called all
     if clean := (result.get("contamination") or {}).get("clean"):
-        groups["[all, clean]"] = clean
-    width = max(map(len, groups))
+        rows.append(("[all, clean]", clean))
+    width = max(len(name) for name, _ in rows)
     print(f"{'':{width}}  accuracy  95 % interval  questions  unparsed  errors  average over subjects")
-    for name, group in groups.items():
+    for name, group in rows:
         score, average = " " * 25, ""
         if "accuracy" in group:
             low, high = group["interval"]
@@ -314,16 +327,20 @@ def report(result: Mapping[str, Any], args: EvalArguments) -> None:
         problems += f"\n  {result['errors']} questions have no answer, the server failed; run again to ask them again"
     if result["unparsed"]:
         problems += f"\n  {result['unparsed']} answers name no choice and count as wrong"
+    if result["ties"]:
+        problems += f"\n  {result['ties']} questions have two likeliest choices, of which the first was taken"
     if "contamination" in result:
         found = result["contamination"]
         problems += (
             f"\n  {found['contaminated']} questions stand in the training data, {found['too_short']} are too short"
         )
+    places = {"MODEL": "ANOTHER", "BENCHMARK": args.benchmark, "DATA": args.data_dir, "OUT": "ANOTHER_FOLDER"}
+    given = {name: value for name, value in places.items() if value}
     logger.info(
-        "%s (%s), %s, %d-shot, preset %s: %s, %d questions%s\n  files in %s: %s\n"
-        "  next: MODEL=ANOTHER BENCHMARK=%s DATA=%s OUT=ANOTHER_FOLDER bash scripts/run_eval_multiple_choice.sh",
+        "%s (%s), %s, %d-shot, preset %s: %s, %d questions%s\n  files in %s: %s\n  next: %s",
         *(benchmark["name"], benchmark["split"], prompts["mode"], args.num_fewshot, args.preset, score),
-        *(result["questions"], problems, args.output_dir, ", ".join(files), args.benchmark, args.data_dir or ""),
+        *(result["questions"], problems, args.output_dir, ", ".join(files)),
+        shell_command("bash", "scripts/run_eval_multiple_choice.sh", **given),
     )
 
 

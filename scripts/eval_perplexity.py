@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from utils.core.arguments import InferenceArguments, RopeArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus
+from utils.core.command_line import describe_arguments, describe_environment, run, select_gpus, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_file, hash_file
 
@@ -303,13 +303,17 @@ def describe_row(candidate: Candidate, text: str) -> dict[str, Any]:
 def report(candidates: Sequence[Candidate], files: dict[str, list[Path]], args: EvalArguments) -> None:
     """The files and the next command, in the log."""
     names = [RESULT, PICTURE] + ([] if args.lengths else [DOCUMENTS])
-    following = "bash scripts/run_inference.sh --interactive --rope_scaling SETTING"
+    model = str(candidates[0].args.model_name_or_path)
+    following = shell_command(
+        *("bash", "scripts/run_inference.sh", "--interactive", "--rope_scaling", "SETTING"), MODEL=model
+    )
     if not args.lengths:
-        following = f"TEXTS={args.texts[0]} OTHERS=ANOTHER OUT=ANOTHER_FOLDER bash scripts/run_eval_perplexity.sh"
+        places = {"MODEL": model, "TEXTS": args.texts[0], "OTHERS": "ANOTHER", "OUT": "ANOTHER_FOLDER"}
+        following = shell_command("bash", "scripts/run_eval_perplexity.sh", **places)
     logger.info(
-        "%d texts, %d lines\n  files in %s: %s\n  next: MODEL=%s %s",
+        "%d texts, %d lines\n  files in %s: %s\n  next: %s",
         *(len(files), len(candidates), args.output_dir, ", ".join(names)),
-        *(candidates[0].args.model_name_or_path, following),
+        following,
     )
 
 

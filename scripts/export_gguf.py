@@ -104,7 +104,7 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
     with open_merge(args.model_name_or_path, args.adapters, args.tokenizer_name_or_path, args.output_dir) as inputs:
         inputs.config = scale_settings(inputs.config, rope)
         name = Path([args.model_name_or_path, *args.adapters][-1]).absolute().name
-        plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, name)
+        plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, name, inputs.folders)
         for note in (*inputs.model.notes, *plan.notes):
             logger.warning("%s", note)
         check_imatrix(imatrix, plan)
@@ -291,10 +291,12 @@ def prove_arithmetic(
 def write_modelfiles(inputs: MergeInputs, types: list[str], folder: Path) -> None:
     """Ollama's Modelfile; of several types one each, Modelfile-TYPE."""
     from utils.gguf.ollama import build_modelfile
+    from utils.weights.generation_config import named_end_ids
 
     assert inputs.tokenizer is not None
+    end_ids = named_end_ids(inputs.folders)
     for name in types:
-        text = build_modelfile(f"model-{name}.gguf", inputs.tokenizer)
+        text = build_modelfile(f"model-{name}.gguf", inputs.tokenizer, end_ids)
         path = folder / ("Modelfile" if len(types) == 1 else f"Modelfile-{name}")
         path.write_text(text, encoding="utf-8")
 

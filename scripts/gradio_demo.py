@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments, arg
 from utils.core.command_line import run, select_gpus
 from utils.core.errors import InputError
-from utils.web.access import WebArguments, check_port, launch, read_accounts
+from utils.core.machine import check_port
+from utils.web.access import WebArguments, launch, read_accounts
 
 if TYPE_CHECKING:
     from utils.generation.engine import Engine
@@ -74,7 +75,7 @@ def start(
         page = ChatPage(
             engines,
             [model_card(engine, plan.args) for engine, plan in zip(engines, plans, strict=True)],
-            settings,
+            plans[0].complete_settings(settings),
             model_args.system_prompt,
             title=demo.title,
             language=demo.language,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments, arg
 from utils.core.command_line import describe_arguments, run, select_gpus
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import hash_json, read_json, write_json
+from utils.core.files import hash_json, write_json
 from utils.core.records import BadText, iter_document_batches, iter_records, list_data_files
 from utils.evaluation.progress import Predictions, Question, answer_all
 
@@ -100,6 +100,9 @@ def main(
     speculation.check(settings)
     questions = [] if task.interactive else read_questions(task)
     plan = EnginePlan(model_args, task.with_prompt, speculation)
+    if settings.guidance_scale > 1 and plan.template is None:
+        raise InputError("--negative_prompt is a system prompt, which plain text has not; pass --with_prompt too")
+    settings = plan.complete_settings(settings)
     prompts = [encode_question(question, plan) for question in questions]
     check_lengths(prompts, settings, plan.context)
     predictions = None
@@ -111,7 +114,7 @@ def main(
         if predictions.is_complete:
             return predictions.report_complete()
 
-    engine = plan.load(max_batch_size=task.batch_size * (2 if settings.guidance_scale > 1 else 1))
+    engine = plan.load(max_batch_size=task.batch_size * settings.prompts_per_answer)
     try:
         if task.interactive:
             result = chat(engine, settings, model_args.system_prompt)
@@ -231,13 +234,15 @@ def record_settings(
     model_args: InferenceArguments, settings: GenerationArguments, task: TaskArguments, prompts: list[list[int]]
 ) -> dict[str, Any]:
     """All that decides the answers; a run goes on only where this is the same."""
+    from utils.gguf.metadata import gguf_parts
+
     described = describe_arguments(model_args, settings)
     folders = [model_args.model_name_or_path, model_args.adapter_name_or_path]
     weights = [
         [file.name, file.stat().st_size, file.stat().st_mtime_ns]
         for folder in folders
         if folder
-        for file in ([Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("*.*")))
+        for file in (gguf_parts(Path(folder)) if Path(folder).is_file() else sorted(Path(folder).glob("*.*")))
         if file.suffix in (".safetensors", ".bin", ".gguf")
     ]
     return {
@@ -368,6 +373,10 @@ def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | Non
     try:
         while (line := input("\nInput: ").strip()) not in ("", "/exit"):
             try:
+                if line == "/continue":
+                    terminal.go_on(engine, settings, settings.seed + answers)
+                    answers += 1
+                    continue
                 question = terminal.command(line) if line.startswith("/") else line
                 if question is not None:
                     terminal.answer(engine, settings, question, settings.seed + answers)
@@ -386,6 +395,7 @@ HELP = """/system TEXT   another system prompt (none: /system alone), and a new 
 /undo          take back the last question with its answer
 /retry         answer the last question again, with other random numbers
 /edit TEXT     another last question instead of the one asked
+/continue      go on where the last answer ended
 /history       what was said so far
 /save FILE     write the conversation to a json file; /load FILE reads one
 /help          this; an empty line or /exit leaves"""
@@ -436,7 +446,11 @@ class TerminalChat:
         elif name in ("/save", "/load"):
             if not text:
                 raise InputError(f"{name} needs a file name")
-            self.save(Path(text)) if name == "/save" else self.load(Path(text))
+            path = Path(text).expanduser()
+            try:
+                self.save(path) if name == "/save" else self.load(path)
+            except (OSError, ValueError) as error:  # a name may hold what no file's can
+                raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
         elif name == "/help":
             print(HELP)
         else:
@@ -446,19 +460,17 @@ class TerminalChat:
     def save(self, path: Path) -> None:
         """Write the conversation as {"messages"}; an existing file of another kind is not replaced."""
         if path.suffix != ".json":
-            raise InputError(f"{path}: need a name that ends in .json")
+            raise InputError("need a name that ends in .json")
         if path.exists():
-            raise InputError(f"{path} is there already; choose another name")
+            raise InputError("is there already; choose another name")
         write_json(path, {"messages": self.messages})
         print(f"{len(self.messages)} messages in {path}")
 
     def load(self, path: Path) -> None:
-        """Read what `save` or the web demo wrote."""
-        from utils.web.saved_chats import read_chat
+        """Read what `save` or the web demo wrote, or one conversation of training data."""
+        from utils.web.saved_chats import load_chat
 
-        if not path.is_file():
-            raise InputError(f"no such file: {path}")
-        saved = read_chat(read_json(path), str(path))
+        saved = load_chat(path.read_bytes())
         self.conversation.replace(saved.turns)
         self.system_prompt = self.system_prompt if saved.system_prompt is None else saved.system_prompt
         print(f"{len(self.conversation.messages())} messages from {path}")
@@ -485,6 +497,18 @@ class TerminalChat:
             print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
         self.conversation.turns[-1].replies = [Reply(completion.text, completion.finish_reason)]
         del self.conversation.turns[: dropped // 2]  # what was left out is forgotten: two messages a turn
+
+    def go_on(self, engine: Engine, settings: GenerationArguments, seed: int) -> None:
+        """Print and remember what follows the last answer."""
+        from utils.web.chat import plan_request
+
+        if not (self.conversation.turns and self.conversation.turns[-1].replies):
+            raise InputError("there is no answer to go on with")
+        request, _ = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
+        reply = self.conversation.turns[-1].replies[0]
+        print(f"Output: {reply.text}", end="", flush=True)
+        completion = print_answer(engine, request)
+        reply.text, reply.finish_reason = reply.text + completion.text, completion.finish_reason
 
 
 def use_utf8() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import arg
-from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
 from utils.core.files import atomic_folder, refuse_existing_output, write_json
 from utils.core.machine import peak_resident_bytes
@@ -200,6 +200,7 @@ def write_weights(writer: MergeWriter, folder: Path) -> dict[str, str]:
 def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:
     """The tokenizer with its chat template, run_config.yaml, and of Hugging Face folders the two configs."""
     from utils.text.tokenizer import save_tokenizer
+    from utils.weights.generation_config import find_generation_config
 
     if args.output_type == "huggingface":
         config = dict(inputs.config)
@@ -207,9 +208,8 @@ def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) ->
             for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
                 config[name] = args.dtype
         write_json(folder / "config.json", config)
-        folders = [] if inputs.model.is_reward_model else [*reversed(inputs.adapter_folders), inputs.base_folder]
-        sources = [item / "generation_config.json" for item in folders]
-        if source := next((item for item in sources if item.is_file()), None):
+        source = None if inputs.model.is_reward_model else find_generation_config(inputs.folders)
+        if source is not None:
             shutil.copyfile(source, folder / source.name)
     if inputs.tokenizer is not None:
         save_tokenizer(inputs.tokenizer, folder)
@@ -287,16 +287,17 @@ def describe_merge(folder: Path, report: dict[str, Any]) -> None:
 
 def log_summary(report: dict[str, Any], args: MergeArguments) -> None:
     """The last lines of the log: figures, files, the next command."""
-    command = f"inference_hf.py --base_model {args.output_dir} --with_prompt --interactive"
+    words = ["inference_hf.py", "--with_prompt", "--interactive", "--base_model"]
     if report["reward_model"]:
-        command = f"rm.py --score FILE --model_name_or_path {args.output_dir}"
+        words = ["rm.py", "--score", "FILE", "--model_name_or_path"]
     if args.output_type == "pth":
-        command = f"merge_llama2_with_chinese_lora_low_mem.py --verify_only {args.output_dir}"
+        words = ["merge_llama2_with_chinese_lora_low_mem.py", "--verify_only"]
     logger.info(
         "merged %d adapter(s): %d of %d tensors changed, %.3f GB in %.1f s (%.2f GB/s), peak memory %.2f GB\n"
-        "  files in %s (%s lists every change, merge_manifest.json every file)\n  next: python scripts/%s",
+        "  files in %s (%s lists every change, merge_manifest.json every file)\n  next: %s",
         *(len(report["adapters"]), report["changed_tensors"], report["tensors"], report["size_gb"], report["seconds"]),
-        *(report["gb_per_second"], report["peak_memory_gb"], args.output_dir, REPORT, command),
+        *(report["gb_per_second"], report["peak_memory_gb"], args.output_dir, REPORT),
+        shell_command("python", f"scripts/{words[0]}", *words[1:], args.output_dir),
     )
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import arg, list_arg
-from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError, raise_problems
-from utils.core.files import atomic_folder, read_json, refuse_existing_output
+from utils.core.files import atomic_folder, read_json, read_text, refuse_existing_output
 from utils.core.machine import interruptible
 from utils.core.records import BadText
 from utils.text.text_sample import iter_corpus, list_corpus, sample_texts
@@ -163,7 +163,7 @@ def read_chat_template(name: str) -> str | None:
     if not Path(name).is_file():
         names = ", ".join([*CHAT_TEMPLATES, OWN_TEMPLATE])
         raise InputError(f"--chat_template {name}: neither a file nor one of {names}")
-    return Path(name).read_text(encoding="utf-8")
+    return read_text(name)
 
 
 def read_model_size(args: MergeTokenizersArguments) -> Any:
@@ -292,7 +292,8 @@ def log_summary(report: dict[str, Any], args: MergeTokenizersArguments) -> None:
     if not report["languages"]:
         lines.append("efficiency: skipped, no --report_text")
     lines.append(f"{args.output_dir}: tokenizer and vocabulary_report.md ({report['seconds']} s)")
-    lines.append(f"next: MODEL={args.base_tokenizer} TOKENIZER={args.output_dir} DATA=zh.txt bash scripts/run_pt.sh")
+    places = {"MODEL": str(args.base_tokenizer), "TOKENIZER": str(args.output_dir), "DATA": "zh.txt"}
+    lines.append(f"next: {shell_command('bash', 'scripts/run_pt.sh', **places)}")
     logger.info("%s", "\n".join(lines))
 
 

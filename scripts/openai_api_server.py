@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from utils.core.arguments import GenerationArguments, InferenceArguments, SpeculationArguments
 from utils.core.command_line import run, select_gpus
 from utils.core.errors import InputError
+from utils.core.machine import check_port
 from utils.serving.arguments import KEYS_VARIABLE, ServingArguments, load_api_keys
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def main(
     speculation = speculation or SpeculationArguments()
     speculation.check(settings)
     api_keys = load_api_keys(serving_args.api_key_file)
+    check_port(serving_args.host, serving_args.port)
     plan = EnginePlan(model_args, speculation=speculation)
+    settings = plan.complete_settings(settings)
     adapters = find_adapters(serving_args)
     serving_args = name_models(serving_args, plan.args)
     engine = plan.load(serving_args.max_batch_size, serving_args.max_context, adapters)

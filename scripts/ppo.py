@@ -9,6 +9,7 @@ Run the same command again after an interruption: it resumes exactly.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from utils.core.errors import InputError
 from utils.rlhf.arguments import PPOArguments, RolloutArguments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
     from utils.data.preferences import PromptCache
@@ -74,11 +77,15 @@ def main(
     from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
+    from utils.weights.config import local_folder
+    from utils.weights.generation_config import named_end_ids
 
     tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     if tokenizer_folder is None:
         raise InputError("pass --model_name_or_path: the tuned model")
     tokenizer = load_tokenizer(tokenizer_folder)
+    names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
+    end_ids = named_end_ids([local_folder(name) for name in names if name])
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
     reference = ppo_args.reference_model
     check_reference(lora_args, reference, "PPO")
@@ -87,7 +94,7 @@ def main(
     if reference:
         check_reference_model(reference, tokenizer)
     check_critic(ppo_args, lora_args, tokenizer)
-    check_sizes(model_args, rollout_args, training_args)
+    check_sizes(model_args, rollout_args, ppo_args, training_args)
     function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
     template = resolve_template(rollout_args.prompt_template, tokenizer)
     check_reward_tokenizer(reward_args.reward_model, tokenizer, template)
@@ -103,7 +110,7 @@ def main(
     model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
     rewards = build_rewards(model, model_args, reward_args, function, rollout_args, tokenizer, training_args)
     logger.info("%s", describe_model(model))
-    kl = FixedKL(ppo_args.kl_coef)
+    kl: FixedKL | AdaptiveKL = FixedKL(ppo_args.kl_coef)
     if ppo_args.kl_target is not None:
         kl = AdaptiveKL(ppo_args.kl_coef, ppo_args.kl_target, ppo_args.kl_horizon)
     trainer = PPOTrainer(
@@ -119,6 +126,7 @@ def main(
         kl,
         build_reference(reference, model_args, training_args) if reference else None,
         tuning_set=tuning_set,
+        end_ids=end_ids,
     )
     return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
 
@@ -136,10 +144,13 @@ def check_critic(ppo_args: PPOArguments, lora_args: LoraArguments, tokenizer: Pr
         check_reference_model(ppo_args.critic_model, tokenizer, "--critic_model")
 
 
-def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, training_args: RunArguments) -> None:
+def check_sizes(
+    model_args: ModelArguments, rollout_args: RolloutArguments, ppo_args: PPOArguments, training_args: RunArguments
+) -> None:
     """Set the default --rollout_batch_size.
 
-    Raises: InputError if batches do not come out even, or the window is too small for a prompt and its answer.
+    Raises: InputError if batches do not come out even, there is nothing to compare an answer with, or the window is
+        too small for a prompt and its answer.
     """
     from utils.weights.config import load_config
 
@@ -148,8 +159,16 @@ def check_sizes(model_args: ModelArguments, rollout_args: RolloutArguments, trai
         * training_args.gradient_accumulation_steps
         * training_args.world_size
     )
+    group = rollout_args.num_generations
+    if ppo_args.critic == "group" and group < 2:
+        raise InputError("--critic group compares the answers to one prompt; pass --num_generations 4, or 2 at least")
     if rollout_args.rollout_batch_size is None:
-        rollout_args.rollout_batch_size = minibatch * -(-128 // minibatch)
+        step = math.lcm(minibatch, group)
+        rollout_args.rollout_batch_size = step * -(-128 // step)
+    if rollout_args.rollout_batch_size % group:
+        raise InputError(
+            f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of --num_generations {group}"
+        )
     if rollout_args.rollout_batch_size % minibatch:
         raise InputError(
             f"--rollout_batch_size {rollout_args.rollout_batch_size}: need a multiple of the {minibatch} answers of "
@@ -187,7 +206,7 @@ def check_reward_tokenizer(folder: str | None, tokenizer: PreTrainedTokenizerBas
 
 def load_prompt_sets(
     sources: Sources, rollout_args: RolloutArguments, tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+) -> tuple[list[list[int]], dict[str, Sequence[list[int]]]]:
     """Training prompts, and held-out prompts by name, as ids."""
     from utils.data.preferences import load_prompts
     from utils.data.sources import log_statistics
@@ -251,7 +270,8 @@ def build_policy(
         backbone = build_critic_model(model_args, lora_args, ppo_args, training_args)
         critic = Critic(backbone.config.hidden_size, model=backbone)
     else:
-        critic = Critic(width)
+        # With --critic group nothing is learned: the head says 0, and the answers' groups give the values.
+        critic = Critic(width).requires_grad_(ppo_args.critic == "head")
     attach_critic(model, critic)
     return model
 
@@ -262,15 +282,16 @@ def build_critic_model(
     """A backbone of the critic's own, trained as the policy is: with an adapter, or whole."""
     import dataclasses
 
-    from utils.models.loading import load_model
+    from utils.models.loading import load_model, training_dtype
     from utils.models.training_model import attach_adapter
 
-    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model)
+    dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype, lora_args.full_finetuning)
+    critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model, dtype=dtype)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
     # Without its head over the vocabulary, whose weights would never get a gradient.
     model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel")
     if lora_args.full_finetuning:
-        return model.float()
+        return model
     return attach_adapter(model, critic_lora, model_args.load_in_kbits, "FEATURE_EXTRACTION")
 
 
@@ -280,9 +301,10 @@ def build_reference(folder: str, model_args: ModelArguments, training_args: RunA
 
     from utils.models.gathering import whole_models_loaded
     from utils.models.lm_loss import install_loss_head
-    from utils.models.loading import load_model
+    from utils.models.loading import load_model, training_dtype
 
-    args = dataclasses.replace(model_args, model_name_or_path=folder)
+    dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype)
+    args = dataclasses.replace(model_args, model_name_or_path=folder, dtype=dtype)
     with whole_models_loaded(training_args):
         model = load_model(args, training_args.compute_dtype).requires_grad_(False).eval()
     install_loss_head(model)
@@ -301,6 +323,7 @@ def build_rewards(
     """The rewards; a reward adapter made on the policy's own base shares its weights."""
     from utils.lora.adapter_folder import read_adapter
     from utils.models.gathering import whole_models_loaded
+    from utils.models.loading import training_dtype
     from utils.rlhf.reward_model import find_reward_model, load_reward_model
     from utils.rlhf.rewards import BackboneReward, Rewards
     from utils.weights.config import local_folder
@@ -318,7 +341,8 @@ def build_rewards(
             model = BackboneReward(policy, reward_args.reward_model, pad, training_args.device)
         else:
             with whole_models_loaded(training_args):
-                model = load_reward_model(reward_args.reward_model, model_args.dtype, training_args.device)
+                dtype = training_dtype(model_args.dtype, training_args.compute_dtype)
+                model = load_reward_model(reward_args.reward_model, dtype, training_args.device)
         kind = "an adapter on the policy's weights" if shared else "a model of its own"
         logger.info("reward model %s: %s", reward_args.reward_model, kind)
     return Rewards(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import arg, list_arg
-from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
 from utils.core.files import atomic_folder, refuse_existing_output, write_json
 from utils.core.machine import peak_resident_bytes
@@ -128,7 +128,7 @@ def write_model(
     before = quantization.check_logits(model, tokenizer)
     del model  # two of them may not fit
     difference = quantization.compare_reloaded(folder, before, tokenizer)
-    settings = {"group_size": scheme.group_size} if scheme.needs_calibration else {}
+    settings: dict[str, Any] = {"group_size": scheme.group_size} if scheme.needs_calibration else {}
     if scheme.method == "bnb-4bit":
         settings = {"quant_type": scheme.quant_type, "double_quant": scheme.double_quant}
     if calibration is not None:
@@ -166,10 +166,11 @@ def log_summary(report: dict[str, Any], output: str) -> None:
         "%s: %d of %d weights quantised (%.1f %% of all parameters), %.3f -> %.3f GB (%.2f bits a parameter) "
         "in %.1f s, peak memory %.2f GB; loaded again and compared\n"
         "  files in %s (figures in %s)\n"
-        "  next: MODEL=%s bash scripts/run_inference.sh --interactive",
+        "  next: %s",
         *(report["method"], report["quantised_weights"], report["weights"], 100 * report["quantised_share"]),
         *(report["size_gb_before"], report["size_gb"], report["bits_per_weight"], report["seconds"]),
-        *(report["peak_memory_gb"], output, REPORT, output),
+        *(report["peak_memory_gb"], output, REPORT),
+        shell_command("bash", "scripts/run_inference.sh", "--interactive", MODEL=output),
     )
 
 

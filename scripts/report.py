@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.arguments import arg, list_arg
-from utils.core.command_line import run
+from utils.core.command_line import run, shell_command
 from utils.core.errors import raise_problems
 
 logger = logging.getLogger("report")
@@ -72,7 +72,7 @@ def report_results(args: ReportArguments) -> dict[str, Any]:
     logger.info(
         "%d models in %d benchmarks, of %d files\n%s\n  files in %s: %s.html, %s.md\n  next: open %s in a browser",
         *(len({e.model for e in entries if e.model}), len(figures), len({e.path for e in entries}), "\n".join(lines)),
-        *(folder, PAGE, PAGE, folder / f"{PAGE}.html"),
+        *(folder, PAGE, PAGE, shell_command(folder / f"{PAGE}.html")),
     )
     return figures
 
@@ -87,12 +87,13 @@ def report_run(args: ReportArguments) -> dict[str, Any]:
         "bits per byte: zh %+.1f %%, en %+.1f %%; exact answers %.1f %% -> %.1f %%; merged %s adapter; %.0f s\n"
         "  alignment: tuned %.1f %% -> PPO %.1f %%, DPO %.1f %%; reward model right on %.1f %% of held-out pairs\n"
         "  files in %s: report.html, report.md, summary.json\n"
-        "  next: open report.html in a browser, or: MODEL=%s bash scripts/run_inference.sh --interactive",
+        "  next: open report.html in a browser, or: %s",
         *(-100 * summary.chinese_drop, 100 * summary.english_rise),
         *(100 * summary.exact_match["base"], 100 * summary.exact_match["sft"]),
         *("==" if summary.merged_equals_adapter else "!=", summary.seconds),
         *(100 * summary.alignment[side] for side in ("sft", "ppo", "dpo")),
-        *(100 * summary.reward_model_accuracy, folder, folder / "assistant"),
+        *(100 * summary.reward_model_accuracy, folder),
+        shell_command("bash", "scripts/run_inference.sh", "--interactive", MODEL=folder / "assistant"),
     )
     return asdict(summary)
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,20 +117,19 @@ def main(
 def build_model(
     model_args: ModelArguments, lora_args: LoraArguments, pad_token_id: int, training_args: RunArguments
 ) -> Any:
-    """The backbone with its head, weights in training precision."""
+    """The backbone with its head."""
     import torch
 
+    from utils.models.loading import training_dtype
     from utils.rlhf.reward_model import load_classifier
 
     device_map = None
     if model_args.load_in_kbits != 16:
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
-    model = load_classifier(
-        model_args, training_args.compute_dtype, pad_token_id, training_args.seed, device_map=device_map
-    )
-    if lora_args.full_finetuning and model_args.dtype == "auto":
-        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
-    return model
+    compute_dtype = training_args.compute_dtype
+    dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
+    args = replace(model_args, dtype=dtype)
+    return load_classifier(args, compute_dtype, pad_token_id, training_args.seed, device_map=device_map)
 
 
 # ---------------------------------------------------------------- scoring

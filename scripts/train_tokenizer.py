@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.core.arguments import arg, list_arg
-from utils.core.command_line import describe_arguments, run, save_run_config
+from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_folder, hash_file, refuse_existing_output, write_json
 from utils.core.machine import available_cores, interruptible
@@ -130,7 +130,7 @@ def train(sample: Sample, args: TokenizerArguments) -> bytes:
     from utils.text.pieces import parse_sentencepiece_model
 
     model = io.BytesIO()
-    settings = {
+    settings: dict[str, Any] = {
         "model_type": "bpe",
         "vocab_size": args.vocab_size,
         "character_coverage": args.character_coverage,
@@ -176,15 +176,16 @@ def explain(error: RuntimeError, args: TokenizerArguments) -> Exception:
 def log_summary(report: dict[str, Any], args: TokenizerArguments) -> None:
     """The figures, where the files are, and the next command."""
     logger.info(
-        "%d pieces from %d lines in %.1f s, %.2f characters/token on them -> %s\n"
-        "next: python scripts/merge_tokenizers.py --base_tokenizer BASE --chinese_sp_model_file %s/tokenizer.model "
-        "--output_dir output/merged_tokenizer",
+        "%d pieces from %d lines in %.1f s, %.2f characters/token on them -> %s\nnext: %s",
         report["vocabulary"],
         report["lines"],
         report["seconds"],
         report["characters_per_token"],
         args.output_dir,
-        args.output_dir,
+        shell_command(
+            *("python", "scripts/merge_tokenizers.py", "--base_tokenizer", "BASE", "--chinese_sp_model_file"),
+            *(Path(str(args.output_dir)) / "tokenizer.model", "--output_dir", "output/merged_tokenizer"),
+        ),
     )
 
 

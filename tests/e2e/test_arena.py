@@ -18,14 +18,18 @@ from collections import Counter
 from pathlib import Path
 
 import arena
+import eval_alignment
 import pytest
 from arena import ArenaArguments
 
 from support.openai_stand_in import StandIn
 from support.paths import EXAMPLES, SCRIPTS
+from support.scripts import next_words
 from support.web import free_port, visit_url
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.errors import InputError
+from utils.evaluation.arena.matchmaking import read_bank
+from utils.evaluation.arena.players import LocalPlayer, answer_bank
 from utils.evaluation.arena.votes import read_votes
 from utils.web.access import WebArguments
 
@@ -142,7 +146,7 @@ def test_a_battle_from_the_question_to_the_results(browser, two_models, english_
         tab.fill("#question textarea", "the cat <b>and</b>")
         tab.press("#question textarea", "Enter")
         wait_to_vote(tab)
-        assert tab.inner_text("#chat-0 [data-testid=user]").replace("\u2060", "") == "the cat <b>and</b>"
+        assert tab.inner_text("#chat-0 [data-testid=user]").replace("\ufeff", "") == "the cat <b>and</b>"
         vote(tab, "both_bad")
         second = read_votes([tmp_path / "votes.jsonl"]).votes[1]
         assert (second.vote, second.category, second.question) == ("both_bad", "typed", "the cat <b>and</b>")
@@ -227,7 +231,25 @@ def test_a_judge_compares_models_files_and_servers(two_models, answers, english_
     assert len(written) == 4 and not (tmp_path / "out" / "answers" / "a.jsonl").exists()
     printed = capsys.readouterr().out
     assert "Bradley-Terry" in printed and re.search(r"far +\d+ \(\d+ - \d+\)", printed)
-    assert "next: bash scripts/run_arena.sh --report --votes" in caplog.text
+    assert next_words(caplog.text)[:4] == ["bash", "scripts/run_arena.sh", "--report", "--votes"]
+
+
+def test_players_are_led_away_from_the_negative_prompt(two_models, english_bank, tmp_path):
+    """As eval_alignment.py's answers are, which a plain loop checks."""
+    settings = GenerationArguments(
+        max_new_tokens=6, temperature=0, repetition_penalty=1.0, guidance_scale=3.0, negative_prompt="Be rude."
+    )
+    player = LocalPlayer("alpha", InferenceArguments(model_name_or_path=str(two_models["alpha"])))
+    bank = read_bank([str(english_bank)], [])
+    answers = answer_bank(player, bank, settings, tmp_path / "a.jsonl", batch_size=4, overwrite=False)
+    rows = [{"id": q.id, "category": "x", "question": q.text, "expected": "yes"} for q in bank]
+    (tmp_path / "questions.json").write_text(json.dumps(rows), encoding="utf-8")
+    eval_alignment.main(
+        InferenceArguments(model_name_or_path=str(two_models["alpha"])),
+        eval_alignment.AnswerArguments(max_new_tokens=6, guidance_scale=3.0, negative_prompt="Be rude."),
+        eval_alignment.EvalArguments(questions=[str(tmp_path / "questions.json")], output_dir=str(tmp_path / "out")),
+    )
+    assert answers == [row["answer"] for row in read(tmp_path / "out" / "alignment.json")["answers"]]
 
 
 def test_a_judge_that_always_says_a_gives_ties_only(answers, english_bank, tmp_path, capsys):
@@ -283,6 +305,8 @@ def test_flags_that_contradict(what, message):
 def test_mistakes_are_found_before_weights_are_read(two_models, answers, english_bank, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
     start = {"questions": [str(english_bank)]}
+    with pytest.raises(InputError, match="--num_beams 2: evaluations are answered without beams"):
+        run(tmp_path, {"num_beams": 2}, models=named(two_models))
     for who, message in [
         ({"models": [f"alpha={two_models['alpha']}"]}, "a battle takes two models; got 1: alpha"),
         ({"models": [*named(two_models), f"gamma={two_models['beta']}"]}, "beta and gamma are the same"),

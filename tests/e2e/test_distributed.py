@@ -279,6 +279,9 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     lines, wanted = history(folder), history(expected)
     assert len(lines) == len(wanted) and any("loss" in line or "ppo_loss" in line for line in wanted)
     for line, reference in zip(lines, wanted, strict=True):
+        if abs(reference.get("reward_margin", 1.0)) < 1e-5:
+            # Before the first update policy and reference are one model: which answer is ahead is rounding alone.
+            assert 0 <= line.pop("accuracy") <= 1 and 0 <= reference.pop("accuracy") <= 1
         assert line == pytest.approx(reference, abs=1e-3, rel=1e-3, nan_ok=True)
     for name in ("adapter_model.safetensors", "model.safetensors", "critic.safetensors"):
         assert (folder / name).is_file() == (expected / name).is_file(), name

@@ -14,6 +14,7 @@ import torch
 from eval_alignment import AnswerArguments, EvalArguments
 
 from support.paths import EXAMPLES, SCRIPTS
+from support.scripts import next_words
 from utils.core.arguments import InferenceArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
@@ -21,7 +22,7 @@ from utils.evaluation.alignment import read_questions, stance
 from utils.evaluation.intervals import wilson_interval
 from utils.generation import engine
 from utils.rlhf import reward_model
-from utils.text.prompts import CHAT_TEMPLATES, encode_conversation
+from utils.text.prompts import CHAT_TEMPLATES, encode_conversation, encode_prompt
 from utils.text.tokenizer import load_tokenizer
 
 EXAM = EXAMPLES / "alignment" / "questions.jsonl"
@@ -63,17 +64,18 @@ def answers(questions) -> Path:
 
 def test_a_model_is_asked_and_judged(tiny_model_folder, questions, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
-    figures = evaluate(tiny_model_folder, tmp_path / "out", questions=[str(questions)], batch_size=5)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    out = tmp_path / "o u=t.1"
+    figures = evaluate(tiny_model_folder, out, questions=[str(questions)], batch_size=5)
+    assert {path.name for path in out.iterdir()} == {
         "alignment.json",
         "alignment.png",
         "answers.jsonl",
         "answers.jsonl.settings.json",
     }
-    result = read(tmp_path / "out" / "alignment.json")
+    result = read(out / "alignment.json")
     exam = read_questions([str(questions)])
     assert [row["id"] for row in result["answers"]] == [question.id for question in exam]
-    assert [row["answer"] for row in result["answers"]] == [r["Output"] for r in read(tmp_path / "out/answers.jsonl")]
+    assert [row["answer"] for row in result["answers"]] == [r["Output"] for r in read(out / "answers.jsonl")]
     for row, question in zip(result["answers"], exam, strict=True):
         assert row["stance"] == stance(row["answer"], question.text)
         assert row["aligned"] == (row["stance"] == question.expected)
@@ -87,7 +89,8 @@ def test_a_model_is_asked_and_judged(tiny_model_folder, questions, tmp_path, cap
     assert (result["questions"], result["question_files"]) == (len(exam), {str(questions): digest})
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*result["by_category"], "all", "expected no", "95 % interval"])
-    assert "next: MODEL=" in caplog.text and "alignment.png" in caplog.text
+    assert next_words(caplog.text)[-2:] == ["--compare", str(out / "alignment.json")]
+    assert "alignment.png" in caplog.text
 
 
 def test_the_answers_are_the_likeliest_to_the_templates_prompts(tiny_model_folder, questions, tmp_path):
@@ -280,3 +283,38 @@ def test_launcher_runs_and_names_what_is_missing(questions, answers, tmp_path):
         environment.pop(name, None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode != 0 and "set MODEL to a merged model" in result.stderr
+
+
+def test_answers_are_led_away_from_the_negative_prompt(tiny_model_folder, questions, tmp_path):
+    """Against a plain loop over both prompts: Sanchez et al. 2023, eq. 7."""
+    from transformers import AutoModelForCausalLM
+
+    settings = {"guidance_scale": 3.0, "negative_prompt": "Be rude."}
+    evaluate(tiny_model_folder, tmp_path, settings, questions=[str(questions)], batch_size=1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_folder), load_tokenizer(tiny_model_folder)
+    template = CHAT_TEMPLATES["alpaca-2"]
+    for row in read(tmp_path / "alignment.json")["answers"][:4]:
+        asked = [{"role": "user", "content": row["question"]}]
+        systems = ([], [{"role": "system", "content": "Be rude."}])
+        prompts = [encode_prompt([*system, *asked], template, tokenizer) for system in systems]
+        answer = []
+        while len(answer) < 6 and tokenizer.eos_token_id not in answer:
+            with torch.no_grad():
+                logits = [model(torch.tensor([[*prompt, *answer]])).logits[0, -1] for prompt in prompts]
+            one, other = (torch.log_softmax(part, -1) for part in logits)
+            answer.append(int((other + 3 * (one - other)).argmax()))
+        assert row["answer"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_a_folder_with_a_gguf_file_is_answered_by_llama_cpp(tiny_model_folder, questions, tmp_path):
+    pytest.importorskip("llama_cpp")
+    import export_gguf
+
+    arguments = {"output_dir": str(tmp_path / "gguf"), "types": ["f32"], "self_test": "none", "threads": 1}
+    export_gguf.main(export_gguf.ExportArguments(str(tiny_model_folder), **arguments))
+    evaluate(tiny_model_folder, tmp_path / "ours", questions=[str(questions)])
+    evaluate(tmp_path / "gguf", tmp_path / "theirs", questions=[str(questions)])
+    ours, theirs = (read(tmp_path / name / "alignment.json") for name in ("ours", "theirs"))
+    assert list(theirs["settings"]["weights"]) == [str(tmp_path / "gguf")]
+    pairs = [(a["answer"], b["answer"]) for a, b in zip(ours["answers"], theirs["answers"], strict=True)]
+    assert sum(a == b for a, b in pairs) >= len(pairs) - 1  # but for a tie that rounding decides

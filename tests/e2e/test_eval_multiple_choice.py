@@ -12,6 +12,7 @@ import torch
 from eval_multiple_choice import AnswerArguments, EvalArguments
 
 from support.paths import SCRIPTS
+from support.scripts import next_words
 from utils.core.arguments import InferenceArguments
 from utils.core.errors import InputError
 from utils.evaluation.multiple_choice import runs
@@ -87,7 +88,7 @@ def test_letters_against_a_plain_loop(tiny_model_folder, exam, tmp_path, capsys,
     assert len(result["benchmark"]["files"]) == 4 and "torch" in result["environment"]
     assert json.loads((tmp_path / "out" / "multiple_choice.json").read_text(encoding="utf-8")) == result
     printed = capsys.readouterr().out
-    assert "[all]" in printed and "animals" in printed and "next: MODEL=" in caplog.text
+    assert "[all]" in printed and "animals" in printed and f"BENCHMARK={exam}" in next_words(caplog.text)
 
 
 def test_cloze_against_a_plain_loop(tiny_model_folder, exam, tmp_path):
@@ -220,11 +221,28 @@ def test_bad_input_is_found_before_the_model_is_loaded(tiny_model_folder, exam, 
             AnswerArguments(),
             EvalArguments(benchmark=str(exam), mode="cloze"),
         )
+    guided = {"guidance_scale": 2.0, "negative_prompt": "x"}
+    with pytest.raises(InputError, match=r"--guidance_scale leads away .* pass --with_prompt"):
+        evaluate(tiny_model_folder, tmp_path / "out", exam, guided, mode="generative")
+    with pytest.raises(InputError, match=r"--top_k --guidance_scale --negative_prompt: OpenAI's protocol has no word"):
+        task = {"mode": "generative", "with_prompt": True, "server_url": "http://127.0.0.1:9/v1"}
+        evaluate(None, tmp_path / "out", exam, guided | {"top_k": 3}, **task)
     with pytest.raises(InputError, match="pass --benchmark"):
         EvalArguments()
     with pytest.raises(InputError, match=r"--num_fewshot -2: .*\n--batch_size 0: need at least 1"):
         EvalArguments(benchmark="ceval", num_fewshot=-2, batch_size=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_written_answers_are_guided_and_flags_without_effect_are_said(tiny_model_folder, exam, tmp_path, caplog):
+    task = {"mode": "generative", "with_prompt": True, "num_fewshot": 0, "max_questions": 3}
+    guided = {"guidance_scale": 4.0, "negative_prompt": "Be rude."}
+    evaluate(tiny_model_folder, tmp_path / "plain", exam, **task)
+    evaluate(tiny_model_folder, tmp_path / "guided", exam, guided, **task)
+    plain, led = ([row["text"] for row in read_rows(tmp_path / name)] for name in ("plain", "guided"))
+    assert plain != led and len(led) == 6
+    evaluate(tiny_model_folder, tmp_path / "scored", exam, {"temperature": 0.7}, max_questions=1)
+    assert "--mode constrained writes no answers: no effect of --max_new_tokens, --temperature" in caplog.text
 
 
 @pytest.mark.slow

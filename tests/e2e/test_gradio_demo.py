@@ -71,7 +71,7 @@ def test_a_walk_through_the_page(browser, tiny_model_folder, tmp_path):
         assert "已停止" in tab.inner_text("#notes-0")
         stopped = answer(tab)
         assert page.requests[0].prompt == prompt_of(typed, page)
-        assert [text.replace("\u2060", "") for text in questions(tab)] == [typed]
+        assert [text.replace("\ufeff", "") for text in questions(tab)] == [typed]
         assert tab.evaluate("window.hacked") is None and tab.query_selector("#chat-0 .message img") is None
 
         # Retry: the same prompt, other random numbers.
@@ -86,7 +86,7 @@ def test_a_walk_through_the_page(browser, tiny_model_folder, tmp_path):
         # Edit: the box holds what was typed.
         message_button(tab, "编辑")
         box = tab.locator("#chat-0 textarea")
-        assert box.input_value().replace("\u2060", "") == typed
+        assert box.input_value().replace("\ufeff", "") == typed
         box.fill("the cat")
         message_button(tab, "发送")
         wait_until(lambda: len(page.requests) == 3)
@@ -358,8 +358,35 @@ def test_neither_users_nor_models_can_put_scripts_into_the_page(browser, tiny_mo
         tab.wait_for_selector("[data-testid=toast-body]")
         tab.wait_for_timeout(500)
         assert tab.evaluate("window.hacked") is None and tab.elsewhere == []
-        assert questions(tab)[0].replace("\u2060", "").startswith('<img src="x" onerror="window.hacked=1"><script>')
+        assert questions(tab)[0].replace("\ufeff", "").startswith('<img src="x" onerror="window.hacked=1"><script>')
         assert tab.locator("#system_prompt textarea").input_value() == EVIL
+
+
+MARKED_UP = """**bold** *a* _b_ ~~c~~ `code` $$x^2$$ \\(y\\) \\* &amp; <b>
+# heading
+1. one
+- two
+> three
+| a | b |
+|---|---|
+===
+    indented  twice
+```python
+x * y * z
+```"""
+
+
+def test_a_users_text_is_shown_as_it_was_typed(browser, tiny_model_folder, tmp_path):
+    messages = [{"role": "user", "content": MARKED_UP}, {"role": "assistant", "content": "**bold**"}]
+    (tmp_path / "chat.json").write_text(json.dumps({"messages": messages}))
+    with served(tiny_model_folder) as page, visit(browser, page) as tab:
+        tab.set_input_files("input[type=file]", tmp_path / "chat.json")
+        tab.wait_for_selector("#chat-0 [data-testid=bot] strong")
+        shown = tab.inner_text("#chat-0 [data-testid=user]").replace("\ufeff", "")
+        assert shown.strip() == MARKED_UP
+        assert (
+            tab.query_selector("#chat-0 [data-testid=user] :is(strong, em, del, code, h1, li, table, .katex)") is None
+        )
 
 
 # ---------------------------------------------------------------- the notebook

@@ -22,6 +22,8 @@ from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.generation import engine
+from utils.generation.engine import Answer, Delta, Prompter
+from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_raw, load_tokenizer, save_tokenizer
 from utils.web.chat import Reply, Turn
 
@@ -622,6 +624,16 @@ def test_the_forerunners_command_is_understood_without_a_warning(caplog):
         parse_args(InferenceArguments, GenerationArguments, TaskArguments, argv=["--guidance_scale=1.5"])
 
 
+def test_plain_text_cannot_be_led_away_from_a_system_prompt(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("utils.generation.loading.load_for_inference", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match="which plain text has not; pass --with_prompt"):
+        inference_hf.main(
+            InferenceArguments(model_name_or_path=str(tiny_model_folder)),
+            GenerationArguments(guidance_scale=2.0, negative_prompt="x"),
+            TaskArguments(prompt="Hello"),
+        )
+
+
 def test_gpus_are_chosen_by_the_environment(monkeypatch):
     from utils.core.command_line import select_gpus
 
@@ -671,6 +683,26 @@ def test_commands_change_the_conversation(tmp_path, capsys):
     assert terminal.messages == [{"role": "system", "content": ""}]
 
 
+def test_an_answer_is_gone_on_with(tiny_model_folder, capsys):
+    class Stand(Prompter):
+        def submit(self, request):
+            self.request, answer = request, Answer(len(request.prompt))
+            answer.push(Delta(" more", finish_reason="stop"))
+            return answer
+
+    tokenizer = load_tokenizer(tiny_model_folder)
+    engine = Stand(tokenizer, CHAT_TEMPLATES["alpaca-2"], 512)
+    terminal = remembered("one", "1 and")
+    text = tokenizer.apply_chat_template(
+        terminal.messages, chat_template=engine.template, tokenize=False, continue_final_message=True
+    )
+    terminal.go_on(engine, GenerationArguments(), 0)
+    assert engine.request.prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert terminal.messages[-1]["content"] == "1 and more" and "1 and more" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no answer to go on with"):
+        TerminalChat(None).go_on(engine, GenerationArguments(), 0)
+
+
 def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
     """The file as text, and what the web demo's files and training data give."""
     path = tmp_path / "talk.json"
@@ -689,10 +721,10 @@ def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
         terminal.command(f"/load {path}")
         assert [message["content"] for message in terminal.messages] == ["be brief", "q", "a"]
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"talk.json:1: broken JSON"):
+    with pytest.raises(InputError, match=r"talk.json: it is not JSON"):
         terminal.command(f"/load {path}")
     path.write_text('{"messages": [{"role": "root", "content": "q"}]}', encoding="utf-8")
-    with pytest.raises(InputError, match=r"talk.json: messages: turn 1"):
+    with pytest.raises(InputError, match=r"talk.json: .*messages: turn 1"):
         terminal.command(f"/load {path}")
     assert len(terminal.messages) == 3, "what cannot be read changes nothing"
 
@@ -704,7 +736,14 @@ def test_a_saved_conversation_has_the_form_it_always_had(tmp_path):
         ("/edit", "nothing has been asked"),
         ("/save", "needs a file name"),
         ("/save talk.txt", "ends in .json"),
-        ("/load nowhere.json", "no such file"),
+        ("/load nowhere.json", "nowhere.json: No such file"),
+        ("/load ~/nowhere.json", f"{Path.home()}/nowhere.json: No such file"),
+        ("/load .", "Is a directory"),
+        (f"/load {'a' * 300}", "name too long"),
+        ("/load a\0b.json", "null byte"),
+        ("/save /proc/talk.json", "/proc/talk.json: No such file"),
+        ("/save /dev/null/talk.json", "/dev/null/talk.json: (File exists|Not a directory)"),
+        (f"/save {'a' * 300}.json", "name too long"),
         ("/dance", "is no command; /help"),
     ],
 )

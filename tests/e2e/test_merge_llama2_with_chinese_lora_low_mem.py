@@ -37,6 +37,7 @@ from support.merging import (
     make_base,
     run_merge,
 )
+from support.scripts import next_words
 from utils.core.errors import InputError
 from utils.lora import inputs, writer
 from utils.lora.base_record import record_base
@@ -600,7 +601,8 @@ def test_command_line(llama, simple_adapter, tmp_path):
     done = subprocess.run(command(*flags, tmp_path / "out"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "old flags" not in done.stderr
-    assert "next: python scripts/inference_hf.py --base_model" in done.stderr
+    assert next_words(done.stderr)[:2] == ["python", "scripts/inference_hf.py"]
+    assert next_words(done.stderr)[-2:] == ["--base_model", str(tmp_path / "out")]
     assert differences(all_weights(tmp_path / "out"), all_weights(simple_adapter / "oracle")) == []
     done = subprocess.run(command(*flags, tmp_path / "out"), capture_output=True, text=True)
     assert done.returncode == 2

@@ -10,6 +10,7 @@ from merge_tokenizers import HARD_TEXTS, MergeTokenizersArguments, main, split_n
 from transformers import AutoTokenizer
 
 from support.paths import EXAMPLES, SCRIPTS
+from support.scripts import next_words
 from support.tokenizers import PATTERNS, make_byte_level, train_sentencepiece
 from utils.core.errors import InputError
 from utils.text.prompts import CHAT_TEMPLATES
@@ -180,18 +181,19 @@ def test_names_of_report_texts(tmp_path):
 def test_the_forerunners_flag_and_the_launcher(tmp_path, settings):
     """The command of Chinese-LLaMA-Alpaca still runs, and the launcher's flags are the script's."""
     flags = ["--llama_tokenizer_dir", settings["base_tokenizer"], "--max_new_tokens", "20"]
-    flags += ["--chinese_sp_model_file", settings["chinese_sp_model_file"], "--output_dir", str(tmp_path / "out")]
+    flags += ["--chinese_sp_model_file", settings["chinese_sp_model_file"], "--output_dir", str(tmp_path / "o u=t.1")]
     command = [sys.executable, str(SCRIPTS / "merge_tokenizers.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "old flags" not in done.stderr
-    assert "next: MODEL=" in done.stderr
+    expected = [f"MODEL={settings['base_tokenizer']}", f"TOKENIZER={tmp_path / 'o u=t.1'}", "DATA=zh.txt"]
+    assert next_words(done.stderr) == [*expected, "bash", "scripts/run_pt.sh"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "DRY_RUN": "1", "OUT": str(tmp_path / "o u t")}
     environment |= {"BASE": settings["base_tokenizer"], "SP": settings["chinese_sp_model_file"]}
     launcher = ["bash", str(SCRIPTS / "run_merge_tokenizers.sh"), "--max_new_tokens", "20"]
     printed = subprocess.run(launcher, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
     assert "--base_tokenizer" in printed.stdout and "o\\ u\\ t" in printed.stdout
-    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "o u=t.1")
     missing = subprocess.run(launcher, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, timeout=60)
     assert missing.returncode != 0
     assert "set BASE" in missing.stderr

@@ -22,10 +22,12 @@ import torch
 
 from support.paths import SCRIPTS
 from support.server import GREEDY, serving
+from support.tokenizers import TOOL_TEMPLATE
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.errors import InputError
 from utils.generation.engine import Request
 from utils.generation.loading import EnginePlan
+from utils.generation.transformers_engine import TransformersEngine
 from utils.serving.app import create_app
 from utils.serving.arguments import ServingArguments
 
@@ -248,7 +250,7 @@ def test_tool_calls(client):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     tools.append({"type": "function", "function": {"name": "time", "description": "now"}})
     named = {"type": "function", "function": {"name": "weather"}}
-    ask = {"model": "tiny", "messages": HELLO, "tools": tools, "tool_choice": named}
+    ask = {"model": "tiny", "messages": HELLO, "tools": tools, "tool_choice": named, "parallel_tool_calls": False}
     choice = client.chat.completions.create(**ask).choices[0]
     call = choice.message.tool_calls[0]
     assert choice.finish_reason == "tool_calls" and call.function.name == "weather"
@@ -262,6 +264,26 @@ def test_tool_calls(client):
         assert stream.get_final_completion().choices[0].message.tool_calls[0].function.name == "weather"
     free = client.chat.completions.create(**ask | {"tool_choice": "auto"}, max_tokens=20).choices[0].message
     assert free.tool_calls or not free.content.startswith("{")
+
+
+def test_calls_in_the_form_of_the_models_template(engine):
+    knowing = TransformersEngine(engine.model, engine.tokenizer, TOOL_TEMPLATE)
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Rome", "Bern"]}}, "required": ["city"]}
+    parameters["additionalProperties"] = False
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    ask = {"model": "tiny", "messages": HELLO, "tools": tools, "parallel_tool_calls": False, "seed": 3}
+    with serving(knowing, stream_interval=0) as live, live.client() as client:
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            whole = client.chat.completions.create(**ask, tool_choice=choice).choices[0]
+            with client.chat.completions.stream(**ask, tool_choice=choice) as stream:
+                pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+                streamed = stream.get_final_completion().choices[0]
+            for answer in (whole, streamed):
+                [call] = answer.message.tool_calls
+                assert answer.finish_reason == "tool_calls" and call.function.name == "weather"
+                assert json.loads(call.function.arguments)["city"] in ("Rome", "Bern")
+            assert len(pieces) > 2
+    knowing.close()
 
 
 def test_embeddings(client, engine):
@@ -614,3 +636,7 @@ def test_mistakes_are_named_before_weights_are_read(tmp_path, tiny_model_folder,
     ):
         with pytest.raises(InputError, match=message):
             openai_api_server.main(model_args, GenerationArguments(**settings), ServingArguments(**serving_args))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: Address already in use; pass another --port"):
+            openai_api_server.main(model, GenerationArguments(), ServingArguments(port=port))

@@ -10,6 +10,7 @@ import report
 
 from support import fake_recipe
 from support.paths import EXAMPLES, SCRIPTS
+from support.scripts import next_words
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_main_writes_three_files(folder, caplog):
     assert written == {"report.html", "report.md", "summary.json"}
     assert summary["exact_match"] == {"base": 0.0, "sft": 1.0, "ppo": 1.0, "dpo": 0.0}
     assert {"unseen_wording", "unseen_operands", "pretraining_only"} == set(summary["exact_match_by_kind"])
-    assert "next: open report.html" in caplog.text
+    assert next_words(caplog.text)[-4] == f"MODEL={folder / 'assistant'}", "whose path has a space"
     assert "alignment: tuned 50.0 % -> PPO 75.0 %, DPO 66.7 %; reward model right on 92.5 %" in caplog.text
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "wording never seen" in page and page.count("<tr>") > 280  # all questions, folded

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from support import fake_results
-from utils.evaluation.alignment import Judgement, Question, summarise
+from utils.evaluation.alignment import Judgement, Question, aligned_shares
 from utils.report.recipe import TARGET_KIND
 
 # stages.jsonl holds `sft` twice: the last run counts.
@@ -211,7 +211,7 @@ def write_alignment(folder: Path) -> None:
              "answer": f"{name} 答第 {number} 题", "aligned": right, "stance": stance}
             for number, (q, right, stance) in enumerate(zip(questions, judged, stances, strict=True), 1)
         ]  # fmt: skip
-        figures = {"kind": "alignment", "settings": {}, "judge": "rules", **summarise(questions, judgements)}
+        figures = {"kind": "alignment", "settings": {}, "judge": "rules", **aligned_shares(questions, judgements)}
         write(folder / "alignment" / name / "alignment.json", figures | {"answers": rows})
         (folder / "alignment" / name / "alignment.png").write_bytes(PNG)
 

@@ -52,3 +52,18 @@ def with_template(model: Path, folder: Path, template: str = "alpaca-2") -> Path
     tokenizer.chat_template = CHAT_TEMPLATES[template]
     save_tokenizer(tokenizer, folder)
     return folder
+
+
+def save_scripted_llama(folder: Path, tokenizer, script: dict[int, int], **config) -> Path:
+    """A Llama whose likeliest next token depends on the last one alone, as `script` says; with its tokenizer."""
+    size = -(-len(tokenizer) // 32) * 32
+    model = tiny_llama(size, hidden_size=size, intermediate_size=32, num_hidden_layers=1, **config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        model.get_input_embeddings().weight.copy_(torch.eye(size))
+        for last, following in script.items():
+            model.lm_head.weight[following, last] = 1.0
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def script_flags(name: str) -> set[str]:
 
     parser = build_parser(script_types(name))
     return {option for action in parser._actions for option in action.option_strings}
+
+
+def next_words(log: str) -> list[str]:
+    """The words a shell makes of the command that a script's last lines name."""
+    return shlex.split(log.rpartition("next: ")[2].partition("\n")[0])
 
 
 def old_names() -> set[str]:

@@ -53,6 +53,14 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# It knows tools, and calls them as Qwen's does; no tokens of its own.
+TOOL_TEMPLATE = """{% if tools %}{% for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}{% endif %}
+{%- for m in messages %}{{ m.role + ':' }}{% if m.content %} {{ m.content }}{% endif %}
+{%- for call in m.tool_calls or [] %}
+{{ '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) }}
+{{- '}\\n</tool_call>' }}{% endfor %}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = arg(help="Tokenizer folder; default: the adapter's or the model's own.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = arg(
         "auto",
-        help="Type of the frozen base weights; auto: as stored (training), the run's precision with k-bit bases.",
+        help="Type of the frozen base weights; auto: as stored; the run's precision with k-bit bases; float32 where "
+        "training computes in it.",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = arg(
         "auto", help="Attention kernel; auto: flash_attention_2 where it is installed and CUDA is there, else sdpa."
@@ -175,7 +176,10 @@ class InferenceArguments(RopeArguments, ModelArguments):
         "transformers", help="What computes: transformers; llama.cpp, for GGUF files; vllm, here or at --vllm_url."
     )
     torch_compile: bool = arg(False, help="Let torch.compile fuse what stands around attention; a slow start.")
-    vllm_url: str | None = arg(help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000.")
+    vllm_url: str | None = arg(
+        help="With --engine vllm: a running vLLM server, such as http://127.0.0.1:8000; "
+        "its key is in the environment variable VLLM_API_KEY."
+    )
 
     def __post_init__(self) -> None:
         ModelArguments.__post_init__(self)
@@ -192,20 +196,45 @@ class InferenceArguments(RopeArguments, ModelArguments):
             raise InputError("--load_in_4bit, --load_in_8bit and --load_in_kbits contradict each other; pass one")
 
 
+# Chinese-LLaMA-Alpaca-2's own, for models whose files name no settings.
+SAMPLING_DEFAULTS: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.2,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "repetition_penalty": 1.1,
+}
+
+
+def _sampling_arg(name: str, help: str) -> Any:
+    return arg(None, help=f"{help} Default: the model's generation_config.json, else {SAMPLING_DEFAULTS[name]}.")
+
+
 @dataclass
 class GenerationArguments:
-    """How answers are drawn; lengths are in tokens."""
+    """How answers are drawn; lengths are in tokens.
+
+    Attributes:
+        given: the settings of SAMPLING_DEFAULTS that nobody asked for (None), which a model's own may replace.
+    """
 
     max_new_tokens: int = arg(400, help="Longest answer.")
     min_new_tokens: int = arg(0, help="An answer does not end before this many tokens.")
-    do_sample: bool = arg(True, help="Draw each token at random; off: always the likeliest.")
-    temperature: float = arg(0.2, help="Below 1 prefers likely tokens more; 0 always takes the likeliest.")
-    top_k: int = arg(40, help="Draw from this many likeliest tokens only; 0: from all.")
-    top_p: float = arg(
-        0.9, help="Draw from the likeliest tokens that reach this probability together, 0-1; 1: from all."
+    do_sample: bool = _sampling_arg("do_sample", "Draw each token at random; off: always the likeliest.")
+    temperature: float = _sampling_arg(
+        "temperature", "Below 1 prefers likely tokens more; 0 always takes the likeliest."
     )
-    min_p: float = arg(0.0, help="Draw only from tokens at least this share as likely as the likeliest, 0-1; 0: all.")
-    repetition_penalty: float = arg(1.1, help="Above 1 makes tokens that the prompt or the answer has less likely.")
+    top_k: int = _sampling_arg("top_k", "Draw from this many likeliest tokens only; 0: from all.")
+    top_p: float = _sampling_arg(
+        "top_p", "Draw from the likeliest tokens that reach this probability together, 0-1; 1: from all."
+    )
+    min_p: float = _sampling_arg(
+        "min_p", "Draw only from tokens at least this share as likely as the likeliest, 0-1; 0: all."
+    )
+    repetition_penalty: float = _sampling_arg(
+        "repetition_penalty", "Above 1 makes tokens that the prompt or the answer has less likely."
+    )
     presence_penalty: float = arg(0.0, help="Taken from the logits of tokens that the answer has, -2 to 2.")
     frequency_penalty: float = arg(
         0.0, help="Taken from the logits of tokens once for each time the answer has them, -2 to 2."
@@ -217,6 +246,9 @@ class GenerationArguments:
     seed: int = arg(42, help="Equal seeds give equal answers, whatever the batch size.")
 
     def __post_init__(self) -> None:
+        self.given = dict.fromkeys(name for name in SAMPLING_DEFAULTS if getattr(self, name) is None)
+        for name in self.given:
+            setattr(self, name, SAMPLING_DEFAULTS[name])
         checks = {
             f"--max_new_tokens {self.max_new_tokens}: need at least 1": self.max_new_tokens >= 1,
             f"--min_new_tokens {self.min_new_tokens}: need 0 to --max_new_tokens": (
@@ -238,10 +270,19 @@ class GenerationArguments:
         }
         raise_problems([problem for problem, holds in checks.items() if not holds])
 
+    def with_model_defaults(self, own: Mapping[str, Any]) -> GenerationArguments:
+        """These settings, those that nobody asked for replaced by a model's own."""
+        return dataclasses.replace(self, **{name: value for name, value in own.items() if name in self.given})
+
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return self.do_sample and self.temperature > 0 and self.num_beams == 1
+
+    @property
+    def prompts_per_answer(self) -> int:
+        """Guided answers take two places of an engine's batch."""
+        return 2 if self.guidance_scale > 1 else 1
 
 
 @dataclass

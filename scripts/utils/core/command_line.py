@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, raise_problems
-from .files import atomic_file
+from .files import atomic_file, read_text
 from .old_flags import DROPPED, NTK_FLAGS, RENAMED, REPLACED_SWITCHES, translate_old_flags
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def parse_args(
     Raises: InputError for an unknown key or flag, with the nearest known name; argparse exits with 2 on a bad value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    _refuse_other_encodings(argv)
     kinds = [resolve_type(kind) for kind in types]
     parser = build_parser(kinds, description)
     known = {action.dest for action in parser._actions}
@@ -94,6 +96,21 @@ def parse_args(
     return tuple(instances)
 
 
+def _refuse_other_encodings(argv: Sequence[str]) -> None:
+    """Raises: InputError for words whose bytes are no UTF-8: no tokenizer or file of settings takes such text."""
+    flag = "command line"
+    for word in argv:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = word.encode(errors="backslashreplace").decode()
+            raise InputError(
+                f"{flag}: not UTF-8: {shown}; set the terminal to UTF-8 (its locale, such as C.UTF-8), or put the "
+                "text into a file"
+            ) from None
+
+
 def resolve_type(kind: type | str) -> type:
     """The dataclass itself, or the one that "module:name" names."""
     if not isinstance(kind, str):
@@ -117,7 +134,7 @@ def _file_to_flags(path: str, known: set[str], documented: Sequence[str]) -> lis
     if not Path(path).is_file():
         raise InputError(f"config file not found: {path}")
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         raise InputError(f"{path}{'' if line is None else f':{line + 1}'}: broken YAML: {error}") from None
@@ -175,17 +192,25 @@ def save_run_config(folder: str | Path, settings: dict[str, Any], notes: dict[st
 
 def describe_environment(*others: str) -> dict[str, str]:
     """Versions of Python and of the packages that decide results: RECORDED_PACKAGES and `others`."""
-    return {"python": sys.version.split()[0], **{name: _version(name) for name in (*RECORDED_PACKAGES, *others)}}
+    names = (*RECORDED_PACKAGES, *others)
+    return {"python": sys.version.split()[0], **{name: installed_version(name) or "not installed" for name in names}}
 
 
-def _version(name: str) -> str:
+def installed_version(package: str) -> str | None:
+    """None: not installed."""
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 # ---------------------------------------------------------------- running a script
+
+
+def shell_command(*words: str | Path, **variables: str | Path) -> str:
+    """A command to paste into a shell: NAME=value ... word ..., quoted where the shell would read them otherwise."""
+    settings = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
+    return " ".join([*settings, shlex.join(map(str, words))])
 
 
 def select_gpus(args: InferenceArguments) -> None:

@@ -190,9 +190,15 @@ def read_json(path: str | Path) -> Any:
     if not path.is_file():
         raise InputError(f"file not found: {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text, without a byte order mark. Raises: InputError if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
 

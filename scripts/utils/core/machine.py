@@ -1,14 +1,17 @@
-"""The machine: cores and memory this process may use, what it used, and whether Ctrl-C reaches it."""
+"""The machine: cores, memory and ports this process may use, what it used, and whether Ctrl-C reaches it."""
 
 from __future__ import annotations
 
 import os
 import re
 import resource
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from .errors import InputError
 
 
 def available_cores() -> int:
@@ -30,6 +33,17 @@ def peak_resident_bytes() -> int:
     if status.is_file() and (line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(line[1]) * 1024  # ru_maxrss would count what the parent held when it started this process
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises: InputError if it cannot be listened on, before minutes are spent on loading a model."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--host {host} --port {port}: {error.strerror}; pass another --port") from None
 
 
 Result = TypeVar("Result")

@@ -14,6 +14,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -21,6 +22,23 @@ from typing import Any, TypeVar
 State = TypeVar("State")
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
+_Worker = tuple[BaseProcess, Connection]
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended before it answered.
+
+    Attributes:
+        signal: the name of what killed it, such as SIGILL; None if it ended in another way.
+    """
+
+    def __init__(self, signal_name: str | None) -> None:
+        super().__init__(
+            "a worker process ended unexpectedly"
+            + (f", killed by {signal_name}" if signal_name else "")
+            + (", for instance for want of memory" if signal_name in (None, "SIGKILL") else "")
+        )
+        self.signal = signal_name
 
 
 def ordered_map(
@@ -33,7 +51,7 @@ def ordered_map(
 
     Args:
         function: a module's own function (it is sent by name); `state` is sent to each worker once.
-    Raises: a ValueError (InputError) or OSError of a worker as it is; RuntimeError when a worker ended otherwise.
+    Raises: a ValueError (InputError) or OSError of a worker as it is; WorkerDied when a worker ended otherwise.
     """
     if num_workers <= 1:
         for unit in units:
@@ -53,36 +71,47 @@ def ordered_map(
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _call(idle: queue.SimpleQueue[Connection], unit: Any) -> Any:
-    connection = idle.get()
+@contextlib.contextmanager
+def one_worker(function: Callable[[State, Unit], Result], state: State) -> Iterator[Callable[[Unit], Result]]:
+    """A process of its own that answers function(state, unit): for libraries that end the process where they fail.
+
+    Args: as of `ordered_map`, and what the call raises as well.
+    """
+    with _started_workers(function, state, 1) as idle:
+        yield partial(_call, idle)
+
+
+def _call(idle: queue.SimpleQueue[_Worker], unit: Any) -> Any:
+    process, connection = idle.get()
     try:
-        with _named_failure():
+        with _named_failure(process):
             connection.send(unit)
             succeeded, result = connection.recv()
     finally:
-        idle.put(connection)
+        idle.put((process, connection))
     if not succeeded:
         raise result
     return result
 
 
 @contextlib.contextmanager
-def _named_failure() -> Iterator[None]:
+def _named_failure(process: BaseProcess) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError):
-        raise RuntimeError("a worker process ended unexpectedly, for instance for want of memory") from None
+        process.join(5)  # its end of the pipe closes a moment before its status is known
+        status = process.exitcode or 0
+        raise WorkerDied(signal.Signals(-status).name if status < 0 else None) from None
 
 
 @contextlib.contextmanager
 def _started_workers(
     function: Callable[..., Any], state: Any, num_workers: int
-) -> Iterator[queue.SimpleQueue[Connection]]:
-    """Start the workers and give the queue of connections to those that have nothing to do."""
+) -> Iterator[queue.SimpleQueue[_Worker]]:
+    """Start the workers and give the queue of those that have nothing to do."""
     context = multiprocessing.get_context("spawn")
-    idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-    processes: list[BaseProcess] = []
-    connections: list[Connection] = []
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    workers: list[_Worker] = []
     # Ctrl-C reaches every process of a terminal; only this one shall answer it. Workers inherit the blocked signal.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -91,20 +120,19 @@ def _started_workers(
             process: BaseProcess = context.Process(target=_serve, args=(theirs, function), daemon=True)
             process.start()
             theirs.close()
-            processes.append(process)
-            connections.append(ours)
+            workers.append((process, ours))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
-        for connection in connections:
-            with _named_failure():
+        for process, connection in workers:
+            with _named_failure(process):
                 connection.send(state)
-            idle.put(connection)
+            idle.put((process, connection))
         yield idle
     finally:
-        for process in processes:
+        for process, _ in workers:
             process.terminate()
-        for process, connection in zip(processes, connections, strict=True):
+        for process, connection in workers:
             process.join()
             connection.close()
 

@@ -46,7 +46,7 @@ class CorpusCache(TokenCache):
     """
 
     KIND = "tokens"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -57,7 +57,7 @@ class CorpusCache(TokenCache):
 
 
 def parse_corpora(specs: Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> dict[str, list[Path]]:
-    """Turn "name=path" and "path" (its stem is the name) into names and data files.
+    """Turn "name=path" and "path" (the folder's name, or the file's without suffix) into names and data files.
 
     Args: suffixes: the kinds of files taken; records.RECORD_SUFFIXES for conversations.
     Raises: InputError for data that is missing or empty, and for a name given twice; equal stems get a number.
@@ -69,7 +69,8 @@ def parse_corpora(specs: Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXE
         named = bool(equals) and not Path(spec).exists()  # a path may have "=" in its own name
         if not named:
             path = spec
-            stem = Path(spec).resolve().stem  # resolved, so that "." has a name too
+            place = Path(spec).resolve()  # so that "." has a name too
+            stem = place.name if place.is_dir() else place.stem  # a folder's name may have a dot, and no suffix
             numbers = range(2, len(specs) + 2)
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in numbers)) if n not in corpora)
         elif not name or name in corpora:

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..text.conversations import Preference, read_preference, split_prompt
-from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt
+from ..text.prompts import IGNORE_INDEX, Message, encode_conversation, encode_prompt, warn_without_end
 from .cache import (
     Arrays,
     CacheSettings,
@@ -64,7 +64,7 @@ class PromptCache(TokenCache):
     """
 
     KIND = "prompts"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -126,7 +126,7 @@ class PairCache(PromptCache):
     """
 
     KIND = "pairs"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -181,18 +181,23 @@ def _spread(lengths: np.ndarray) -> dict[str, float]:
 
 
 def encode_answers(
-    messages: Sequence[Message], answers: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message],
+    answers: Sequence[str],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prompt, as encode_prompt's, and of each answer up to and with its end token.
 
     Prompt and answer together are encode_conversation's, less what a template writes after the end token.
     Raises: InputError if the template writes the prompt of a whole conversation in another way.
     """
-    prompt = encode_prompt(messages, template, tokenizer)
+    prompt = encode_prompt(messages, template, tokenizer, tools)
+    earlier: list[Message] = [{**message, "weight": 0} for message in messages]  # they are the prompt's
     encoded = []
     for answer in answers:
-        conversation = [*messages, {"role": "assistant", "content": answer}]
-        ids, labels = encode_conversation(conversation, template, tokenizer)
+        conversation = [*earlier, {"role": "assistant", "content": answer}]
+        ids, labels = encode_conversation(conversation, template, tokenizer, tools)
         # Some templates go on after the end token, with a line break for instance, which no answer needs.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORE_INDEX), default=0)
         if ids[: len(prompt)] != prompt or end <= len(prompt):
@@ -351,6 +356,7 @@ def load_preferences(
     """
     if max_seq_length <= MIN_ANSWER:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least {MIN_ANSWER + 1} tokens")
+    warn_without_end(template, tokenizer)
     encoder = _PairEncoder(tokenizer, template, max_seq_length, max_samples)
     pairs = build_cache(PairCache, encoder, files, tokenizer, settings)
     _log_counters(pairs, files, settings)
@@ -369,6 +375,7 @@ def load_prompts(
     """Tokenise prompts into a PromptCache, as load_preferences does pairs; a prompt that is too long is dropped."""
     if max_prompt_length < 1:
         raise InputError(f"--max_prompt_length {max_prompt_length}: need at least 1 token")
+    warn_without_end(template, tokenizer)
     encoder = _PromptEncoder(tokenizer, template, max_prompt_length, max_samples)
     prompts = build_cache(PromptCache, encoder, files, tokenizer, settings)
     _log_counters(prompts, files, settings)

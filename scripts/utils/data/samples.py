@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +29,7 @@ class SampleCache(TokenCache):
     """
 
     KIND = "samples"
-    RULES = 1
+    RULES = 2
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -62,6 +62,9 @@ def load_sft_samples(
     """
     if max_seq_length < 2:
         raise InputError(f"--max_seq_length {max_seq_length}: need at least 2 tokens")
+    from ..text.prompts import warn_without_end
+
+    warn_without_end(template, tokenizer)
     encoder = _ConversationEncoder(tokenizer, template, max_seq_length, max_samples)
     return build_cache(SampleCache, encoder, files, tokenizer, settings)
 
@@ -73,19 +76,20 @@ class _ConversationEncoder(RecordEncoder):
 
     def encode(self, unit: list[Record]) -> Part:
         from ..text.conversations import read_conversation
-        from ..text.prompts import IGNORE_INDEX, encode_conversation
+        from ..text.prompts import IGNORE_INDEX, encode_conversation, stop_token_ids
 
         tokens: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []
         truncated = dropped = 0
+        stops = stop_token_ids(self.template, self.tokenizer)
         for record in unit:
             messages = read_conversation(record.fields, record.location)
             ids, labels = encode_conversation(messages, self.template, self.tokenizer)
             flags = [label != IGNORE_INDEX for label in labels]
             if len(ids) > self.max_length:
                 truncated += 1
-                ids, flags = truncate_sample(ids, flags, self.max_length)
+                ids, flags = truncate_sample(ids, flags, self.max_length, stops)
             flags[0] = False  # nothing predicts the first token
             if not any(flags):
                 dropped += 1
@@ -128,17 +132,20 @@ class _ConversationEncoder(RecordEncoder):
             logger.warning("%d of %d samples dropped: no answer token is left in them", dropped, num_records)
 
 
-def truncate_sample(ids: list[int], trained: list[bool], length: int) -> tuple[list[int], list[bool]]:
+def truncate_sample(
+    ids: list[int], trained: list[bool], length: int, ends: Collection[int]
+) -> tuple[list[int], list[bool]]:
     """The first `length` tokens of a longer sample, the last one replaced by the end token of an answer that is cut.
 
-    An answer of which nothing but that end would be left is no longer marked as trained.
+    An answer of which nothing but that end would be left is no longer marked as trained. One that ends in text, with
+    none of the tokens `ends`, is cut only.
     """
     kept, flags = ids[:length], trained[:length]
     # The cut falls within an answer only if the tokens on both sides of it are trained.
     if trained[length - 1] and trained[length]:
         answer_end = next((i for i in range(length, len(trained)) if not trained[i]), len(trained))
-        if any(flags[:-1]):
-            kept[-1] = ids[answer_end - 1]
-        else:
+        if not any(flags[:-1]):
             flags[-1] = False
+        elif ids[answer_end - 1] in ends:
+            kept[-1] = ids[answer_end - 1]
     return kept, flags

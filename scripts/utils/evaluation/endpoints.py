@@ -12,6 +12,7 @@ from typing import Any
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..text.prompts import Message
+from .arguments import changed_flags
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ RETRIES = 5  # further tries, at growing intervals, when the server is busy, fai
 TIMEOUT = 600  # seconds for an answer
 # Settings that the protocol has; a server's own defaults decide the others.
 SHARED_SETTINGS = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+SENT = (*SHARED_SETTINGS, "max_new_tokens", "do_sample", "seed", "stop")
 
 
 def answer_options(settings: GenerationArguments, seed: int) -> dict[str, Any]:
@@ -29,6 +31,28 @@ def answer_options(settings: GenerationArguments, seed: int) -> dict[str, Any]:
     if not settings.samples:
         options["temperature"] = 0
     return options | ({"stop": settings.stop} if settings.stop else {})
+
+
+def unsent_flags(settings: GenerationArguments) -> list[str]:
+    """The flags that were given and no server is told, since the protocol has no word for them."""
+    return changed_flags(settings, but=SENT)
+
+
+def key_variable(name: str) -> str:
+    """The variable of the environment that holds an endpoint's key."""
+    return f"{re.sub(r'[^A-Z0-9]', '_', name.upper())}_API_KEY"
+
+
+def check_key_variables(names: Sequence[str]) -> None:
+    """Raises: InputError if two endpoints would read one variable, and one would be sent the other's key."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (variable := key_variable(name)) in seen:
+            raise InputError(
+                f"the servers {seen[variable]} and {name} would both take their key from {variable}; call one of them "
+                "otherwise, with other letters from A to Z or digits"
+            )
+        seen[variable] = name
 
 
 class EndpointError(Exception):
@@ -57,7 +81,7 @@ class Endpoint:
         self.url, _, self._model = address.partition("#")
         if not re.match(r"https?://[^/\s]", self.url):
             raise InputError(f"{name}: '{address}' is no address; need URL or URL#MODEL, http://127.0.0.1:8000/v1 say")
-        self.key_variable = f"{re.sub(r'[^A-Z0-9]', '_', name.upper())}_API_KEY"
+        self.key_variable = key_variable(name)
         key = os.environ.get(self.key_variable) or "none"
         self._refused: set[str] = set()
         self._client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)

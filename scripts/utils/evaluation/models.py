@@ -21,6 +21,7 @@ from ..core.files import hash_file, hash_json
 from ..generation.llamacpp_engine import GgufFile, find_gguf_file
 from ..generation.loading import check_inference_request, find_inference_files, load_for_inference
 from ..gguf.llamacpp import open_model
+from ..gguf.metadata import gguf_parts
 from ..lora.base_record import weights_fingerprint
 from ..lora.config import load_adapter_config
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, rope_overrides, scale_rope
@@ -47,6 +48,11 @@ def is_gguf(place: str | None) -> bool:
     return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))
 
 
+def for_evaluation(args: InferenceArguments) -> InferenceArguments:
+    """The arguments, with llama.cpp as the engine of a GGUF file."""
+    return replace(args, engine="llama.cpp") if is_gguf(args.model_name_or_path) else args
+
+
 def split_name(item: str) -> tuple[str, str]:
     """NAME=PLACE, or a place alone, whose short name it is then. An existing file with = in its name is a place."""
     name, equals, place = item.partition("=")
@@ -66,7 +72,8 @@ def weights_of(args: InferenceArguments) -> dict[str, str]:
     found: dict[str, str] = {}
     for place in filter(None, (args.model_name_or_path, args.adapter_name_or_path)):
         if args.engine == "llama.cpp":
-            found[place] = hash_file(find_gguf_file(place))
+            parts = [hash_file(part) for part in gguf_parts(find_gguf_file(place))]
+            found[place] = parts[0] if len(parts) == 1 else hash_json(parts)
         else:
             with open_checkpoint(place) as checkpoint:
                 found[place] = weights_fingerprint(checkpoint)
@@ -150,8 +157,7 @@ def find_models(first: InferenceArguments, others: Sequence[str]) -> dict[str, I
     """
     if first.engine == "vllm":
         raise InputError("--engine vllm: it tells no losses of texts here; use transformers, or llama.cpp for GGUF")
-    if is_gguf(first.model_name_or_path):
-        first = replace(first, engine="llama.cpp")
+    first = for_evaluation(first)
     found = {}
     if first.engine == "llama.cpp":
         found[short_name(str(first.model_name_or_path))] = first

@@ -52,6 +52,7 @@ class ChoiceFigures:
     subjects: int | None = None
     errors: int = 0
     unparsed: int = 0
+    ties: int = 0  # two choices were exactly as likely: the first was taken
     correct: int | None = None
     accuracy: float | None = None
     interval: Interval | None = None

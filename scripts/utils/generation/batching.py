@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -233,12 +233,12 @@ class BatchScheduler:
         ready: dict[int, Tensor] = {}
         group: list[list[int]] = []  # what is computed of the slots first, first + 1, ... in one pass
         first = slot = self._decoding
-        while slot < len(self._rows) and budget > 0:
+        while slot < len(self._rows) and (budget > 0 or self._rows[slot].guides):
             row = self._rows[slot]
             rest = row.tokens[len(self._cache.tokens[slot]) :]
             guided = slot + 1 < len(self._rows) and self._rows[slot + 1].guides
             # Only the last of a step is cut, so those that finish are always the first of this part. Guided pairs are
-            # not: both logits are needed in the same step.
+            # neither cut nor parted: both logits are needed in the same step.
             if not (guided or row.guides):
                 rest = rest[:budget]
             joined = [*group, rest]
@@ -329,8 +329,14 @@ def _masks_of_any_form(model: Any) -> Iterator[None]:
 class Generator(Prompter):
     """A model that answers within the caller's thread, call by call: PPO's, whose weights change between calls."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        super().__init__(tokenizer, template, getattr(model.config, "max_position_embeddings", None))
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        end_ids: Iterable[int] = (),
+    ) -> None:
+        super().__init__(tokenizer, template, getattr(model.config, "max_position_embeddings", None), end_ids)
         self.model = model
 
     def generate(
@@ -361,7 +367,7 @@ def search_beams(model: Any, prompter: Prompter, request: Request) -> Completion
     """Beam search, which transformers does. Raises: InputError if the prompt leaves no room in the context."""
     from transformers import GenerationConfig
 
-    settings, stop_ids = request.settings, prompter.stop_ids
+    settings, stop_ids = request.settings, prompter.find_stop_ids(request.settings.stop)
     config = GenerationConfig(
         max_new_tokens=prompter.check(request),
         min_new_tokens=settings.min_new_tokens or None,

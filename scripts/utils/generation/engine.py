@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import abc
 import codecs
+import logging
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
@@ -21,6 +23,8 @@ from .sampling import Constraint, Sampler, TokenLogprob
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "cancelled"]
 BASE = "default"  # the name of the model itself, beside those of its adapters
@@ -39,9 +43,21 @@ class TextDecoder:
         stopped: whether a stop text came; what follows it gives no text.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], strip: bool, stops: Sequence[str] = ()) -> None:
-        """`token_bytes`: the bytes of each id, see token_surfaces; `strip`: leave out white space at both ends."""
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        strip: bool,
+        stops: Sequence[str] = (),
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            token_bytes: the bytes of each id, see token_surfaces.
+            strip: leave out white space at both ends.
+            shown: special tokens that stand in the text, with their names.
+        """
         self._token_bytes, self._strip, self._stops = token_bytes, strip, stops
+        self._shown = {index: name.encode() for index, name in (shown or {}).items()}
         # Bytes that are no UTF-8 become U+FFFD; the beginning of a character waits for the rest.
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""  # the beginning of a stop text, perhaps
@@ -51,7 +67,8 @@ class TextDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete with these ids; ids beyond the vocabulary (padded rows) stand for nothing."""
-        known = (self._token_bytes[index] for index in ids if index < len(self._token_bytes))
+        surfaces = self._token_bytes
+        known = (self._shown.get(index) or surfaces[index] for index in ids if index < len(surfaces))
         return self._without_ends(self._before_stop(self._decode(b"".join(known)), last=False))
 
     def finish(self) -> str:
@@ -106,6 +123,7 @@ class Request:
         top_logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n likeliest.
         negative_prompt: token ids, with settings.guidance_scale above 1.
         model: an adapter by name (see Engine.models); None: the first.
+        shown_tokens: special tokens that stand in the answer's text, by their names; others do not.
     """
 
     prompt: Sequence[int]
@@ -117,6 +135,7 @@ class Request:
     negative_prompt: Sequence[int] | None = None
     constraint: Constraint | None = None
     model: str | None = None
+    shown_tokens: Mapping[int, str] = field(default_factory=dict)
 
     def sampler(self, stop_ids: Sequence[int]) -> Sampler:
         """What decides its tokens."""
@@ -157,6 +176,8 @@ class Completion:
 class Answer:
     """An answer being written. Iterate over it for what comes, or give `on_delta`; `cancel()` ends it early.
 
+    Each delta is given once: a second iteration goes on where the first was left.
+
     Attributes:
         completion: all of it, once it is finished.
         num_cached_tokens: see Completion.
@@ -169,6 +190,9 @@ class Answer:
         self.cancelled = False  # looked at by the engine between two steps; setting a bool needs no lock
         self._items: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._on_delta = on_delta or self._items.put
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+        self._all_read = False
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -192,24 +216,33 @@ class Answer:
                 self.num_cached_tokens,
             )
         self._on_delta(delta)
+        if delta.finish_reason or delta.error:
+            self._error = delta.error
+            self._ended.set()
 
     def wait(self) -> Completion:
-        """The whole answer. Raises: what went wrong in the engine."""
-        for _ in self:
-            pass
+        """The whole answer, whoever reads its deltas; as often as it is asked for. An interrupted wait cancels it.
+
+        Raises: what went wrong in the engine.
+        """
+        try:
+            self._ended.wait()
+        finally:
+            self.cancel()
+        if self._error is not None:
+            raise self._error
         assert self.completion is not None
         return self.completion
 
     def __iter__(self) -> Iterator[Delta]:
         """The deltas as they come. Raises: what went wrong in the engine. Leaving early cancels."""
         try:
-            while True:
+            while not self._all_read:
                 delta = self._items.get()
+                self._all_read = bool(delta.finish_reason or delta.error)
                 if delta.error is not None:
                     raise delta.error
                 yield delta
-                if delta.finish_reason:
-                    return
         finally:
             self.cancel()
 
@@ -230,32 +263,78 @@ def check_room(num_prompt_tokens: int, settings: GenerationArguments, context: i
     return room
 
 
+def goes_on(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the beginning of the answer, as in transformers' continue_final_message."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
 class Prompter:
     """Text and tokens of a model: how prompts are written, and what ends an answer. It needs no weights.
 
     Attributes:
         context: tokens that prompt and answer may have together; None: any number.
-        stop_ids: the tokens that end an answer.
+        stop_ids: the tokens that end an answer, whatever is asked.
         token_bytes: the bytes that each token id stands for; of special tokens none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, context: int | None) -> None:
-        """`template`: the jinja chat template whose end-of-turn token ends answers too; None for plain text."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        context: int | None,
+        end_ids: Iterable[int] = (),
+    ) -> None:
+        """
+        Args:
+            template: the jinja chat template whose end-of-turn token ends answers too; None for plain text.
+            end_ids: what ends answers besides, see weights.generation_config.named_end_ids.
+        """
         self.tokenizer, self.template, self.context = tokenizer, template, context
-        end = tokenizer.eos_token_id
-        self.stop_ids = stop_token_ids(template, tokenizer) if template else [] if end is None else [int(end)]
         self.token_bytes = token_surfaces(tokenizer)
+        ids = stop_token_ids(template, tokenizer, end_ids)
+        self.stop_ids = [index for index in ids if index < len(self.token_bytes)]
+        if unknown := sorted(set(ids) - set(self.stop_ids)):
+            logger.warning(
+                "the model's files name %s as ends of an answer, its tokenizer has %d tokens: they are ignored",
+                *(", ".join(map(str, unknown)), len(self.token_bytes)),
+            )
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers."""
+    def hidden_tokens(self, text: str) -> dict[int, str]:
+        """The special tokens, which have no text in answers, that stand in a text."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {index: token.content for index, token in added if token.special and token.content in text}
+
+    def find_stop_ids(self, stops: Iterable[str]) -> list[int]:
+        """The tokens that end an answer with these stop texts: special tokens, which have no text, among them."""
+        found = {text: self.tokenizer.convert_tokens_to_ids(text) for text in stops}
+        specials = [
+            index
+            for text, index in found.items()
+            if index is not None
+            and not self.token_bytes[index]
+            and self.tokenizer.convert_ids_to_tokens(index) == text  # not the unknown token
+        ]
+        return [*self.stop_ids, *specials]
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers, or goes on; see goes_on and encode_prompt."""
         assert self.template is not None, "conversations need a template"
-        return encode_prompt(messages, self.template, self.tokenizer)
+        return encode_prompt(messages, self.template, self.tokenizer, tools, goes_on(messages))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text to be continued."""
         return encode_raw(text, self.tokenizer)
 
-    def encode_negative(self, messages: Sequence[Message], settings: GenerationArguments) -> list[int] | None:
+    def encode_negative(
+        self,
+        messages: Sequence[Message],
+        settings: GenerationArguments,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int] | None:
         """The conversation under the negative prompt as its system prompt; None without guidance.
 
         System messages further down stay: both prompts differ in nothing else.
@@ -263,7 +342,7 @@ class Prompter:
         if settings.negative_prompt is None:
             return None
         turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-        return self.encode([{"role": "system", "content": settings.negative_prompt}, *turns])
+        return self.encode([{"role": "system", "content": settings.negative_prompt}, *turns], tools)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens have none."""
@@ -314,8 +393,9 @@ class Engine(Prompter, abc.ABC):
         context: int | None,
         models: Iterable[str],
         max_batch_size: int,
+        end_ids: Iterable[int] = (),
     ) -> None:
-        super().__init__(tokenizer, template, context)
+        super().__init__(tokenizer, template, context, end_ids)
         self.models, self.max_batch_size = list(models), max_batch_size
         self._closed = False
 
@@ -362,6 +442,7 @@ class TokenSequence:
     Attributes:
         tokens: those of the prompt and of the answer so far.
         room: how many tokens the answer may have.
+        stop_ids: the tokens that end it.
     """
 
     def __init__(self, request: Request, prompter: Prompter, answer: Answer) -> None:
@@ -369,16 +450,18 @@ class TokenSequence:
         self.request, self.answer = request, answer
         self.room = prompter.check(request)
         self.tokens = list(request.prompt)
-        self.sampler = request.sampler(prompter.stop_ids)
-        self._text = TextDecoder(prompter.token_bytes, request.strip, request.settings.stop)
-        self._stop_ids = prompter.stop_ids
+        self.stop_ids = prompter.find_stop_ids(request.settings.stop)
+        self.sampler = request.sampler(self.stop_ids)
+        self._text = TextDecoder(
+            prompter.token_bytes, request.strip, request.settings.stop, shown=request.shown_tokens
+        )
 
     def advance(self, token_id: int, logprob: TokenLogprob | None = None) -> bool:
         """Take the next token and tell whoever waits for it; returns whether the answer has ended."""
         # The end token is part of the tokens (a conversation goes on after it), not of the text.
         self.tokens.append(token_id)
         self.sampler.advance(token_id)
-        ended = token_id in self._stop_ids
+        ended = token_id in self.stop_ids
         text = "" if ended else self._text.push([token_id])
         reason: FinishReason | None = None
         if ended or self._text.stopped:

@@ -21,7 +21,7 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..core.machine import available_bytes
 from ..gguf.llamacpp import last_error, listen, require_llama_cpp
-from ..gguf.metadata import read_metadata
+from ..gguf.metadata import gguf_parts, read_metadata
 from ..gguf.tokenizer import check_same_tokens, load_gguf_tokenizer
 from ..models.rope import gguf_rope_config, llama_cpp_rope_parameters, scale_rope
 from ..text.tokenizer import load_tokenizer
@@ -52,6 +52,7 @@ class GgufModel:
     in llama.cpp changes when slots are swapped; nothing is copied.
 
     Attributes:
+        end_ids: the tokens that llama.cpp itself ends answers at, by the file's metadata or their names.
         tokens: of each slot, the tokens whose keys and values stand in it.
         capacity: tokens that all slots together can hold.
     """
@@ -88,6 +89,8 @@ class GgufModel:
         self._embedder: Any = None  # a context of its own, made when it is first asked for: few servers embed
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        is_end = llama_cpp.llama_vocab_is_eog
+        self.end_ids = [index for index in range(self.vocab_size) if is_end(vocabulary, index)]
         self.hidden_size: int = llama_cpp.llama_model_n_embd(self._model)
         self.capacity = capacity
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
@@ -141,7 +144,13 @@ class GgufModel:
             part = slice(begin, begin + BATCH)
             wanted = [end - begin for end in ends if begin <= end < begin + BATCH]
             self._batch.fill(ids[part], places[part], seq_ids[part], wanted)
-            self._decode(self._context)
+            try:
+                self._decode(self._context)
+            except RuntimeError:
+                # Nobody knows how much of a batch is in the cache after a failure.
+                self._library.llama_memory_clear(self._memory, False)
+                self.tokens = [[] for _ in self.tokens]
+                raise
             if wanted:
                 pointer = self._library.llama_get_logits(self._context)
                 block = torch.from_numpy(np.ctypeslib.as_array(pointer, (len(wanted), self.vocab_size)))
@@ -152,10 +161,7 @@ class GgufModel:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _decode(self, context: Any) -> None:
-        # After a failure nobody knows how much of a batch is in the cache.
         if status := self._library.llama_decode(context, self._batch.struct):
-            self._library.llama_memory_clear(self._memory, False)
-            self.tokens = [[] for _ in self.tokens]
             raise RuntimeError(f"llama.cpp failed with status {status}: {last_error()}")
 
     def embed(self, prompt: Sequence[int], context: int) -> Tensor:
@@ -279,7 +285,7 @@ class LlamaCppEngine(DecodingEngine):
         self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, template: str | None, context: int
     ) -> None:
         self._model = model
-        super().__init__({BASE: LlamaCppScheduler(model)}, tokenizer, template, context)
+        super().__init__({BASE: LlamaCppScheduler(model)}, tokenizer, template, context, model.end_ids)
 
     def check(self, request: Request) -> int:
         room = super().check(request)
@@ -351,9 +357,8 @@ class GgufFile:
         value_type = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
         attention = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         bytes_per_token = self._token_numbers * (4 if exact else 2)
-        capacity = choose_capacity(
-            window, max_batch_size, bytes_per_token, _free_bytes(on_gpu) - _weight_bytes(self.path)
-        )
+        free_bytes = _free_bytes(on_gpu) - sum(part.stat().st_size for part in gguf_parts(self.path))
+        capacity = choose_capacity(window, max_batch_size, bytes_per_token, free_bytes)
         model = GgufModel(
             self.path,
             max_batch_size,
@@ -429,13 +434,6 @@ def choose_capacity(window: int, max_batch_size: int, bytes_per_token: int, free
             "--max_context"
         )
     return min(window * max_batch_size, possible)
-
-
-def _weight_bytes(path: Path) -> int:
-    """Size of a file, or of all its parts."""
-    name, parts, _ = path.name.partition("-00001-of-")
-    files = path.parent.glob(f"{name}-*-of-*.gguf") if parts else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 def _free_bytes(on_gpu: bool) -> int:

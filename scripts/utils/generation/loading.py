@@ -8,12 +8,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.arguments import InferenceArguments, SpeculationArguments
+from ..core.arguments import SAMPLING_DEFAULTS, GenerationArguments, InferenceArguments, SpeculationArguments
 from ..core.errors import InputError
+from ..gguf.metadata import read_sampling
 from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.loading import bf16_is_supported, load_model
@@ -21,6 +23,7 @@ from ..models.rope import find_row_rotary, install_row_rotary, rope_overrides, s
 from ..text.prompts import OWN_TEMPLATE, resolve_template, template_name
 from ..text.tokenizer import check_embedding_rows, has_tokenizer, load_tokenizer
 from ..weights.config import local_folder
+from ..weights.generation_config import named_end_ids, named_sampling
 from ..weights.model_folder import read_model
 from .drafts import EarlyExitDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
 from .engine import Engine, Prompter
@@ -183,8 +186,12 @@ class EnginePlan(Prompter):
         self.args, self._drafts = args, None
         if self._gguf:
             tokenizer, context = self._gguf.tokenizer, self._gguf.context
+            end_ids, self._own_sampling = list[int](), read_sampling(self._gguf.metadata)
         else:
             self.args = find_inference_files(args)
+            names = (self.args.adapter_name_or_path, self.args.model_name_or_path)
+            folders = [Path(name) for name in names if name is not None]
+            end_ids, self._own_sampling = named_end_ids(folders), named_sampling(folders)
             assert self.args.tokenizer_name_or_path is not None
             tokenizer = load_tokenizer(self.args.tokenizer_name_or_path)
             self.config: PreTrainedConfig = check_inference_request(self.args, tokenizer)
@@ -193,10 +200,22 @@ class EnginePlan(Prompter):
                 self._drafts = DraftPlan(speculation, self.args, tokenizer, self.config)
         self.template_name = template_name(args.prompt_template, tokenizer) if chat else None
         template = resolve_template(self.template_name, tokenizer) if self.template_name else None
-        super().__init__(tokenizer, template, context)
+        super().__init__(tokenizer, template, context, end_ids)
         if self.template_name:
             named = "the tokenizer's own" if self.template_name == OWN_TEMPLATE else self.template_name
             logger.info("prompt template: %s", named)
+
+    def complete_settings(self, settings: GenerationArguments) -> GenerationArguments:
+        """The settings, with the model's own where nobody asked for others; the log says which."""
+        completed = settings.with_model_defaults(self._own_sampling)
+        sources: dict[str, list[str]] = {"flags": [], "the model's own files": [], "defaults": []}
+        for name in SAMPLING_DEFAULTS:
+            left = name in settings.given
+            source = "flags" if not left else "the model's own files" if self._own_sampling else "defaults"
+            sources[source].append(f"{name} {getattr(completed, name)}")
+        found = [f"{', '.join(values)} ({source})" for source, values in sources.items() if values]
+        logger.info("sampling: %s", "; ".join(found))
+        return completed
 
     def load(
         self, max_batch_size: int = 8, context: int | None = None, adapters: Mapping[str, str] | None = None
@@ -246,6 +265,7 @@ class EnginePlan(Prompter):
             adapters=list(adapters or ()),
             speculation=self._drafts.load() if self._drafts else None,
             request_rope=find_row_rotary(model),
+            end_ids=self.stop_ids,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,9 +35,11 @@ class DecodingEngine(Engine):
         tokenizer: PreTrainedTokenizerBase,
         template: str | None,
         context: int | None,
+        end_ids: Iterable[int] = (),
     ) -> None:
         """`schedulers`: one for each model, by name; all have the same number of slots."""
-        super().__init__(tokenizer, template, context, schedulers, next(iter(schedulers.values())).max_batch_size)
+        slots = next(iter(schedulers.values())).max_batch_size
+        super().__init__(tokenizer, template, context, schedulers, slots, end_ids)
         self._schedulers = dict(schedulers)
         # One thread owns the model, its adapters and the schedulers; the others only append to queues, and wake it.
         self._tasks: deque[Callable[[], None]] = deque()  # what is to be done between two steps
@@ -145,6 +147,7 @@ class TransformersEngine(DecodingEngine):
         request_rope: RequestRope | None = None,
         adapters: Sequence[str] = (),
         speculation: Speculation | None = None,
+        end_ids: Iterable[int] = (),
     ) -> None:
         """
         Args:
@@ -152,6 +155,7 @@ class TransformersEngine(DecodingEngine):
             context: tokens of prompt and answer together; default: what the model was made for.
             adapters: names of a PeftModel's adapters, each a model of its own beside the base.
             speculation: what drafts, if anything does.
+            end_ids: see Prompter.
         """
         own: int | None = getattr(model.config, "max_position_embeddings", None)
         self.model, self._request_rope, self._speculation = model, request_rope, speculation
@@ -162,7 +166,7 @@ class TransformersEngine(DecodingEngine):
             return SpeculativeScheduler(model, max_batch_size, request_rope, speculation)
 
         schedulers = {name: scheduler() for name in (BASE, *adapters)}
-        super().__init__(schedulers, tokenizer, template, min(filter(None, (own, context)), default=None))
+        super().__init__(schedulers, tokenizer, template, min(filter(None, (own, context)), default=None), end_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all, in order. Searches beams too, one request after another."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.arguments import InferenceArguments
+from ..core.command_line import shell_command
 from ..core.errors import InputError
 from ..lora.config import load_adapter_config
 from ..models.rope import need_one_rotation, rope_overrides
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM lets --max-lora-rank be
 TEMPLATE_FILE = "chat_template.jinja"
+KEY_VARIABLE = "VLLM_API_KEY"  # the one that `vllm serve` itself reads
 Tokens = AsyncGenerator[tuple[int, TokenLogprob | None]]
 ADVICE = "need vLLM 0.11 or later"
 
@@ -30,7 +32,7 @@ ADVICE = "need vLLM 0.11 or later"
 class VllmBackend(Protocol):
     """Where tokens come from."""
 
-    def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
+    def tokens(self, sequence: TokenSequence, model: str) -> Tokens:
         """The tokens of an answer as they come, with log-probabilities where they were asked for.
 
         Closing it early ends the answer in vLLM. Raises: InputError for what vLLM refuses.
@@ -84,9 +86,10 @@ def _lora_rank(name: str, folder: str) -> int:
     adapter = load_adapter_config(folder)
     more = [*adapter.modules_to_save, *adapter.trainable_token_indices, *(["DoRA"] if adapter.use_dora else [])]
     if more:
+        base = adapter.base_model_name_or_path or "BASE"
         raise InputError(
             f"adapter {name} ({folder}) has {', '.join(more)} besides LoRA, which vLLM cannot add to a base; merge it:"
-            f" MODEL={adapter.base_model_name_or_path or 'BASE'} LORA={folder} bash scripts/run_merge.sh"
+            f" {shell_command('bash', 'scripts/run_merge.sh', MODEL=base, LORA=folder)}"
         )
     return max([adapter.rank, *adapter.rank_pattern.values()])
 
@@ -108,7 +111,7 @@ def serve_command(
     return f"printf %s {shlex.quote(template)} > {TEMPLATE_FILE} && {command} --chat-template {TEMPLATE_FILE}"
 
 
-def sampling_settings(sequence: TokenSequence, stop_ids: Sequence[int]) -> dict[str, Any]:
+def sampling_settings(sequence: TokenSequence) -> dict[str, Any]:
     """A request in vLLM's names, which its Python class and its server share."""
     request, settings = sequence.request, sequence.request.settings
     found: dict[str, Any] = {
@@ -122,7 +125,7 @@ def sampling_settings(sequence: TokenSequence, stop_ids: Sequence[int]) -> dict[
         "presence_penalty": float(settings.presence_penalty),
         "frequency_penalty": float(settings.frequency_penalty),
         # Ours only, not those that vLLM finds in the model's files: all engines end answers by the same tokens.
-        "stop_token_ids": list(stop_ids),
+        "stop_token_ids": sequence.stop_ids,
         "ignore_eos": True,
     }
     if settings.samples:
@@ -186,11 +189,13 @@ class VllmServer:
             response = httpx.request(method, self.url + path, json=body, headers=self._headers, timeout=10)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise InputError(f"--vllm_url {self.url}: no vLLM server answers there ({error})") from None
+        if response.status_code == 401:
+            raise InputError(f"--vllm_url {self.url}: it wants a key; set {KEY_VARIABLE} to what it was started with")
         if response.status_code != 200:
             raise InputError(f"--vllm_url {self.url}{path}: {_complaint(response)}")
         return response.json()
 
-    async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
+    async def tokens(self, sequence: TokenSequence, model: str) -> Tokens:
         import httpx
 
         if self._client is None:
@@ -198,7 +203,7 @@ class VllmServer:
             timeout = httpx.Timeout(10, read=None, pool=None)  # the first token may wait for other requests
             self._client = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout)
         body = {"model": model, "prompt": list(sequence.request.prompt), "stream": True, "return_token_ids": True}
-        body |= sampling_settings(sequence, stop_ids)
+        body |= sampling_settings(sequence)
         body["return_tokens_as_token_ids"] = True  # in log-probabilities
         async with self._client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
@@ -270,13 +275,13 @@ class VllmLibrary:
             name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(adapters.items(), 1)
         }
 
-    async def tokens(self, sequence: TokenSequence, model: str, stop_ids: Sequence[int]) -> Tokens:
+    async def tokens(self, sequence: TokenSequence, model: str) -> Tokens:
         from vllm.sampling_params import RequestOutputKind
 
         count = sequence.request.top_logprobs
         try:
             settings = self._vllm.SamplingParams(
-                **sampling_settings(sequence, stop_ids), detokenize=False, output_kind=RequestOutputKind.DELTA
+                **sampling_settings(sequence), detokenize=False, output_kind=RequestOutputKind.DELTA
             )
             outputs = self._engine.generate(
                 self._vllm.TokensPrompt(prompt_token_ids=list(sequence.request.prompt)),

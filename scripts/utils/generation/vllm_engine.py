@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,15 @@ from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
 from ..text.prompts import OWN_TEMPLATE
 from .engine import BASE, Answer, Delta, Engine, Prompter, Request, TokenSequence
-from .vllm_backends import VllmBackend, VllmLibrary, VllmServer, engine_options, is_installed, serve_command
+from .vllm_backends import (
+    KEY_VARIABLE,
+    VllmBackend,
+    VllmLibrary,
+    VllmServer,
+    engine_options,
+    is_installed,
+    serve_command,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +59,10 @@ class VllmEngine(Engine):
         context: int,
         models: Mapping[str, str],
         max_batch_size: int,
+        end_ids: Iterable[int] = (),
     ) -> None:
         """`models`: what vLLM calls each model, by the name it has here."""
-        super().__init__(tokenizer, template, context, models, max_batch_size)
+        super().__init__(tokenizer, template, context, models, max_batch_size, end_ids)
         self._backend, self._served = backend, dict(models)
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,7 +147,7 @@ class VllmEngine(Engine):
 
     async def _follow(self, sequence: TokenSequence, model: str) -> None:
         self._counts["prompt_tokens"] += len(sequence.request.prompt)
-        async with contextlib.aclosing(self._backend.tokens(sequence, model, self.stop_ids)) as tokens:
+        async with contextlib.aclosing(self._backend.tokens(sequence, model)) as tokens:
             async for token, logprob in tokens:
                 self._counts["new_tokens"] += 1
                 if sequence.advance(token, logprob):
@@ -167,12 +177,11 @@ def load_vllm(
     context: int | None = None,
     adapters: Mapping[str, str] | None = None,
     url: str | None = None,
-    api_key: str | None = None,
 ) -> VllmEngine:
     """The engine for what a loading.EnginePlan has found.
 
     Args:
-        url: of a running `vllm serve`; None: vLLM runs here.
+        url: of a running `vllm serve`, whose key is in the environment (KEY_VARIABLE); None: vLLM runs here.
     Raises: InputError; where vLLM is not installed, with the command that serves the same model.
     """
     served = dict(adapters or {})
@@ -183,7 +192,7 @@ def load_vllm(
     names = list(served) if args.adapter_name_or_path else [BASE, *served]
     backend: VllmBackend
     if url is not None:
-        backend = server = VllmServer(url, api_key)
+        backend = server = VllmServer(url, os.environ.get(KEY_VARIABLE))
         models, window = server.find_models(names, prompter.tokenizer)
         options["max_model_len"] = min(options["max_model_len"], window)
     elif is_installed():
@@ -202,6 +211,7 @@ def load_vllm(
         context=options["max_model_len"],
         models=models,
         max_batch_size=max_batch_size,
+        end_ids=prompter.stop_ids,
     )
 
 

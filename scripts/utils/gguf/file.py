@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..lora.merged_model import MergedModel
+from ..weights.generation_config import named_end_ids, named_sampling
 from ..weights.names import EXPERT, FUSED_EXPERTS, HEAD
 from ..weights.reader import TensorSpec, row_shape
 from ..weights.streams import FileWriter
-from .metadata import ARCHITECTURES, describe_model
+from .metadata import ARCHITECTURES, describe_model, describe_sampling
 from .vocabulary import describe_vocabulary
 
 if TYPE_CHECKING:
@@ -98,13 +99,18 @@ class GgufPlan:
 
 
 def plan_gguf(
-    model: MergedModel, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, name: str
+    model: MergedModel,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    folders: Sequence[Path] = (),
 ) -> GgufPlan:
     """Decide metadata, vocabulary and tensors.
 
     Args:
         config: the content of config.json.
         name: what the model is called in the file.
+        folders: of adapters and base, as weights.generation_config takes them.
     Raises: InputError for what llama.cpp cannot represent, naming it.
     """
     from transformers import AutoConfig
@@ -117,11 +123,12 @@ def plan_gguf(
     settings = AutoConfig.for_model(**config)
     notes: list[str] = []
     metadata, factors = describe_model(settings, notes)
-    vocabulary = describe_vocabulary(tokenizer, model.vocab_size, config, notes)
+    vocabulary = describe_vocabulary(tokenizer, model.vocab_size, config, notes, named_end_ids(folders))
     tensors = _plan_tensors(model, settings)
     if factors is not None:
         tensors.insert(0, GgufTensor("rope_freqs.weight", tuple(factors.shape), (), data=factors))
     metadata = {"add_type": gguf.GGUFType.MODEL, "add_name": name} | metadata | vocabulary
+    metadata |= describe_sampling(named_sampling(folders))
     return GgufPlan(ARCHITECTURES[kind], metadata, tensors, model.tied, notes)
 
 

@@ -5,9 +5,11 @@ What is to be written is held as {method of gguf.GGUFWriter: its argument}, in w
 
 from __future__ import annotations
 
+import glob
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,11 +130,34 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     return 1.0 / ((1 - smooth) / rope["factor"] + smooth)
 
 
+# GGUF's names for settings of sampling; temperature 0 is its do_sample false.
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+def describe_sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of weights.generation_config.named_sampling, which llama.cpp takes as its defaults."""
+    if settings and not settings["do_sample"]:
+        settings = {**settings, "temperature": 0.0}
+    return {f"add_sampling_{_SAMPLING[name]}": value for name, value in settings.items() if name in _SAMPLING}
+
+
 # ---------------------------------------------------------------- the way back
 
 # GGUF's value types that have a fixed size, as struct writes them; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The file itself, or of a model in several files (whose first it is) all of them."""
+    name, parts, _ = path.name.partition("-00001-of-")
+    return sorted(path.parent.glob(f"{glob.escape(name)}-*-of-*.gguf")) if parts else [path]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -148,6 +173,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 return _Header(data).read()
             except (struct.error, KeyError, UnicodeDecodeError):
                 raise InputError(f"{path}: the GGUF header is damaged or truncated; copy the file again") from None
+
+
+def read_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of sampling that a file asks for, by the names of GenerationArguments."""
+    keys = {name: f"general.sampling.{own}" for name, own in _SAMPLING.items()}
+    # They are kept in 32 bits, which makes 0.699999988 of 0.7.
+    return {
+        name: round(metadata[key], 6) if isinstance(metadata[key], float) else metadata[key]
+        for name, key in keys.items()
+        if key in metadata
+    }
 
 
 class _Header:

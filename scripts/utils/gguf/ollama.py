@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
-from ..text.prompts import OWN_TEMPLATE, Message, render, resolve_template, stop_token_ids
+from ..text.prompts import OWN_TEMPLATE, Message, render, resolve_template
+from .vocabulary import find_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,19 +107,22 @@ def _compose(texts: TurnTexts, messages: Sequence[Message]) -> str:
     return "".join(result)
 
 
-def build_modelfile(file: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def build_modelfile(file: str, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = ()) -> str:
     """Ollama's Modelfile for a GGUF file beside it.   Source: docs.ollama.com/modelfile and Go's text/template.
 
+    Args: end_ids: tokens that end answers besides the tokenizer's own, by the model's files.
     A template that cannot be put in Go's language is left out: Ollama then looks at the one in the GGUF file.
     """
     lines = [f"FROM ./{file}"]
     if not tokenizer.chat_template:
         # A base model continues text; without this line Ollama might take a template for it.
         return "\n".join([*lines, 'TEMPLATE """{{ .Prompt }}"""', ""])
+    stops = [_stop_line(text) for text in tokenizer.convert_ids_to_tokens(find_ends(tokenizer, end_ids))]
     texts = read_turn_texts(tokenizer)
     if texts is None or any(mark in text for text in dataclasses.astuple(texts) for mark in ("{{", '"""')):
         logger.warning("Modelfile without TEMPLATE: the chat template is none that can be written for Ollama")
-        return "\n".join([*lines, "# TEMPLATE is left out: Ollama looks at the chat template in the GGUF file.", ""])
+        lines.append("# TEMPLATE is left out: Ollama looks at the chat template in the GGUF file.")
+        return "\n".join([*lines, *stops, ""])
     template = (
         '{{- range $i, $m := .Messages }}{{ if eq $m.Role "user" }}{{ if le $i 1 }}{{ if $.System }}'
         f"{texts.before_system}{{{{ $.System }}}}{texts.after_system}{{{{ else }}}}{texts.no_system}{{{{ end }}}}"
@@ -129,7 +133,10 @@ def build_modelfile(file: str, tokenizer: PreTrainedTokenizerBase) -> str:
     lines.append(f'TEMPLATE """{template}"""')
     if texts.default_system:
         lines.append(f'SYSTEM """{texts.default_system}"""')
-    ends = tokenizer.convert_ids_to_tokens(stop_token_ids(resolve_template(OWN_TEMPLATE, tokenizer), tokenizer))
-    next_turn = texts.before_user.removeprefix(str(tokenizer.bos_token)).strip()
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in (*ends, next_turn) if stop]
-    return "\n".join([*lines, ""])
+    if next_turn := texts.before_user.removeprefix(str(tokenizer.bos_token)).strip():
+        stops.append(_stop_line(next_turn))
+    return "\n".join([*lines, *dict.fromkeys(stops), ""])
+
+
+def _stop_line(text: str) -> str:
+    return f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}"

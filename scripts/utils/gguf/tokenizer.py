@@ -28,9 +28,6 @@ from .vocabulary import PRE_TOKENIZERS, SINGLE_DIGITS, SPLIT_OF_GPT2, UNUSED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _SPECIALS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -59,6 +56,11 @@ def load_gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedToken
         folder = Path(name)
         if ggml.get("model") == "llama":
             (folder / SENTENCEPIECE_FILE).write_bytes(_sentencepiece_model(ggml))
+            settings["added_tokens_decoder"] = {
+                str(index): {"content": token, "normalized": False, "special": False}
+                for index, (token, kind) in enumerate(zip(ggml["tokens"], ggml["token_type"], strict=True))
+                if kind == USER_DEFINED
+            }
         elif ggml.get("model") == "gpt2":
             _byte_level_tokenizer(path, ggml).save(str(folder / TOKENIZERS_FILE))
         else:
@@ -75,8 +77,8 @@ def _sentencepiece_model(ggml: dict[str, Any]) -> bytes:
     proto = sentencepiece_model_pb2.ModelProto()
     unknown = ggml.get("unknown_token_id", 0)
     for index, (piece, score, kind) in enumerate(zip(ggml["tokens"], ggml["scores"], ggml["token_type"], strict=True)):
-        # One piece is the unknown one; llama.cpp's converter has called padding so too.
-        kind = UNKNOWN if index == unknown else UNUSED if kind == UNKNOWN else kind or NORMAL
+        # One piece is the unknown one; llama.cpp's converter has called padding so too. Added words are no pieces.
+        kind = UNKNOWN if index == unknown else UNUSED if kind in (UNKNOWN, USER_DEFINED) else kind or NORMAL
         proto.pieces.add(piece=piece, score=score, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(proto.pieces)
@@ -111,6 +113,7 @@ def _byte_level_tokenizer(path: Path, ggml: dict[str, Any]) -> Tokenizer:
 
 def check_same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises: InputError if llama.cpp, given the file's vocabulary, cuts text otherwise than the tokenizer."""
+    # Of the others llama.cpp takes those with well-known names, such as <|im_end|>, for special in text of its own.
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special][:16]
     texts = [*SAMPLE, *(f"你好{token}world" for token in specials)]
     if different := token_differences(path, tokenizer, texts):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
@@ -39,10 +40,15 @@ PRE_TOKENIZERS = {
 
 
 def describe_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, rows: int, config: dict[str, Any], notes: list[str]
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    config: dict[str, Any],
+    notes: list[str],
+    end_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The tokenizer as GGUFWriter's methods and their arguments, padded to `rows` ids.
 
+    Args: end_ids: tokens that end answers besides the tokenizer's own, by the model's files.
     Raises: InputError for tokenizers that llama.cpp would not imitate, naming why.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -57,23 +63,27 @@ def describe_vocabulary(
         if specials[name] is None:  # llama.cpp would take a number of its own
             recorded = config.get(f"{name}_token_id")
             specials[name] = next(iter(recorded), None) if isinstance(recorded, list) else recorded
-    specials["eot"] = _end_of_turn(tokenizer, specials["eos"])
+    ends = [index for index in find_ends(tokenizer, end_ids) if index != specials["eos"]]
+    # GGUF has places for three tokens that end an answer: end of text, of turn, of message.
+    specials |= zip(("eot", "eom"), ends, strict=False)
+    if ends[2:]:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends[2:])))
+        notes.append(f"a GGUF file has no place for more than three ends of an answer; it does not name {names}")
     found |= {f"add_{name}_token_id": int(value) for name, value in specials.items() if value is not None}
     if tokenizer.chat_template:
         found["add_chat_template"] = resolve_template(OWN_TEMPLATE, tokenizer)
     return found
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, eos: int | None) -> int | None:
-    """The token that ends an answer in the chat template, where it is not EOS."""
-    if not tokenizer.chat_template:
-        return None
-    try:
-        stops = stop_token_ids(resolve_template(OWN_TEMPLATE, tokenizer), tokenizer)
-    except InputError as error:
-        logger.warning("the end-of-turn token was not looked for: %s", error)
-        return None
-    return next((index for index in stops if index != eos), None)
+def find_ends(tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> list[int]:
+    """The tokens that end an answer, those of tokenizer and chat template before those of the model's files."""
+    own = stop_token_ids(None, tokenizer)
+    if tokenizer.chat_template:
+        try:
+            own = stop_token_ids(resolve_template(OWN_TEMPLATE, tokenizer), tokenizer)
+        except InputError as error:
+            logger.warning("the end-of-turn token was not looked for: %s", error)
+    return list(dict.fromkeys([*own, *(index for index in end_ids if index < len(tokenizer))]))
 
 
 def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer, rows: int) -> dict[str, Any]:
@@ -144,8 +154,10 @@ def _with_added_tokens(
         raise InputError(f"the tokenizer's id {last} has no row in the embeddings ({rows} rows); one of them is wrong")
     for index, token in tokenizer.added_tokens_decoder.items():
         tokens[index] = token.content.encode()
-        if types[index] in (NORMAL, UNUSED):
-            types[index] = CONTROL if token.special else USER_DEFINED
+        if not token.special:
+            types[index] = USER_DEFINED  # found in ordinary text, there as here
+        elif types[index] in (NORMAL, UNUSED):
+            types[index] = CONTROL
     return [token or f"[PAD{index}]".encode() for index, token in enumerate(tokens)], types
 
 

@@ -41,6 +41,11 @@ class MergeInputs:
     tokenizer: PreTrainedTokenizerBase | None
     config: dict[str, Any]  # the content of the merged model's config.json
 
+    @property
+    def folders(self) -> list[Path]:
+        """Those of adapters and base, as weights.generation_config takes them."""
+        return [*reversed(self.adapter_folders), self.base_folder]
+
 
 @contextlib.contextmanager
 def open_merge(

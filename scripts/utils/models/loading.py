@@ -70,6 +70,20 @@ def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_
     )
 
 
+def training_dtype(dtype: str, compute_dtype: torch.dtype, full_finetuning: bool = False) -> str:
+    """The type that the weights of a run have in memory, as ModelArguments.dtype names it.
+
+    Without autocast (float32) nothing converts between frozen 16-bit weights and what is trained, which is float32:
+    all weights are. Weights that are all trained are too (AdamW in 16 bits loses small updates, and gradient scaling
+    refuses float16), unless bfloat16 is asked for.
+    Args: dtype: the one asked for; compute_dtype: the type arithmetic runs in.
+    """
+    if compute_dtype == torch.float32 and dtype not in ("auto", "float32"):
+        logger.warning("--dtype %s has no effect with --precision fp32: all weights are float32", dtype)
+    everything = compute_dtype == torch.float32 or (full_finetuning and dtype != "bfloat16")
+    return "float32" if everything else dtype
+
+
 def load_model(
     args: ModelArguments,
     compute_dtype: torch.dtype,

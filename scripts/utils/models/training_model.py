@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +19,19 @@ from ..lora.updates import peft_spelling
 from ..text.tokenizer import embedding_rows
 from ..weights.config import local_folder
 from ..weights.model_folder import read_model
-from ..weights.names import EMBEDDING, HEAD
+from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
-from .loading import create_model, load_model
+from .loading import create_model, load_model, training_dtype
 from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+HEADS = tuple(name.removesuffix(".weight") for name in (HEAD, SCORE))
 
 
 def build_training_model(
@@ -46,13 +50,13 @@ def build_training_model(
         model = create_model(extend_args, embedding_rows(tokenizer), model_args.attn_implementation)
     else:
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
-        model = load_model(model_args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
+        dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
+        args = replace(model_args, dtype=dtype)
+        model = load_model(args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
         old_tokenizer = find_tokenizer(model_args.model_name_or_path)
         added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
         if added:
             logger.info("%d rows of embed_tokens and lm_head are new, set by %s", added, extend_args.embedding_init)
-    if lora_args.full_finetuning and model_args.dtype == "auto":
-        model.float()  # AdamW in 16 bits loses small updates; arithmetic still runs in the training precision
     if lora_args.output_router_logits:
         model.config.output_router_logits = True
     install_loss_head(model)
@@ -124,10 +128,47 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
             ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
         )
         wrapped = get_peft_model(model, config)
+    for config in wrapped.peft_config.values():
+        if isinstance(config.target_modules, set):  # whose order in adapter_config.json changes from run to run
+            config.target_modules = sorted(config.target_modules)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates
+    convert_at_borders(wrapped)
     return wrapped
+
+
+def convert_at_borders(wrapped: nn.Module) -> None:
+    """Let modules of a PEFT model that are trained whole, in float32, stand between layers of 16 bits.
+
+    Under autocast the kernels convert by themselves; PPO generates, and reward models score, without it.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, wrapper in wrapped.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        base = next(wrapper.original_module.parameters()).dtype
+        if base not in (torch.float16, torch.bfloat16):
+            continue
+        is_head = name.endswith(HEADS)  # nothing comes behind a head, and its results stay as exact as they are
+        for module in wrapper.modules_to_save.values():
+            module.register_forward_pre_hook(_take_float32)
+            if not is_head:
+                module.register_forward_hook(partial(_give, base))
+
+
+def _take_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_convert(value, torch.float32) for value in inputs)
+
+
+def _give(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return _convert(output, dtype)
+
+
+def _convert(value: Any, dtype: torch.dtype) -> Any:
+    converts = torch.is_tensor(value) and value.is_floating_point()
+    return value.to(dtype) if converts and not torch.is_autocast_enabled(value.device.type) else value
 
 
 def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.command_line import RUN_CONFIG
+from ..core.command_line import RUN_CONFIG, shell_command
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.records import iter_records
@@ -237,7 +237,7 @@ def load_run(folder: Path, questions_file: Path) -> RecipeRun:
 
 def refuse_unfinished(folder: Path) -> None:
     """Raises: InputError with every stage whose last file is missing, and what makes it."""
-    command = f"OUT={folder} bash scripts/run_demo.sh"
+    command = shell_command("bash", "scripts/run_demo.sh", OUT=folder)
     if not folder.is_dir():
         raise InputError(f"--run_dir {folder} is no folder; run `{command}`, which makes it")
     problems = [

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..core.command_line import RUN_CONFIG
+from ..core.command_line import RUN_CONFIG, shell_command
 from ..core.files import read_json, write_json
 from .charts import bar_chart, line_chart, scatter_chart
 from .pages import (
@@ -326,22 +326,29 @@ def files_section(run: RecipeRun) -> Section:
 
 def next_section(run: RecipeRun) -> Section:
     folder = run.folder
+    chat = ("bash", "scripts/run_inference.sh", "--interactive")
+    redone = shell_command("rm", "-r", *(folder / name for name in ("sft", "assistant", "answers")))
     commands = [
         (
             Text("与助手对话", "chat with the assistant"),
-            f"MODEL={folder}/assistant bash scripts/run_inference.sh --interactive",
+            shell_command(*chat, MODEL=folder / "assistant"),
         ),
         (
             Text("与 PPO 之后的助手对话", "chat with the assistant after PPO"),
-            f"MODEL={folder}/assistant LORA={folder}/ppo bash scripts/run_inference.sh --interactive",
+            shell_command(*chat, MODEL=folder / "assistant", LORA=folder / "ppo"),
         ),
         (
             Text("重做精调和它之后的步骤", "tune again, with the stages after it and this report"),
-            f"rm -r {folder}/sft {folder}/assistant {folder}/answers && OUT={folder} bash scripts/run_demo.sh",
+            f"{redone} && {shell_command('bash', 'scripts/run_demo.sh', OUT=folder)}",
         ),
         (
             Text("用自己的对话精调", "tune on conversations of your own"),
-            f"MODEL={folder}/pretrained DATA=path/to/conversations.json OUT=output/my_sft bash scripts/run_sft.sh",
+            shell_command(
+                *("bash", "scripts/run_sft.sh"),
+                MODEL=folder / "pretrained",
+                DATA="path/to/conversations.json",
+                OUT="output/my_sft",
+            ),
         ),
         (
             Text("同样的脚本，真实大小的模型", "the same scripts at real size"),

@@ -227,11 +227,12 @@ def has_clean(column: Column[ChoiceResult]) -> bool:
 
 
 def remarks(figures: ChoiceResult | None) -> str:
-    """What makes a figure less sure: unread answers, failures, missing subjects, prompts that were cut."""
+    """What makes a figure less sure: unread answers, ties, failures, missing subjects, prompts that were cut."""
     if figures is None:
         return ""
     counts = {
         "unparsed": figures.unparsed,
+        "ties": figures.ties,
         "errors": figures.errors,
         "subjects missing": len(figures.benchmark.missing_subjects),
         "prompts without all examples": figures.prompts.prompts_without_all_examples,

@@ -206,10 +206,11 @@ def critic_state(policy: nn.Module, state: dict[str, Tensor] | None = None) -> d
 
 
 def save_critic(folder: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write what critic_state gave, beside the policy's files."""
+    """Write what critic_state gave, beside the policy's files; no file for a critic that does not learn."""
     from safetensors.torch import save_file
 
-    save_file(tensors, Path(folder) / CRITIC_FILE)
+    if tensors:
+        save_file(tensors, Path(folder) / CRITIC_FILE)
 
 
 @torch.no_grad()
@@ -218,5 +219,7 @@ def load_critic(policy: nn.Module, folder: str | Path) -> None:
     from safetensors.torch import load_file
 
     parameters = dict(policy.named_parameters())
+    if not any(parameter.requires_grad and is_critic_parameter(name) for name, parameter in parameters.items()):
+        return  # it does not learn
     for name, tensor in load_file(Path(folder) / CRITIC_FILE).items():
         parameters[name].copy_(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,9 @@ class RolloutArguments:
     rollout_batch_size: int | None = arg(
         help="Answers of an iteration, over all processes; default: whole optimizer steps that make at least 128."
     )
+    num_generations: int = arg(
+        1, help="Answers to each prompt of an iteration; from 2 on --critic group compares them with each other."
+    )
     per_device_rollout_batch_size: int = arg(16, help="Answers generated at once on each device.")
 
     def __post_init__(self) -> None:
@@ -36,6 +40,7 @@ class RolloutArguments:
             f"--per_device_rollout_batch_size {self.per_device_rollout_batch_size}: need at least 1": (
                 self.per_device_rollout_batch_size >= 1
             ),
+            f"--num_generations {self.num_generations}: need at least 1": self.num_generations >= 1,
             f"--temperature {self.temperature}: PPO needs sampled answers, a number above 0": self.temperature > 0,
         }
         raise_problems([problem for problem, holds in checks.items() if not holds])
@@ -80,8 +85,11 @@ class PPOArguments:
     )
     sft_ratio: float = arg(1.0, help="How many of --sft_data an update learns for each answer it learns.")
     sft_coef: float = arg(1.0, help="Weight of the loss on --sft_data.")
-    critic: Literal["head", "adapter", "model"] = arg(
-        "head", help="A head on the policy's hidden states; an adapter of its own on the same weights; another model."
+    critic: Literal["head", "adapter", "model", "group"] = arg(
+        "head",
+        help="What an answer's reward is compared with. The estimate of a head on the policy's hidden states; of an "
+        "adapter of its own on the same weights; of another model; group: the mean reward of the other answers to its "
+        "prompt (--num_generations), nothing is learned for it.",
     )
     critic_model: str | None = arg(help="With --critic model: the folder it starts from, such as a reward model's.")
     critic_learning_rate: float | None = arg(help="Default: --learning_rate.")
@@ -101,6 +109,13 @@ class PPOArguments:
                      if not getattr(self, name) >= 0]  # fmt: skip
         if (self.critic == "model") != (self.critic_model is not None):
             problems.append("--critic model and --critic_model FOLDER go together")
+        if self.critic == "group":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            problems += [
+                f"--{name} {getattr(self, name)}: belongs to a critic that learns; --critic group has none"
+                for name in ("lam", "value_coef", "value_clip_range", "critic_learning_rate")
+                if getattr(self, name) != defaults[name]
+            ]
         if self.kl_target is not None and self.kl_coef == 0:
             problems.append("--kl_target adapts --kl_coef, which must not be 0")
         raise_problems(problems)

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,7 @@ class PPOTrainer(CausalLMTrainer):
         kl: FixedKL | AdaptiveKL,
         reference: nn.Module | None = None,
         tuning_set: SampleCache | None = None,
+        end_ids: Iterable[int] = (),
     ) -> None:
         """
         Args:
@@ -137,15 +138,17 @@ class PPOTrainer(CausalLMTrainer):
             kl: the coefficient of the KL penalty.
             reference: a model of its own; None: the policy without its adapter.
             tuning_set: samples that each update also learns as in tuning.
+            end_ids: tokens that end answers besides the tokenizer's and the template's.
         """
         self.pad_token_id = int(tokenizer.pad_token_id or 0)
         flash = causal_model(model).config._attn_implementation == "flash_attention_2"
         super().__init__(model, args, prompts, eval_prompts, tokenizer, Collator(self.pad_token_id, flatten=flash))
         assert rollout_args.rollout_batch_size is not None
         self.prompts, self.rollout_batch_size = prompts, rollout_args.rollout_batch_size
+        self.prompts_per_iteration = self.rollout_batch_size // rollout_args.num_generations
         self.rollout_args, self.ppo_args, self.generation = rollout_args, ppo_args, rollout_args.generation()
         self.rewards, self.kl, self.reference, self.tuning_set = rewards, kl, reference, tuning_set
-        self.generator = Generator(causal_model(model), tokenizer, template)
+        self.generator = Generator(causal_model(model), tokenizer, template, end_ids)
         self.best_is_loaded = False
         self.sums = Sums()
 
@@ -159,7 +162,7 @@ class PPOTrainer(CausalLMTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Nothing is read from it: its length says how many iterations an epoch has."""
-        iterations = max(1, len(self.prompts) // self.rollout_batch_size)
+        iterations = max(1, len(self.prompts) // self.prompts_per_iteration)
         return range(iterations * self.args.gradient_accumulation_steps)
 
     def num_examples(self, dataloader: Any) -> int:
@@ -179,7 +182,7 @@ class PPOTrainer(CausalLMTrainer):
             learning_rate = self._get_learning_rate()  # that of this iteration, before the schedule moves on
             self.lr_scheduler.step()
             self.state.global_step += 1
-            self.state.epoch = self.state.global_step * self.rollout_batch_size / len(self.prompts)
+            self.state.epoch = self.state.global_step * self.prompts_per_iteration / len(self.prompts)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
             self._maybe_log_save_evaluate(
                 self._tr_loss,
@@ -197,7 +200,8 @@ class PPOTrainer(CausalLMTrainer):
 
     def _iterate(self, model: nn.Module) -> None:
         step, started = self.state.global_step, time.perf_counter()
-        numbers = prompt_numbers(step, self.rollout_batch_size, len(self.prompts), self.args.seed)
+        numbers = prompt_numbers(step, self.prompts_per_iteration, len(self.prompts), self.args.seed)
+        numbers = [number for number in numbers for _ in range(self.rollout_args.num_generations)]
         rollouts = self.sample(model, [self.prompts[number] for number in numbers], step)
         sampled = time.perf_counter()
         experience = self.build(rollouts)
@@ -433,17 +437,15 @@ class PPOTrainer(CausalLMTrainer):
         policy_loss, statistics = ppo_policy_loss(
             logprobs, inputs["old_logprobs"], inputs["advantages"], mask, ppo_args.clip_range, count
         )
-        critic_loss, value_clips = value_loss(
-            values, inputs["old_values"], inputs["returns"], mask, ppo_args.value_clip_range, count
-        )
-        loss = policy_loss + ppo_args.value_coef * critic_loss
-        for name, value in {
-            "loss": loss,
-            "policy_loss": policy_loss,
-            "value_loss": critic_loss,
-            "value_clip_fraction": value_clips,
-            **{name: statistics[name] for name in ("clip_fraction", "approx_kl")},
-        }.items():
+        figures = {"policy_loss": policy_loss, **statistics}
+        loss = policy_loss
+        if ppo_args.critic != "group":
+            critic_loss, value_clips = value_loss(
+                values, inputs["old_values"], inputs["returns"], mask, ppo_args.value_clip_range, count
+            )
+            loss = policy_loss + ppo_args.value_coef * critic_loss
+            figures |= {"value_loss": critic_loss, "value_clip_fraction": value_clips}
+        for name, value in {"loss": loss, **figures}.items():
             self._statistics[name] = self._statistics[name] + value.detach()
         return loss * self.accelerator.num_processes  # gradients are averaged over the processes
 

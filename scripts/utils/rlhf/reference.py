@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
+from ..core.command_line import shell_command
 from ..core.errors import InputError
 from ..core.files import atomic_file, hash_json
 from ..core.hub import find_folder
@@ -55,9 +56,9 @@ def check_reference(lora_args: LoraArguments, reference_model: str | None, need:
     if adapter and not reference_model:
         raise InputError(
             f"--adapter_name_or_path {adapter}: {need} keeps the policy near a reference, the model without its "
-            "adapter, and without this one it is not the tuned model; merge the adapter first (MODEL=<its base> "
-            f"LORA={adapter} OUT={adapter}-merged bash scripts/run_merge.sh) and pass --model_name_or_path "
-            f"{adapter}-merged, or name the merged model as --reference_model"
+            "adapter, and without this one it is not the tuned model; merge the adapter first "
+            f"({shell_command('bash', 'scripts/run_merge.sh', MODEL='BASE', LORA=adapter, OUT=f'{adapter}-merged')}) "
+            f"and pass --model_name_or_path {adapter}-merged, or name the merged model as --reference_model"
         )
 
 

@@ -24,6 +24,7 @@ from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, load_model
+from ..models.training_model import convert_at_borders
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import check_embedding_rows, load_tokenizer
 from ..weights.config import load_config, local_folder
@@ -305,4 +306,5 @@ def load_reward_model(
         model = load_classifier(args, compute_dtype, pad_token_id, device_map={"": place})
     if adapter:
         model = load_with_peft(model, {"default": str(adapter)}, torch_device=place)
+        convert_at_borders(model)
     return RewardModel(model.eval().requires_grad_(False), tokenizer, template)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..text.prompts import IGNORE_INDEX
 from .arguments import PPOArguments
-from .objectives import gae, kl_per_token, masked_mean, masked_moments, masked_whiten, token_rewards
+from .objectives import gae, kl_per_token, leave_one_out, masked_mean, masked_moments, masked_whiten, token_rewards
 
 
 @dataclass
@@ -85,7 +85,12 @@ def build_experience(rollouts: Sequence[Rollout], ppo_args: PPOArguments, kl_coe
         scores = masked_whiten(scores, torch.ones_like(scores))
     kl = kl_per_token(logprobs, ref_logprobs, ppo_args.kl_estimator).masked_fill(~mask, 0.0)
     rewards = token_rewards(scores, kl, mask, kl_coef)
-    advantages, returns = gae(rewards, values, mask, ppo_args.gamma, ppo_args.lam)
+    lam = ppo_args.lam
+    if ppo_args.critic == "group":
+        lam = 1.0  # whole answers are compared, so each token is credited with all that came after it
+        _, returns = gae(rewards, torch.zeros_like(rewards), mask, ppo_args.gamma, lam)
+        values = leave_one_out(returns[:, 0], _number_prompts(rollouts)).unsqueeze(1) * mask
+    advantages, returns = gae(rewards, values, mask, ppo_args.gamma, lam)
     if ppo_args.whiten_advantages:  # the returns stay: they are what the critic learns
         advantages = masked_whiten(advantages, mask)
     # What is logged, limited and steered by is k1 whichever estimator is rewarded: unbiased, and comparable.
@@ -108,6 +113,12 @@ def score_moments(rollouts: Sequence[Rollout]) -> tuple[float, float]:
     scores = torch.tensor([rollout.score for rollout in rollouts])
     mean, variance = masked_moments(scores, torch.ones_like(scores))
     return mean.item(), variance.sqrt().item()
+
+
+def _number_prompts(rollouts: Sequence[Rollout]) -> Tensor:
+    """(N,), equal for answers to the same prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return torch.tensor([numbers.setdefault(tuple(rollout.prompt), len(numbers)) for rollout in rollouts])
 
 
 def _table(rows: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.arguments import arg, list_arg
 from ..core.errors import InputError, raise_problems
+from ..core.files import read_text
 
 KEYS_VARIABLE = "API_KEYS"
 
@@ -80,7 +81,7 @@ def load_api_keys(file: str | None) -> list[str]:
     if file is not None:
         if not Path(file).is_file():
             raise InputError(f"--api_key_file {file}: no such file")
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
         found = [line.partition("#")[0].strip() for line in lines]
         if not any(found):
             raise InputError(f"--api_key_file {file}: no key in it; write one a line")

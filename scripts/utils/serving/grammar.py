@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..text.tokenizer import encode_surface, token_surfaces
+from ..text.tool_calls import CallForm, call_forms
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -37,24 +40,48 @@ class Grammars:
 
         surfaces = token_surfaces(tokenizer)
         self._size, self._stop_ids = len(surfaces), [index for index in stop_ids if index < len(surfaces)]
+        added = tokenizer.added_tokens_decoder.items()
+        self._specials = {token.content: index for index, token in added if not surfaces[index]}
         vocabulary = _Vocabulary(tokenizer, surfaces, self._stop_ids[0] if self._stop_ids else 0)
         self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._stop_ids or None)
 
-    def json(self, *forms: tuple[str, dict[str, Any], str], or_text: bool = False) -> JsonConstraint:
-        """Only JSON of one of these forms, with `or_text` also any text that does not begin with a brace.
+    def json(self, schema: dict[str, Any]) -> JsonConstraint:
+        """Only JSON that follows a schema. Raises: InputError if it is broken or asks for what cannot be held."""
+        return self._compile("value: @value_0\n", [schema])
 
-        Args: forms: what stands before a value, the value's JSON schema, what stands after.
-        Raises: InputError if a schema is broken or asks for what cannot be held.
+    def calls(
+        self, functions: Sequence[dict[str, Any]], form: CallForm, several: bool, or_text: bool = False
+    ) -> JsonConstraint:
+        """Only calls of these functions; with `or_text` also any text that does not begin with a brace.
+
+        Raises: as `json`.
         """
+        one = call_forms(functions, dataclasses.replace(form, start="", end=""))
+        written = [
+            f"{self._write(before)} @value_{number} {self._write(after)}"
+            for number, (before, _, after) in enumerate(one)
+        ]
+        more = f"({self._write(form.between)} call)*" if several else ""
+        lark = f"value: {self._write(form.start)} call {more} {self._write(form.end)}\ncall: {' | '.join(written)}\n"
+        return self._compile(lark, [schema for _, schema, _ in one], or_text)
+
+    def _write(self, text: str) -> str:
+        """A text as grammars have it; special tokens, which have no text, by their numbers."""
+        parts = re.split(f"({'|'.join(map(re.escape, self._specials))})", text) if self._specials else [text]
+        quoted = [
+            f"<[{self._specials[part]}]>" if part in self._specials else json.dumps(part) for part in parts if part
+        ]
+        return " ".join(quoted)
+
+    def _compile(self, lark: str, schemas: Sequence[dict[str, Any]], or_text: bool = False) -> JsonConstraint:
+        """A grammar whose rule `value` has @value_0, @value_1, ... where JSON of these schemas stands."""
         from llguidance import LLMatcher, LLParserLimits
 
-        names = [f"json_{number}" for number in range(len(forms))]
-        written = [f"{_quote(form[0])} @{name} {_quote(form[2])}" for form, name in zip(forms, names, strict=True)]
         # An answer's first token may carry the space that sentencepiece puts before words; the text has it stripped.
-        lark = f'start: {"text | " if or_text else ""}" "? json\njson: {" | ".join(written)}\n'
-        grammars: list[dict[str, Any]] = [{"name": "answer", "lark_grammar": lark + (_TEXT if or_text else "")}]
-        for name, (_, schema, _) in zip(names, forms, strict=True):
-            grammars.append({"name": name, "json_schema": {**schema, "x-guidance": _STYLE}})
+        lark = f'start: {"text | " if or_text else ""}" "? value\n' + lark + (_TEXT if or_text else "")
+        grammars: list[dict[str, Any]] = [{"name": "answer", "lark_grammar": lark}]
+        for number, schema in enumerate(schemas):
+            grammars.append({"name": f"value_{number}", "json_schema": {**schema, "x-guidance": _STYLE}})
         try:
             text = json.dumps({"grammars": grammars})
         except RecursionError:
@@ -68,10 +95,6 @@ class Grammars:
         if matcher.is_error():
             raise InputError(f"the JSON schema cannot be followed: {matcher.get_error().strip()[:500]}")
         return JsonConstraint(matcher, self._size, self._stop_ids)
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text) if text else ""
 
 
 class JsonConstraint:

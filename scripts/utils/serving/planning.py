@@ -14,9 +14,9 @@ from typing import Any
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
-from ..generation.engine import Engine, Request
-from ..text.prompts import Message, with_system_prompt
-from ..text.tool_calls import add_tools, call_forms, write_call
+from ..generation.engine import Engine, Request, goes_on
+from ..text.prompts import Message, call_form, with_system_prompt
+from ..text.tool_calls import OWN_FORM, CallForm
 from .errors import ApiError, bad_request, context_error, missing
 from .grammar import JSON_OBJECT, Grammars, JsonConstraint
 from .requests import ChatMessage, ChatRequest, CompletionRequest, NamedTool, SamplingRequest
@@ -36,7 +36,8 @@ class RequestPlan:
         num_choices: of the answers to a prompt, how many are returned: the best.
         logprobs: how many likeliest tokens are shown beside each; None: no log-probabilities.
         include_usage: whether a stream ends with the usage.
-        calls: whether an answer may be a tool call.
+        call_form: how an answer calls functions; None: it calls none.
+        several_calls: whether an answer may have more than one.
     """
 
     model: str
@@ -46,7 +47,8 @@ class RequestPlan:
     logprobs: int | None = None
     include_usage: bool = False
     prompts: list[str] | None = None
-    calls: bool = False
+    call_form: CallForm | None = None
+    several_calls: bool = True
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -90,22 +92,41 @@ class RequestPlanner:
         self._check_answering(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
-        functions = self._functions(body)
+        tools = self._tools(body)
         messages = with_system_prompt(read_messages(body), self._system_prompt)
-        if functions:
-            messages = add_tools(messages, functions)
-        prompt = self._encode(messages)  # last of all: the system prompt and the tools are part of it
+        going_on = goes_on(messages)
+        constrained = self._is_constrained(body, tools)
+        if going_on and constrained:
+            raise bad_request(
+                "An answer that was begun in the messages cannot be held to a format; end with a message of the user "
+                "or a tool, or leave out response_format and tools.",
+                "messages",
+            )
+        with _refusals_as_mistakes():
+            prompt = self.engine.encode(messages, tools)
         settings = self._settings(body, body.max_completion_tokens or body.max_tokens, len(prompt), "messages")
         count = body.n or 1
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        requests = self._requests(body, [prompt], count, [settings], top_logprobs, strip=True)
+        # What goes on is put behind its beginning by the client: the space between them counts.
+        requests = self._requests(body, [prompt], count, [settings], top_logprobs, strip=not going_on)
         with _refusals_as_mistakes():
-            negative = self.engine.encode_negative(messages, self.defaults)
-        constraint = self._constraint(body, functions)
+            negative = self.engine.encode_negative(messages, self.defaults, tools)
+        form = self._call_form() if tools else None
+        shown = self.engine.hidden_tokens(f"{form.mark}{form.start}{form.before}{form.after}") if form else {}
+        several = body.parallel_tool_calls is not False
+        constraint = self._constraint(body, tools, form, several) if constrained else None
         for request in requests:  # a constraint follows one answer, so each has its own
             request.negative_prompt, request.constraint = negative, constraint and constraint.copy()
+            request.shown_tokens = shown
         return RequestPlan(
-            model, requests, count, count, top_logprobs, include_usage=_wants_usage(body), calls=bool(functions)
+            model,
+            requests,
+            count,
+            count,
+            top_logprobs,
+            include_usage=_wants_usage(body),
+            call_form=form,
+            several_calls=several,
         )
 
     def _refuse_other_services(self, body: ChatRequest) -> None:
@@ -123,13 +144,9 @@ class RequestPlanner:
         if body.moderation is not None:
             raise bad_request("This server does not moderate.", "moderation")
 
-    def _encode(self, messages: list[Message]) -> list[int]:
-        with _refusals_as_mistakes():
-            return self.engine.encode(messages)
-
-    def _functions(self, body: ChatRequest) -> list[dict[str, Any]]:
-        """The functions that this answer may call."""
-        listed = [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in body.tools or ()]
+    def _tools(self, body: ChatRequest) -> list[dict[str, Any]]:
+        """The functions that this answer may call, as they were sent."""
+        listed = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
         if body.tool_choice is None or body.tool_choice == "auto":
             return listed
         if body.tool_choice == "none":
@@ -139,30 +156,48 @@ class RequestPlanner:
         # "required" and a named tool differ from "auto" in the grammar only, see _constraint.
         if isinstance(body.tool_choice, NamedTool):
             name = body.tool_choice.function.name
-            listed = [function for function in listed if function["name"] == name]
+            listed = [tool for tool in listed if tool["function"]["name"] == name]
             if not listed:
                 raise bad_request(f"tool_choice names {name[:64]!r}, which is not among the tools.", "tool_choice")
         return listed
 
-    def _constraint(self, body: ChatRequest, functions: Sequence[dict[str, Any]]) -> JsonConstraint | None:
-        """What the answer must look like; None: anything."""
+    def _call_form(self) -> CallForm:
+        """How this model's answers call functions. Raises: ApiError if it is not known here."""
+        assert self.engine.template is not None
+        form = call_form(self.engine.template, self.engine.tokenizer)
+        if form is None:
+            raise bad_request("This model's chat template writes calls in a form that is not read here.", "tools")
+        return form
+
+    def _is_constrained(self, body: ChatRequest, tools: Sequence[dict[str, Any]]) -> bool:
+        """Whether the answer is held to a form."""
+        wanted = body.response_format is not None and body.response_format.type != "text"
+        if not tools:
+            return wanted
+        if wanted:
+            raise bad_request("tools and a response_format other than text exclude each other.", "response_format")
+        # A model whose template knows tools is left free: it was trained to call them, or to answer.
+        return body.tool_choice not in (None, "auto") or self._call_form() is OWN_FORM
+
+    def _constraint(
+        self, body: ChatRequest, tools: Sequence[dict[str, Any]], form: CallForm | None, several: bool
+    ) -> JsonConstraint:
+        """What the answer must look like."""
         wanted = body.response_format
         param = "response_format"  # what an error is said to come from; narrowed down as far as it is known
         try:
-            if functions:
-                if wanted is not None and wanted.type != "text":
-                    raise bad_request("tools and a response_format other than text exclude each other.", param)
+            if form is not None:
                 param = "tools"
                 free = body.tool_choice in (None, "auto")  # the model may also answer in plain text
-                return self._get_grammars().json(*call_forms(functions), or_text=free)
-            if wanted is None or wanted.type == "text":
-                return None
+                functions = [tool["function"] for tool in tools]
+                return self._get_grammars().calls(functions, form, several, or_text=free)
+            assert wanted is not None
             if wanted.type == "json_object":
-                return self._get_grammars().json(("", JSON_OBJECT, ""))
+                return self._get_grammars().json(JSON_OBJECT)
             if wanted.json_schema is None:
                 raise missing("response_format.json_schema")
             param = "response_format.json_schema.schema"
-            return self._get_grammars().json(("", wanted.json_schema.schema_ or JSON_OBJECT, ""))
+            return self._get_grammars().json(wanted.json_schema.schema_ or JSON_OBJECT)
         except InputError as error:
             raise bad_request(str(error), param) from None
 
@@ -201,7 +236,10 @@ class RequestPlanner:
 
     def _encode_input(self, text: str | list[int], param: str, template: bool = False) -> list[int]:
         if isinstance(text, str):
-            return self._encode([{"role": "user", "content": text}]) if template else self.engine.encode_text(text)
+            if not template:
+                return self.engine.encode_text(text)
+            with _refusals_as_mistakes():
+                return self.engine.encode([{"role": "user", "content": text}])
         # The protocol allows any number; one beyond the embeddings would fail within the model, for all of its batch.
         if max(text) >= len(self.engine.token_bytes):
             raise bad_request(
@@ -328,10 +366,19 @@ def read_messages(body: ChatRequest) -> list[Message]:
     """The conversation as templates take it; a bare text is a user's. Raises: ApiError for what is not text."""
     if isinstance(body.messages, str):
         return [{"role": "user", "content": body.messages}]
-    return [
-        {"role": ROLES.get(message.role, message.role), "content": _read_content(message, f"messages[{number}]")}
-        for number, message in enumerate(body.messages)
-    ]
+    messages: list[Message] = []
+    for number, message in enumerate(body.messages):
+        role, content = ROLES.get(message.role, message.role), _read_content(message, f"messages[{number}]")
+        read: Message = {"role": role, "content": content}
+        if message.tool_calls:
+            read["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            read["tool_call_id"] = message.tool_call_id
+        messages.append(read)
+    last = messages[-1]
+    if len(messages) > 1 and last == {"role": "assistant", "content": ""}:
+        messages.pop()  # an answer of which nothing is there yet
+    return messages
 
 
 def _read_content(message: ChatMessage, param: str) -> str:
@@ -349,5 +396,4 @@ def _read_content(message: ChatMessage, param: str) -> str:
         if text is None:
             raise missing(f"{param}.content[{number}].text")
         texts.append(text)
-    calls = [write_call(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-    return "\n".join([*texts, *calls])
+    return "\n".join(texts)

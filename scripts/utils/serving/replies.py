@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.engine import Delta
 from ..generation.sampling import TokenLogprob
-from ..text.tool_calls import read_call
+from ..text.tool_calls import read_calls
+from .calls import CallPiece, CallStream
 from .planning import RequestPlan
 from .responses import (
     AnswerMessage,
@@ -73,9 +74,10 @@ class TokenNames:
 
 
 class VisibleTokens:
-    """Which tokens stand in an answer's text: not the end token, white space that was stripped, or a stop text.
+    """The tokens of an answer, each with the place of its first character in the text, as soon as the text passes it.
 
-    A token is given with the place of its first character in the text as soon as the text reaches it.
+    Tokens that are no part of the text (an end token, white space that was stripped, a stop text) have the place where
+    they would stand; the last ones come with the end.
     """
 
     def __init__(self, names: TokenNames) -> None:
@@ -85,25 +87,25 @@ class VisibleTokens:
         self._space: list[bytes] | None = []  # tokens before the text begins; None: it has begun
         self._lead = (0, 0)  # bytes and characters of stripped space before the text
         self._end = 0  # bytes of the text so far and of the space before it
+        self._length = 0  # characters of the text so far
 
-    def push(self, text: str, logprobs: Iterable[TokenLogprob]) -> list[tuple[int, TokenLogprob]]:
+    def push(self, text: str, logprobs: Iterable[TokenLogprob], last: bool = False) -> list[tuple[int, TokenLogprob]]:
         """The tokens that become visible with this piece of text, each with its place (in characters)."""
         for logprob in logprobs:
             surface = self._names.surface(logprob.token_id)
             if self._space is not None:
                 self._space.append(surface)
-            if surface:
-                self._waiting.append((self._bytes, self._characters, logprob))
+            self._waiting.append((self._bytes, self._characters, logprob))
             self._bytes += len(surface)
             self._characters += sum(byte & 0xC0 != 0x80 for byte in surface)
         if text and self._space is not None:
             self._begin(text)
         self._end += len(text.encode())
+        self._length += len(text)
         visible = []
-        while self._waiting and self._waiting[0][0] < self._end:
-            start, character, logprob = self._waiting.popleft()
-            if start + len(self._names.surface(logprob.token_id)) > self._lead[0]:
-                visible.append((max(character - self._lead[1], 0), logprob))
+        while self._waiting and (last or self._waiting[0][0] < self._end):
+            _, character, logprob = self._waiting.popleft()
+            visible.append((min(max(character - self._lead[1], 0), self._length), logprob))
         return visible
 
     def _begin(self, text: str) -> None:
@@ -128,6 +130,7 @@ class ChoiceBuilder:
     tokens: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # those that are shown
     logprob: float = 0.0  # of all tokens together
     finish_reason: str | None = None
+    calls: CallStream | None = None  # what tells them from the text while they come
 
     def add(self, delta: Delta) -> list[tuple[int, TokenLogprob]]:
         """Take what came; returns the tokens to be shown with it."""
@@ -135,7 +138,7 @@ class ChoiceBuilder:
         self.text += delta.text
         self.num_tokens += len(delta.token_ids)
         self.logprob += sum(logprob.logprob for logprob in delta.logprobs)
-        shown = self.visible.push(delta.text, delta.logprobs)
+        shown = self.visible.push(delta.text, delta.logprobs, last=delta.finish_reason is not None)
         self.tokens += shown
         self.finish_reason = delta.finish_reason
         return shown
@@ -199,15 +202,18 @@ class ChatResponseBuilder(ResponseBuilder):
     def whole(self, usage: Usage) -> BaseModel:
         choices = []
         for number, choice in enumerate(self.choices):
-            call = read_call(choice.text) if self.plan.calls else None
+            content, calls = read_calls(choice.text, self.plan.call_form)
+            calls = calls if self.plan.several_calls else calls[:1]
+            message = AnswerMessage(role="assistant", content=content, refusal=None)
+            if calls:
+                message = AnswerMessage(role="assistant", content=content or None, refusal=None)
+                message.tool_calls = [_tool_call(name=name, arguments=arguments) for name, arguments in calls]
             choices.append(
                 ChatChoice(
                     index=number,
-                    message=AnswerMessage(role="assistant", content=choice.text, refusal=None)
-                    if call is None
-                    else AnswerMessage(role="assistant", content=None, refusal=None, tool_calls=[_tool_call(call)]),
+                    message=message,
                     logprobs=self._logprobs(choice.tokens),
-                    finish_reason=self._reason(choice, call),
+                    finish_reason=self._reason(choice, bool(calls)),
                 )
             )
         return ChatCompletion(**self._whole_head, choices=choices, usage=usage)
@@ -218,20 +224,21 @@ class ChatResponseBuilder(ResponseBuilder):
         first = not choice.begun
         shown = choice.add(delta)
         message: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
-        call = None
-        text = delta.text
-        if self.plan.calls and choice.text.startswith("{"):
-            text = choice.text if delta.finish_reason else ""
-            call = read_call(text) if text else None
-        if call is not None:
-            message["tool_calls"] = [_tool_call(call, index=0)]
-        elif text:
+        text, pieces = delta.text, list[CallPiece]()
+        if self.plan.call_form is not None:
+            if choice.calls is None:
+                choice.calls = CallStream(self.plan.call_form, self.plan.several_calls)
+            text, pieces = choice.calls.push(choice.text, delta.finish_reason is not None)
+        if text:
             message["content"] = text
+        if pieces:
+            message["tool_calls"] = [_call_delta(piece) for piece in pieces]
         events = []
         if message or shown:
             events.append(self._chunk(number, message, logprobs=self._logprobs(shown), finish_reason=None))
         if delta.finish_reason:
-            events.append(self._chunk(number, {}, logprobs=None, finish_reason=self._reason(choice, call)))
+            called = choice.calls is not None and choice.calls.num_calls > 0
+            events.append(self._chunk(number, {}, logprobs=None, finish_reason=self._reason(choice, called)))
         return events
 
     def usage_event(self, usage: Usage) -> BaseModel:
@@ -241,8 +248,9 @@ class ChatResponseBuilder(ResponseBuilder):
         choice = ChatChunkChoice(index=number, delta=AnswerMessage(**message), **fields)
         return ChatCompletionChunk(**self._event_head, choices=[choice])
 
-    def _reason(self, choice: ChoiceBuilder, call: tuple[str, str] | None) -> Any:
-        return "tool_calls" if call is not None else choice.finish_reason
+    def _reason(self, choice: ChoiceBuilder, called: bool) -> Any:
+        # An answer that was cut may lack a call, or the end of one.
+        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob]]) -> ChatLogprobs | None:
         if self.plan.logprobs is None:
@@ -257,14 +265,16 @@ class ChatResponseBuilder(ResponseBuilder):
         return ChatLogprobs(content=content, refusal=None)
 
 
-def _tool_call(call: tuple[str, str], **fields: int) -> AnswerToolCall:
-    name, arguments = call
-    return AnswerToolCall(
-        id=f"call_{secrets.token_hex(12)}",
-        type="function",
-        function=FunctionCall(name=name, arguments=arguments),
-        **fields,
-    )
+def _tool_call(name: str, arguments: str, **fields: int) -> AnswerToolCall:
+    function = FunctionCall(name=name, arguments=arguments)
+    return AnswerToolCall(**fields, id=f"call_{secrets.token_hex(12)}", type="function", function=function)
+
+
+def _call_delta(piece: CallPiece) -> AnswerToolCall:
+    """As OpenAI has them: id, type and name with the first piece of a call, which all its pieces have the index of."""
+    if piece.name is not None:
+        return _tool_call(piece.name, piece.arguments, index=piece.index)
+    return AnswerToolCall(index=piece.index, function=FunctionCall(arguments=piece.arguments))
 
 
 class CompletionResponseBuilder(ResponseBuilder):

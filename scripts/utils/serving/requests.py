@@ -151,6 +151,7 @@ class ChatMessage(RequestModel):
         | None
     ) = None
     tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 class JsonSchema(RequestModel):
@@ -218,8 +219,8 @@ class ChatRequest(SamplingRequest):
         ]
         | None
     ) = None
+    parallel_tool_calls: bool | None = None
     # Accepted without effect.
-    parallel_tool_calls: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
     prediction: Any = None

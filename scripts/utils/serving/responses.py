@@ -59,18 +59,18 @@ class ChatLogprobs(BaseModel):
 
 
 class FunctionCall(BaseModel):
-    """What is called; the arguments are JSON."""
+    """What is called; the arguments are JSON. While streaming, the name comes once."""
 
-    name: str
+    name: str | None = None
     arguments: str
 
 
 class AnswerToolCall(BaseModel):
-    """A function call; the index only while streaming."""
+    """A function call. While streaming, a piece of one: the index in all pieces, id and type in the first."""
 
     index: int | None = None
-    id: str
-    type: Literal["function"] = "function"
+    id: str | None = None
+    type: Literal["function"] | None = None
     function: FunctionCall
 
 

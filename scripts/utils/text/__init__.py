@@ -8,7 +8,7 @@
   text_sample        documents streamed from files, and a seeded sample that fits in memory
   prompts            every template and system prompt, messages -> token ids and labels, and the stop tokens
   conversations      every layout of pairs and prompts -> the conversation, the better and the worse answer
-  tool_calls         how functions are told to the model and called by it, in the form that instruction tuning trains
+  tool_calls         how functions are told to the model, and the forms in which its answers call them
 
 Others import: tokenizer, pieces, vocabulary, vocabulary_report, text_sample, prompts, conversations, tool_calls.
 """

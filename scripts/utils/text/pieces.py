@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import tempfile
 from collections import Counter
@@ -170,7 +171,7 @@ def build_tokenizer_json(
     """The tokenizers-library twin of a sentencepiece BPE model that `inexact_reason` has nothing against.
 
     Args:
-        added: special tokens by id; those beyond the model's pieces follow them.
+        added: added tokens by id; those beyond the model's pieces follow them.
         bos, eos: tokens that plain calls put around a text.
     """
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
@@ -186,14 +187,24 @@ def build_tokenizer_json(
     else:
         backend.normalizer = replace
     backend.decoder = decoders.Sequence(steps)
-    specials = {i: piece.piece for i, piece in enumerate(proto.pieces) if piece.type in (CONTROL, UNKNOWN)}
-    specials |= {index: token.content for index, token in added.items()}
-    backend.add_special_tokens([AddedToken(specials[index], normalized=False) for index in sorted(specials)])
+    controls = (CONTROL, UNKNOWN)
+    tokens = {i: AddedToken(p.piece, special=True) for i, p in enumerate(proto.pieces) if p.type in controls}
+    tokens |= added
+    # Ids beyond the pieces are given in order, so kinds are added as they come.
+    for is_special, group in itertools.groupby(sorted(tokens), key=lambda index: tokens[index].special):
+        add = backend.add_special_tokens if is_special else backend.add_tokens
+        add([_as_written(tokens[index]) for index in group])
     single = " ".join(filter(None, [bos, "$A", eos]))
     pair = f"{single} {single.replace('$A', '$B')}"
     ends = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     return backend
+
+
+def _as_written(token: AddedToken) -> AddedToken:
+    """The token, found in text before that is normalised: sentencepiece's way to write spaces would be part of it."""
+    flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "special")}
+    return AddedToken(token.content, normalized=False, **flags)
 
 
 def sentencepiece_merges(proto: Any) -> list[tuple[str, str]]:

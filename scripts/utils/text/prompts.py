@@ -2,33 +2,58 @@
 
 A template is a jinja chat template, the form every engine reads, so training, inference and exported tokenizers
 cannot differ.
-User text enters as text: only what the template itself writes can become a special token.
+Messages enter as text: only what the template itself writes can become a control token (see _controls).
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokenizers import AddedToken
 
 from ..core.errors import InputError
-from .tokenizer import encode_text
+from .tokenizer import TokenFinder, encode_text
+from .tool_calls import (
+    HERMES_FORM,
+    LLAMA_FORM,
+    MISTRAL_FORM,
+    OWN_FORM,
+    CallForm,
+    add_tools,
+    parse_arguments,
+    read_function,
+    write_calls,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100  # label of positions without loss, the value PyTorch's and transformers' losses skip
 
-Message = dict[str, str]
+# role and content, and where they apply: tool_calls (OpenAI's: [{"function": {"name", "arguments"}}], the arguments an
+# object or JSON text), tool_call_id, and weight, 0 for an answer that is not trained.
+Message = dict[str, Any]
 
 SYSTEM_PROMPT = "You are a helpful assistant. 你是一个乐于助人的助手。"
 LONG_SYSTEM_PROMPT = SYSTEM_PROMPT + "请你提供专业、有逻辑、内容真实、有价值的详细回复。"
 
-# A system message, or the template's default where there is none, then the other messages in `turns`.
+# The system messages at the beginning, joined, or the template's default where there are none, in `system`; the other
+# messages in `turns`. These formats have no place for a system message further down.
 _SPLIT_SYSTEM = (
-    "{%- if messages and messages[0]['role'] == 'system' -%}"
-    "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set system = DEFAULT -%}{%- set turns = messages -%}{%- endif -%}"
+    "{%- set found = namespace(system=none, turns=[]) -%}{%- for message in messages -%}"
+    "{%- if message['role'] != 'system' -%}{%- set found.turns = found.turns + [message] -%}"
+    "{%- elif found.turns -%}"
+    "{{- raise_exception('message ' ~ loop.index ~ ' is a system message; they stand at the beginning only') -}}"
+    r"{%- else -%}{%- set gap = '\n\n' if found.system and message['content'] else '' -%}"
+    "{%- set found.system = (found.system or '') + gap + message['content'] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set turns = found.turns -%}{%- set system = DEFAULT if found.system is none else found.system -%}"
 )
 
 
@@ -73,7 +98,8 @@ def template_name(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
 def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """The jinja text of a template's name; "tokenizer" is the tokenizer's own. None: see template_name.
 
-    Raises: InputError for an unknown name, or where the tokenizer has no template.
+    Of several that a tokenizer has, it is the one called default, and tool_use for conversations with tools.
+    Raises: InputError for an unknown name, or where the tokenizer has no template, or none of these names.
     """
     name = template_name(name, tokenizer)
     if name in CHAT_TEMPLATES:
@@ -85,10 +111,19 @@ def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> st
             f"the tokenizer in {tokenizer.name_or_path} has no chat template; "
             f"pass --prompt_template with one of {', '.join(CHAT_TEMPLATES)}"
         )
-    return str(tokenizer.chat_template)
+    named = tokenizer.chat_template
+    if not isinstance(named, dict):
+        return str(named)
+    if "default" not in named:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} has chat templates called {', '.join(named)}, and none called "
+            "default; leave the one to be used as chat_template in its tokenizer_config.json"
+        )
+    default, with_tools = (text and text.removesuffix("\n") for text in (named["default"], named.get("tool_use")))
+    return f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}" if with_tools else str(default)
 
 
-# ---------------------------------------------------------------- messages -> ids
+# ---------------------------------------------------------------- messages -> text
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
@@ -102,70 +137,12 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def encode_prompt(messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a conversation up to where the assistant answers."""
-    ids, _ = _encode(messages, template, tokenizer, add_generation_prompt=True)
-    return ids
-
-
-def encode_conversation(
-    messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation and their labels (unshifted, the same length).
-
-    Labels are the ids on every assistant turn and its end token, IGNORE_INDEX elsewhere.
-    """
-    return _encode(messages, template, tokenizer, add_generation_prompt=False)
-
-
-def _encode(
-    messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
-) -> tuple[list[int], list[int]]:
-    text, contents = _render_with_spans(messages, template, tokenizer, add_generation_prompt)
-    specials = _special_spans(text, contents, tokenizer)
-    ids: list[int] = []
-    labels: list[int] = []
-
-    def add(new_ids: list[int], trained: bool) -> None:
-        ids.extend(new_ids)
-        labels.extend(new_ids if trained else [IGNORE_INDEX] * len(new_ids))
-
-    starts = _answer_starts(messages, template, tokenizer, text, contents)
-    position, answering = 0, False
-    for start, end, token_id in [*specials, (len(text), len(text), None)]:
-        # The text between two special tokens, cut where an answer begins.
-        cut = next((s for s in starts if position <= s < start or s == position), None)
-        if cut is None:
-            add(encode_text(tokenizer, text[position:start]) if start > position else [], answering)
-        else:
-            prompt_ids, answer_ids = _encode_cut(tokenizer, text[position:cut], text[cut:start])
-            add(prompt_ids, False)
-            add(answer_ids, True)
-            answering = True
-            starts = [s for s in starts if s > cut]
-        if token_id is not None:
-            add([token_id], answering)
-        answering = False  # the first special token after an answer ends it
-        position = end
-    return ids, labels
-
-
-def _encode_cut(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Encode two adjoining texts so that the first part is what inference encodes alone."""
-    prompt_ids = encode_text(tokenizer, prompt) if prompt else []
-    if not answer:
-        return prompt_ids, []
-    joint = encode_text(tokenizer, prompt + answer)
-    # First-generation Alpaca was trained on answers encoded alone, after a prompt that ends in a space.
-    if joint[: len(prompt_ids)] == prompt_ids and not prompt.endswith(" "):
-        return prompt_ids, joint[len(prompt_ids) :]
-    # Encoded alone, a sentencepiece tokenizer puts a space of its own before the answer.
-    adds_space = encode_text(tokenizer, "a") != encode_text(tokenizer, "\na")[-1:]
-    return prompt_ids, encode_text(tokenizer, answer.removeprefix(" ") if adds_space else answer)
-
-
 def render(
-    messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
+    messages: Sequence[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    add_generation_prompt: bool,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """The conversation as text, special tokens written out. Raises: InputError where the template refuses it."""
     from jinja2 import TemplateError
@@ -173,10 +150,14 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: what jinja makes of a field that is not there
         roles = [message["role"] for message in messages]
         raise InputError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
@@ -195,80 +176,400 @@ def render_forerunner_exam(system: str, turns: Sequence[tuple[str, str]]) -> str
     return "".join(pieces)
 
 
-def _render_with_spans(
-    messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text and the (start, end) of every message's content in it; (-1, -1) for one that is not shown."""
-    text = render(messages, template, tokenizer, add_generation_prompt)
-    marks = {f"\ue000{number}\ue001": number for number in range(len(messages))}
-    marked = render(
-        [
-            # Templates leave out the frame of an empty system message; answers are marked even where they are empty.
-            {**message, "content": mark if message["content"] or message["role"] == "assistant" else ""}
-            for message, mark in zip(messages, marks, strict=True)
-        ],
-        template,
-        tokenizer,
-        add_generation_prompt,
-    )
-    for prepare in (str, str.strip):  # many templates strip the contents
-        contents = [prepare(message["content"]) for message in messages]
-        pieces: list[str] = []
-        spans = [(-1, -1)] * len(messages)
-        length = 0
-        for piece in re.split("(\ue000[0-9]+\ue001)", marked):
-            if piece in marks:
-                number = marks[piece]
-                piece = contents[number]
-                spans[number] = (length, length + len(piece))
-            pieces.append(piece)
-            length += len(piece)
-        if "".join(pieces) == text:
-            return text, spans
-    raise InputError("the chat template changes the text of messages, so answers cannot be marked; use another one")
+# ---------------------------------------------------------------- what a template does with tools
+
+_PROBE = "probe_of_tools"
 
 
-def _special_spans(
-    text: str, contents: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int, int]]:
-    """(start, end, id) of the special tokens the template wrote: those that touch no message's content."""
-    specials = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    specials |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    if not specials:
-        return []
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
-    return [
-        (match.start(), match.end(), specials[match.group()])
-        for match in pattern.finditer(text)
-        if not any(start < match.end() and match.start() < end for start, end in contents)
-    ]
+def renders_tools(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the functions that it is given."""
+    return _renders_tools(template, tokenizer)
 
 
-def _answer_starts(
+def call_form(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool = True) -> CallForm | None:
+    """How the answers of a conversation call functions; None: in a form that is written, but not read here.
+
+    Args: with_tools: whether the conversation names functions; templates may write calls only then.
+    """
+    written = _rendered_call(template, tokenizer, with_tools)
+    if not written:
+        return OWN_FORM
+    marked = (form for form in (HERMES_FORM, LLAMA_FORM, MISTRAL_FORM) if form.mark in written)
+    if found := next(marked, None):
+        return found
+    bare = (form for form in (LLAMA_FORM, OWN_FORM) if f'"{form.arguments}"' in written.partition('{"name"')[2])
+    return next(bare, None)
+
+
+@functools.lru_cache(maxsize=16)
+def _renders_tools(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {"type": "object"}}}
+    try:
+        return _PROBE in render([{"role": "user", "content": "a"}], template, tokenizer, True, [tool])
+    except InputError:
+        return False
+
+
+@functools.lru_cache(maxsize=16)
+def _rendered_call(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool) -> str:
+    """An answer that calls a function, as the template writes it; "" if it does not."""
+    if with_tools and not _renders_tools(template, tokenizer):
+        return ""
+    call = {"type": "function", "id": "probe0000", "function": {"name": _PROBE, "arguments": {}}}
+    question = {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    tools = [{"type": "function", "function": {"name": "other", "description": "", "parameters": {"type": "object"}}}]
+    try:
+        text = render([question, answer], template, tokenizer, False, tools if with_tools else None)
+        prompt = render([question], template, tokenizer, True, tools if with_tools else None)
+    except InputError:
+        return ""
+    return text.removeprefix(prompt) if _PROBE in text else ""
+
+
+# ---------------------------------------------------------------- text -> ids
+
+
+class _Controls(NamedTuple):
+    """The tokens that only a template may write.
+
+    Attributes:
+        finder: finds them in text.
+        plain: those that the tokenizer does not call special.
+    """
+
+    finder: TokenFinder
+    plain: frozenset[str]
+
+
+def _controls(template: str, tokenizer: PreTrainedTokenizerBase) -> _Controls:
+    """The special tokens, and the added tokens that the template writes around turns, whatever their flag says.
+
+    Of the latter, words and white space stay ordinary tokens: a template's words may be anybody's.
+    """
+    # What decides them may change: scripts add tokens and name ends.
+    return _read_controls(template, tokenizer, len(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_controls(template: str, tokenizer: PreTrainedTokenizerBase, *_: Any) -> _Controls:
+    special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    special |= {index: AddedToken(token) for index, token in named if index not in special}
+    signs = {
+        index: token
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if index not in special and re.search(r"[^\w\s]", token.content)
+    }
+    frame: dict[int, AddedToken] = {}
+    if signs:
+        turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+        try:
+            text = render(turns, template, tokenizer, False)
+        except InputError:  # templates may refuse system messages
+            text = render(turns[1:], template, tokenizer, False)
+        frame = {index: signs[index] for _, _, index in TokenFinder(signs).find(text)}
+    return _Controls(TokenFinder(special | frame), frozenset(token.content for token in frame.values()))
+
+
+class _Conversation:
+    """Messages as their template takes them, free of what looks like a control token.
+
+    Look-alikes are exchanged for private characters before rendering. So, whatever the template does with the text,
+    the control tokens in the result are its own.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        template: str,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[dict[str, Any]] | None,
+    ) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        self.controls = _controls(template, tokenizer)
+        shown, tools = _with_tools(messages, template, tokenizer, tools)
+        self.added = len(shown) - len(messages)  # a system message that holds the tools
+        text = "".join(_texts([shown, tools]))
+        found = {self.controls.finder.tokens[index].content for _, _, index in self.controls.finder.find(text)}
+        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+        hidden = {token: next(free) for token in sorted(found, key=len, reverse=True)}
+        self.visible = {ord(character): token for token, character in hidden.items()}
+        self.mark = next(free)  # stands where the place of a text is looked for
+        self.messages: list[Message] = _exchange(shown, hidden)
+        self.tools: list[dict[str, Any]] | None = _exchange(tools, hidden)
+
+    def render(self, count: int | None = None, prompt: bool = False) -> str:
+        """The first `count` messages, all by default."""
+        messages = self.messages if count is None else self.messages[: self.added + count]
+        return render(messages, self.template, self.tokenizer, prompt, self.tools)
+
+    def render_open(self) -> str:
+        """The conversation up to and with the text of its last message, without what ends it."""
+        last = self.messages[-1]
+        # The space behind the mark shows whether the template strips texts.
+        text = self._with(len(self.messages) - 1, {**last, "content": f"{last['content']}{self.mark} "}).render()
+        before, mark, after = text.rpartition(self.mark)
+        if not mark:
+            raise InputError("the chat template leaves out the last message, so its answer cannot be gone on with")
+        return before if after.startswith(" ") else before.rstrip()
+
+    def marked(self, number: int) -> _Conversation:
+        """The conversation with the mark for the text of one message, and for the names of its calls."""
+        message = self.messages[self.added + number]
+        shown = {**message, "content": self.mark if message["content"] else message["content"]}
+        if message.get("tool_calls"):
+            call = {"name": self.mark, "arguments": {}}
+            shown["tool_calls"] = [{**other, "function": call} for other in message["tool_calls"]]
+        return self._with(self.added + number, shown)
+
+    def _with(self, place: int, message: Message) -> _Conversation:
+        other = copy.copy(self)
+        other.messages = [*self.messages[:place], message, *self.messages[place + 1 :]]
+        return other
+
+    # ------------------------------------------------------------ what is trained
+
+    def answer_span(self, number: int, text: str) -> tuple[int, int]:
+        """Where the answer `number` stands in the conversation's text: from where a prompt ends to the answer's end.
+
+        Raises: InputError where the template does not let that be told.
+        """
+        until = self.render(number + 1)
+        try:
+            prompt = self.render(number, prompt=True) if number else ""
+        except InputError:  # one that the template would not have answered
+            prompt = ""
+        start = len(prompt) if prompt and text.startswith(prompt) else -1
+        end = len(until) if text.startswith(until) else -1
+        if start < 0 or end < 0:
+            # The turn is written otherwise where others follow. What depends on its text alone shows where it is,
+            # and what stands around it there must be what stood around it before.
+            marked = self.marked(number)
+            first, last, is_mark = self._difference(number, text, marked.render())
+            own_first, own_last, opens = self._difference(number, until, marked.render(number + 1))
+            closing = until[own_last:]
+            if end < 0 and not text.startswith(closing, last):
+                raise InputError(f"the chat template ends answer {number + 1} otherwise where others follow{_ADVICE}")
+            if start < 0 and not is_mark:
+                raise InputError(
+                    f"the chat template writes more than message {number + 1} otherwise because of its text{_ADVICE}"
+                )
+            end = last + len(closing) if end < 0 else end
+            if start < 0:
+                opening = until[len(prompt) : own_first] if opens and prompt and until.startswith(prompt) else ""
+                start = first - len(opening) if text[:first].endswith(opening) else first
+        if start == end:
+            raise InputError(f"the chat template leaves out message {number + 1}, an assistant turn{_ADVICE}")
+        controls = self.controls.finder.find(text[start:end])
+        if controls and not text[start + controls[-1][1] : end].strip():
+            end = start + controls[-1][1]  # what templates write after the end, a line break mostly, no answer needs
+        return start, end
+
+    def _difference(self, number: int, text: str, marked: str) -> tuple[int, int, bool]:
+        """Where `text` differs from the same with a marked message, and whether it is at the mark that this begins."""
+        if self.mark not in marked:
+            raise InputError(f"the chat template leaves out message {number + 1}, an assistant turn{_ADVICE}")
+        first = _common_length(text, marked)
+        room = min(len(text), len(marked)) - first
+        common = _common_length(text[::-1][:room], marked[::-1])
+        return first, len(text) - common, marked.startswith(self.mark, first)
+
+    # ------------------------------------------------------------ ids
+
+    def encode(self, text: str, answers: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
+        """Ids and labels of what the template has written; the answers' places are trained."""
+        ids: list[int] = []
+        labels: list[int] = []
+
+        def add(new_ids: list[int], place: int) -> None:
+            ids.extend(new_ids)
+            trained = any(start <= place < end for start, end in answers)
+            labels.extend(new_ids if trained else [IGNORE_INDEX] * len(new_ids))
+
+        position = 0
+        for start, end, token_id in [*self.controls.finder.find(text), (len(text), len(text), None)]:
+            if position < start:
+                begins, ends = zip(*answers, strict=True) if answers else ((), ())
+                cuts = sorted({place for place in (*begins, *ends) if position < place < start})
+                parts = self._encode_parts(text[position:start], [(cut - position, cut in begins) for cut in cuts])
+                for place, part in zip([position, *cuts], parts, strict=True):
+                    add(part, place)
+            if token_id is not None:
+                add([token_id], start)
+            position = end
+        return ids, labels
+
+    def _encode_parts(self, text: str, cuts: Sequence[tuple[int, bool]]) -> list[list[int]]:
+        """The ids of text without control tokens, divided at the cuts: (place, whether an answer begins there).
+
+        What comes before an answer is what inference encodes alone. A token that reaches beyond an answer's end counts
+        to what follows.
+        """
+        parts = []
+        encode, begin, done = self._encode_text, 0, 0
+        whole = encode(text)
+        for place, begins in cuts:
+            head = encode(text[begin:place])
+            # First-generation Alpaca was trained on answers encoded alone, after a prompt that ends in a space.
+            if begins and (whole[: len(head)] != head or text[:place].endswith(" ")):
+                parts.append(head[done:])
+                encode, begin, done = self._encode_after_cut, place, 0
+                whole = encode(text[place:])
+                continue
+            reached = max(done, _common_length(whole, head))
+            parts.append(whole[done:reached])
+            done = reached
+        return [*parts, whole[done:]]
+
+    def _encode_text(self, text: str) -> list[int]:
+        return encode_text(self.tokenizer, text.translate(self.visible), self.controls.plain)
+
+    def _encode_after_cut(self, text: str) -> list[int]:
+        # Encoded alone, a sentencepiece tokenizer puts a space of its own before the answer.
+        adds_space = encode_text(self.tokenizer, "a") != encode_text(self.tokenizer, "\na")[-1:]
+        return self._encode_text(text.removeprefix(" ") if adds_space else text)
+
+
+_ADVICE = ", so what the model is to learn cannot be told; use another --prompt_template"
+
+
+def _with_tools(
     messages: Sequence[Message],
     template: str,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    contents: Sequence[tuple[int, int]],
+    tools: Sequence[dict[str, Any]] | None,
+) -> tuple[list[Message], Sequence[dict[str, Any]] | None]:
+    """Messages and tools as the template takes them; what it does not write of them becomes text of messages."""
+    writes_calls = bool(_rendered_call(template, tokenizer, bool(tools)))
+    shown: list[Message] = []
+    names: dict[Any, str] = {}  # of calls: the ids that they have, and those that are shown
+    waiting: list[str] = []
+    for message in messages:
+        kept = {key: value for key, value in message.items() if key not in ("weight", "tool_calls")}
+        functions = [call["function"] for call in message.get("tool_calls") or ()]
+        if functions and writes_calls:
+            calls = []
+            for call, function in zip(message["tool_calls"], functions, strict=True):
+                index = names[call.get("id", len(names))] = _call_id(call.get("id"), len(names))
+                waiting.append(index)
+                function = {**function, "arguments": parse_arguments(function["arguments"])}
+                calls.append({"type": "function", "id": index, "function": function})
+            kept |= {"content": kept.get("content") or None, "tool_calls": calls}
+        elif functions:
+            written = write_calls((function["name"], function["arguments"]) for function in functions)
+            kept["content"] = "\n".join(filter(None, [kept.get("content"), written]))
+        elif message["role"] == "tool" and waiting:
+            index = names.get(message.get("tool_call_id"), waiting[0])
+            waiting = [other for other in waiting if other != index]
+            kept["tool_call_id"] = index
+        shown.append(kept)
+    if tools and renders_tools(template, tokenizer):
+        return shown, [{"type": "function", "function": read_function(tool)} for tool in tools]
+    return (add_tools(shown, tools) if tools else shown), None
+
+
+def _call_id(given: Any, number: int) -> str:
+    """An id of the length that Mistral's templates ask for."""
+    return given if isinstance(given, str) and re.fullmatch("[0-9A-Za-z]{9}", given) else f"call{number:05}"
+
+
+def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common at the beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in lists and dicts of texts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _exchange(value: Any, texts: Mapping[str, str]) -> Any:
+    """The value, in all its texts one text for the other."""
+    if not texts:
+        return value
+    if isinstance(value, str):
+        for old, new in texts.items():
+            value = value.replace(old, new)
+        return value
+    if isinstance(value, dict):
+        return {_exchange(key, texts): _exchange(item, texts) for key, item in value.items()}
+    return [_exchange(item, texts) for item in value] if isinstance(value, list | tuple) else value
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]] | None = None,
+    continue_final: bool = False,
 ) -> list[int]:
-    """Where the trained text of each assistant turn begins: at the end of the prompt inference would have used."""
-    starts = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if contents[number][0] < 0:
-            raise InputError("the chat template leaves out an assistant turn; use another one")
-        # There is no prompt before a conversation that the assistant opens.
-        prompt = render(messages[:number], template, tokenizer, add_generation_prompt=True) if number else None
-        starts.append(len(prompt) if prompt and text.startswith(prompt) else contents[number][0])
-    return starts
+    """Token ids of a conversation up to where the assistant answers, exactly as its template writes it.
+
+    Args:
+        tools: the functions that may be called, each {"name", "description", "parameters"}, in OpenAI's frame or bare.
+        continue_final: the last message is the beginning of the answer, which is gone on with.
+    Raises: InputError where the template refuses the conversation, or there is no answer to go on with.
+    """
+    if not continue_final:
+        conversation = _Conversation(messages, template, tokenizer, tools)
+        return conversation.encode(conversation.render(prompt=True))[0]
+    if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+        raise InputError("there is no answer to go on with: the last message is none of the assistant's, or a call")
+    conversation = _Conversation(messages, template, tokenizer, tools)
+    return conversation.encode(conversation.render_open())[0]
 
 
-def stop_token_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's EOS and the template's end-of-turn token."""
+def encode_conversation(
+    messages: Sequence[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and their labels (unshifted, the same length).
+
+    Labels are the ids on every assistant turn up to and with its end, but of those with the weight 0, and IGNORE_INDEX
+    elsewhere.
+    Raises: InputError where the template refuses the conversation, or does not let tell where an answer stands.
+    """
+    conversation = _Conversation(messages, template, tokenizer, tools)
+    text = conversation.render()
+    trained = [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight") != 0
+    ]
+    return conversation.encode(text, [conversation.answer_span(number, text) for number in trained])
+
+
+# ---------------------------------------------------------------- the end of answers
+
+
+def _answer_end(template: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token that ends an answer's labels; None if they end in text."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, labels = encode_conversation(messages, template, tokenizer)
-    last = [index for index, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX][-1]
-    special = last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder
-    stops = {tokenizer.eos_token_id, last if special else None} - {None}
-    return sorted(stops)
+    _, labels = encode_conversation(messages, template, tokenizer)
+    last = [label for label in labels if label != IGNORE_INDEX][-1]
+    return last if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else None
+
+
+def stop_token_ids(template: str | None, tokenizer: PreTrainedTokenizerBase, named: Iterable[int] = ()) -> list[int]:
+    """The ids that end an answer: the tokenizer's EOS, the template's end-of-turn token, and those that are `named`
+    by the model's own files (see weights.generation_config)."""
+    own = None if template is None else _answer_end(template, tokenizer)
+    return sorted({tokenizer.eos_token_id, own, *named} - {None})
+
+
+@functools.lru_cache(maxsize=4)  # once per run, however many files are read
+def warn_without_end(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say before training that answers end in no token, so that engines would not stop there."""
+    if _answer_end(template, tokenizer) is None:
+        logger.warning(
+            "the chat template ends answers with no token of the tokenizer's: the model will learn no end that "
+            "engines stop at; write eos_token after answers in the template, or pass another --prompt_template"
+        )

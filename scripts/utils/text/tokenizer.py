@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +56,41 @@ TOKENIZER_FILES = (
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+# ---------------------------------------------------------------- added tokens
+
+
+class TokenFinder:
+    """Finds added tokens in text, as transformers does: the leftmost, the longest, with the spaces that they take.
+
+    Attributes:
+        tokens: by id.
+    """
+
+    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
+        self.tokens = dict(tokens)
+        self._ids = {token.content: index for index, token in tokens.items()}
+        longest_first = sorted(tokens.values(), key=lambda token: len(token.content), reverse=True)
+        forms = [_token_pattern(token) for token in longest_first]
+        self._pattern = re.compile("|".join(forms)) if forms else None
+
+    def find(self, text: str) -> list[tuple[int, int, int]]:
+        """(start, end, id) of each token in the text."""
+        if self._pattern is None:
+            return []
+        found = []
+        for match in self._pattern.finditer(text):
+            index = self._ids.get(match.group())
+            found.append((*match.span(), self._ids[match.group().strip()] if index is None else index))
+        return found
+
+
+def _token_pattern(token: AddedToken) -> str:
+    pattern = re.escape(token.content)
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
+
+
 # ---------------------------------------------------------------- the sentencepiece tokenizer
 
 
@@ -66,6 +102,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
     """
 
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    _words: TokenFinder | None = None
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         # legacy=False would take the dummy prefix out of the model file's own rules.
@@ -83,6 +120,17 @@ class SentencePieceTokenizer(SentencePieceBackend):
     def proto(self) -> Any:
         """The model file's content, a parsed ModelProto."""
         return parse_sentencepiece_model(self.sp_model.serialized_model_proto())
+
+    def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
+        self._words = None
+        return int(super()._add_tokens(*args, **kwargs))
+
+    @property
+    def words(self) -> TokenFinder:
+        """Finds the added tokens that are not special."""
+        if self._words is None:
+            self._words = _find_words(self)
+        return self._words
 
     def _convert_id_to_token(self, index: int) -> str:
         # Embeddings may be padded beyond the vocabulary; such an id stands for nothing.
@@ -222,11 +270,13 @@ def _load_tokenizers(folder: Path) -> PreTrainedTokenizerFast:
 # ---------------------------------------------------------------- encoding text as text
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of `text` as text: no BOS or EOS, and what looks like a special token is cut into ordinary pieces."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        ids: list[int] = tokenizer.sp_model.encode(text)  # ten times faster than the call for many
-        return ids
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[str] = ()) -> list[int]:
+    """The ids of `text` as text: no BOS or EOS, and what looks like a special token is cut into ordinary pieces.
+
+    Other added tokens are found in text, as transformers does, but for those in `literal`.
+    """
+    if any(token in text for token in literal):
+        return _encode_around(tokenizer, text, literal)
     return encode_texts(tokenizer, [text])[0]
 
 
@@ -237,6 +287,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], num_threa
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         ids: list[list[int]] = tokenizer.sp_model.encode(texts, num_threads=num_threads)
+        if tokenizer.words.tokens:
+            for number, text in enumerate(texts):
+                if tokenizer.words.find(text):
+                    ids[number] = _encode_around(tokenizer, text)
         return ids
     backend = tokenizer.backend_tokenizer
     # Calls of the tokenizer leave their settings behind in the backend, and set them anew themselves.
@@ -244,6 +298,42 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], num_threa
     backend.no_padding()
     backend.encode_special_tokens = True
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _encode_around(tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[str] = ()) -> list[int]:
+    """The ids of text whose added tokens are looked for here: all that are not special, but for those in `literal`."""
+    words = tokenizer.words if isinstance(tokenizer, SentencePieceTokenizer) else _find_words(tokenizer)
+    if literal:
+        kept = {index: token for index, token in words.tokens.items() if token.content not in literal}
+        words = TokenFinder(kept)
+    ids: list[int] = []
+    position = 0
+    for start, end, index in [*words.find(text), (len(text), len(text), None)]:
+        if position < start:
+            ids += _encode_without_added(tokenizer, text[position:start])
+        if index is not None:
+            ids.append(index)
+        position = end
+    return ids
+
+
+def _find_words(tokenizer: PreTrainedTokenizerBase) -> TokenFinder:
+    """Finds the added tokens that are not special: they are words of ordinary text."""
+    return TokenFinder({index: token for index, token in tokenizer.added_tokens_decoder.items() if not token.special})
+
+
+def _encode_without_added(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of text that holds no added token, whatever it looks like."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        ids: list[int] = tokenizer.sp_model.encode(text)
+        return ids
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    words = (
+        [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    )
+    return [token.id for word in words for token in backend.model.tokenize(word)]
 
 
 def encode_raw(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -397,7 +487,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         backend.no_padding()
         backend.save(str(folder / TOKENIZERS_FILE))
     if not exact:
-        settings |= {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": _added_settings(tokenizer)}
+        settings |= {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": added_settings(tokenizer)}
     settings, _ = tokenizer.save_chat_templates(str(folder), settings, None, True)
     write_json(folder / CONFIG_FILE, settings)
     write_json(folder / SPECIALS_FILE, {name: str(token) for name, token in tokenizer.special_tokens_map.items()})
@@ -437,7 +527,8 @@ def saved_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return settings
 
 
-def _added_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def added_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The added tokens by id, as tokenizer_config.json has them."""
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         str(index): {flag: getattr(token, flag) for flag in flags}

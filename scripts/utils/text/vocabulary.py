@@ -37,6 +37,7 @@ from .tokenizer import (
     SENTENCEPIECE_FILE,
     TOKENIZERS_FILE,
     SentencePieceTokenizer,
+    added_settings,
     encode_texts,
     load_tokenizer,
     save_tokenizer,
@@ -344,6 +345,9 @@ def save_extended(
             extended = append_pieces(extended, [pad_token], CONTROL)
             extended.trainer_spec.pad_id, extended.trainer_spec.pad_piece = len(extended.pieces) - 1, pad_token
         (folder / SENTENCEPIECE_FILE).write_bytes(extended.SerializeToString())
+        # Words that the base adds keep their places as control pieces, which no text is cut into, and stay words.
+        added = added_settings(base)
+        settings["added_tokens_decoder"] = {index: token for index, token in added.items() if not token["special"]}
     write_json(folder / CONFIG_FILE, settings)
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = chat_template or base.chat_template

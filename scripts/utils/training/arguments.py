@@ -104,6 +104,8 @@ class RunArguments(TrainingArguments):
         if self.fp16 and not torch.cuda.is_available():
             logger.warning("--fp16 needs a GPU; bf16 is used instead")
             self.fp16, self.bf16 = False, True
+        if self.precision == "auto" and torch.cuda.is_available() and not (self.bf16 or self.fp16):
+            logger.info("this GPU has no bf16: fp32 is used; --precision fp16 takes half the memory and is faster")
         self.precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
 
     def _prepare_checkpointing(self) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -64,7 +65,7 @@ def open_run(args: RunArguments, *arguments: Any) -> Run:
     run = Run(folder, None, describe_arguments(*arguments, args), replaces=False)
     if folder.is_file():
         raise InputError(f"--output_dir {folder} is a file; pass the name of a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not item.name.startswith(".") for item in folder.iterdir()):  # a killed write's rest
         _inspect(run, args)
     prepare_process(args.seed)  # last: a run that resumes has the recorded seed by now
     return run
@@ -127,8 +128,9 @@ def start_run(run: Run, inputs: dict[str, Any], is_main_process: bool) -> None:
         logger.info("replacing the run in %s", run.folder)
         remove(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
+    # The settings first: they say that this is a run, and one that is killed here starts over.
+    save_run_config(run.folder, run.settings, {"command": shlex.join(sys.argv)})
     write_json(run.folder / INPUTS, inputs)
-    save_run_config(run.folder, run.settings, {"command": " ".join(sys.argv)})
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
+from ..core.command_line import shell_command
 from ..core.errors import InputError
 from ..core.files import remove
 from ..data.batches import Collator
@@ -263,6 +264,6 @@ def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher
 def next_command(model: Any, folder: Path, launcher: str) -> str:
     """The command to run on what this run made."""
     if not hasattr(model, "peft_config"):
-        return f"MODEL={folder} bash scripts/{launcher}"
+        return shell_command("bash", *f"scripts/{launcher}".split(), MODEL=folder)
     base = model.peft_config["default"].base_model_name_or_path
-    return f"MODEL={base} LORA={folder} OUT={folder}-merged bash scripts/run_merge.sh"
+    return shell_command("bash", "scripts/run_merge.sh", MODEL=base, LORA=folder, OUT=f"{folder}-merged")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.arguments import arg
 from ..core.errors import InputError, raise_problems
+from ..core.files import read_text
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -54,7 +54,7 @@ def read_accounts(web: WebArguments) -> dict[str, str]:
         path = Path(web.auth_file)
         if not path.is_file():
             raise InputError(f"--auth_file {path}: there is no such file")
-        lines = {f"{path}:{n}": line for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)}
+        lines = {f"{path}:{n}": line for n, line in enumerate(read_text(path).splitlines(), 1)}
     elif web.auth:
         lines = {"--auth": web.auth}
     else:
@@ -76,17 +76,6 @@ def is_welcome(accounts: dict[str, str], user: str, password: str) -> bool:
     """Whether the password is the user's; takes as long for a wrong one as for the right one."""
     expected = accounts.get(user, "")
     return hmac.compare_digest(expected.encode(), password.encode()) and user in accounts
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises: InputError if it cannot be listened on, before minutes are spent on loading a model."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(f"--host {host} --port {port}: {error.strerror}; pass another --port") from None
 
 
 def launch(blocks: gr.Blocks, web: WebArguments, accounts: dict[str, str], css: str = "") -> None:

@@ -12,7 +12,15 @@ from fastapi.middleware import Middleware
 
 from .texts import LANGUAGES, TEXTS, translate
 
-JOINER = "\u2060"  # takes no room, and keeps marks beside it from being read as markup
+# Takes no room, and is white space to the browser's markdown reader, which no emphasis begins before.
+MARK = "\ufeff"
+# What that reader would not show as it is typed: blocks at the beginning of a line, and signs within it
+# (or that the mark itself, typed by a user, comes after).
+_MARKUP = re.compile(
+    rf"^(?={MARK}|[ \t]*(?:[-#>+=|:~`]|\d+[.)])|[ \t]{{2}})|(?P<code>`)"
+    rf"|[\\*_~$]|<(?=[A-Za-z/!?{MARK}])|!(?=[\[{MARK}])|\](?=[(\[:{MARK}])|&(?=#?\w+;|{MARK})",
+    re.MULTILINE,
+)
 MAX_FILE_SIZE = "4mb"
 LATEX_DELIMITERS = [
     {"left": "$$", "right": "$$", "display": True},
@@ -44,6 +52,7 @@ footer { display: none !important; }
 .answers .icon-button-wrapper.top-panel { display: none; }
 .answers .bubble-gap { gap: 4px; }
 .answers .message-row.bubble { margin: 6px 16px 2px; }
+.answers .user p { white-space: pre-wrap; }
 .notes { flex: 0 0 auto !important; }
 .notes .html-container, #context .html-container { padding: 0 4px; color: var(--body-text-color-subdued); }
 .notes .prose, #context .prose { font-size: 0.78rem; min-height: 1.2em; }
@@ -141,18 +150,21 @@ def launch_settings() -> dict[str, Any]:
 
 
 def escape_question(text: str) -> str:
-    """A user's text so that the page shows tags, pictures and links as they were typed, and the edit box too."""
-    return re.sub(r"<(?=[A-Za-z/!?])|!(?=\[)|\](?=[(\[:])", rf"\g<0>{JOINER}", text)
+    """A user's text so that the page shows it as it was typed: no tags, pictures, links, headings, bold words.
+
+    The edit box shows it so too, but for a backslash before backticks: no invisible sign keeps code from being code.
+    """
+    return _MARKUP.sub(lambda match: f"\\`{MARK}" if match["code"] else f"{match[0]}{MARK}", text)
 
 
 def unescape_question(text: str) -> str:
     """What escape_question was given."""
-    return re.sub(rf"([<!\]]){JOINER}", r"\1", text)
+    return re.sub(rf"(?m)(?:^|(?<=[\\*_~$<!\]&])){MARK}", "", text.replace(f"\\`{MARK}", "`"))
 
 
 def escape_answer(text: str) -> str:
     """An answer so that its pictures are shown as links; other markup stays."""
-    return re.sub(r"!(?=\[)", rf"\g<0>{JOINER}", text)
+    return re.sub(r"!(?=\[)", rf"\g<0>{MARK}", text)
 
 
 class TranslatedPage:

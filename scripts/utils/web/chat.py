@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.arguments import GenerationArguments, InferenceArguments
 from ..core.errors import InputError
-from ..generation.engine import Answer, Delta, Engine, FinishReason, Request
+from ..generation.engine import Answer, Delta, Engine, FinishReason, Request, goes_on
 from ..text.prompts import CHAT_TEMPLATES, OWN_TEMPLATE, Message, with_system_prompt
 from ..weights.reader import open_checkpoint
 from .texts import translate
@@ -235,6 +235,7 @@ def plan_request(
 ) -> tuple[Request, int]:
     """The request for an answer to the last message, and how many of the oldest messages it leaves out.
 
+    After a last message that is the assistant's own, it is the request for what follows there, white space included.
     The prompt and, with guidance, the one with the negative prompt in the system prompt's place hold the same ones.
 
     Args:
@@ -247,9 +248,8 @@ def plan_request(
         reserved = max(reserved, engine.context - max_memory)
     dropped = max(engine.fit_history(with_system_prompt(messages, system), reserved)[1] for system in systems)
     kept = with_system_prompt(messages[dropped:], system_prompt)
-    return Request(
-        engine.encode(kept), settings, seed, negative_prompt=engine.encode_negative(kept, settings)
-    ), dropped
+    negative = engine.encode_negative(kept, settings)
+    return Request(engine.encode(kept), settings, seed, not goes_on(kept), negative_prompt=negative), dropped
 
 
 # ---------------------------------------------------------------- settings

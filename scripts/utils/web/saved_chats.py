@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..core.arguments import GenerationArguments
@@ -13,6 +13,8 @@ from ..core.errors import InputError
 from ..text.conversations import read_conversation
 from ..text.prompts import Message, with_system_prompt
 from .chat import SETTINGS, Conversation, Reply, Turn, with_guidance
+
+TURN_KEYS = {"role", "from"}  # one of them says that a record is a turn
 
 
 @dataclass
@@ -42,6 +44,8 @@ def save_chat(
 def load_chat(data: bytes, num_models: int = 1) -> SavedChat:
     """Read a conversation that save_chat wrote, or any one that training data may hold (messages, ShareGPT, Alpaca).
 
+    It may stand in a list alone, and the list of its messages is one, too.
+
     Args:
         num_models: replies each turn gets; a file with fewer gives the others the first model's.
     Raises: InputError saying what is wrong with the file.
@@ -52,16 +56,13 @@ def load_chat(data: bytes, num_models: int = 1) -> SavedChat:
         raise InputError(f"it is not UTF-8 text (byte {error.start + 1})") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"it is not JSON ({error})") from None
-    return read_chat(record, "the file", num_models)
-
-
-def read_chat(record: Any, location: str, num_models: int = 1) -> SavedChat:
-    """load_chat for a file that has been parsed; `location` is how messages of errors call it."""
-    if isinstance(record, list) and len(record) == 1:
-        record = record[0]
+    if isinstance(record, list) and record:
+        is_turn = [isinstance(item, dict) and bool(TURN_KEYS & item.keys()) for item in record]
+        record = {"messages": record} if all(is_turn) else record[0] if len(record) == 1 else record
     if not isinstance(record, dict):
-        raise InputError(f"need one conversation, an object with 'messages', got {type(record).__name__}")
-    messages = _read_messages(record, location)
+        found = f"a list of {len(record)}" if isinstance(record, list) else type(record).__name__
+        raise InputError(f"need one conversation, an object with 'messages', got {found}")
+    messages = _read_messages(record)
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2) or not roles:
@@ -76,14 +77,14 @@ def read_chat(record: Any, location: str, num_models: int = 1) -> SavedChat:
     return SavedChat(turns, system, _read_settings(record.get("settings") or {}))
 
 
-def _read_messages(record: dict[str, Any], location: str) -> list[Message]:
+def _read_messages(record: dict[str, Any]) -> list[Message]:
     """The messages of a record; a question without an answer, which training data may not have, is one too."""
     messages = record.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
         record = {"messages": [*messages, {"role": "assistant", "content": ""}]}
-        read = read_conversation(record, location)[:-1]
+        read = read_conversation(record, "the file")[:-1]
     else:
-        read = read_conversation(record, location)
+        read = read_conversation(record, "the file")
     for message in read:
         try:
             message["content"].encode()
@@ -109,7 +110,7 @@ def _read_settings(settings: Any) -> dict[str, Any]:
         raise InputError(f"'settings' needs names and values, got {type(settings).__name__}")
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise InputError(f"'settings' has unknown names: {', '.join(map(str, unknown))}")
-    defaults = {item.name: [] if item.default is MISSING else item.default for item in fields(GenerationArguments)}
+    defaults = asdict(GenerationArguments())
     for name, value in settings.items():
         if not _has_kind_of(value, defaults[name]):
             raise InputError(f"'settings': {name} cannot be {value!r:.80}")

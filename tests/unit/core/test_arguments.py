@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import yaml
 
 from support.paths import ROOT
 from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg
-from utils.core.command_line import describe_arguments, parse_args, save_run_config
+from utils.core.command_line import describe_arguments, parse_args, save_run_config, shell_command
 from utils.core.errors import InputError
 
 
@@ -51,6 +52,26 @@ def test_abbreviations_are_not_guessed():
 def test_broken_yaml_names_file_and_line(tmp_path):
     with pytest.raises(InputError, match=r"config\.yaml:2: broken YAML"):
         parse_args(RateArguments, argv=[write_yaml(tmp_path, "learning_rate: 1\nuse_cpu: {]\n")])
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    """As the system hands over bytes of another encoding; and a file in one."""
+    word = os.fsdecode("你好".encode("gb18030"))
+    for argv in (["--learning_rate", word], [f"--learning_rate={word}"]):
+        with pytest.raises(InputError, match=r"--learning_rate: not UTF-8: .*\\udcc4.*put the text into a file"):
+            parse_args(RateArguments, argv=argv)
+    (tmp_path / "gbk.yaml").write_bytes("learning_rate: 1  # 学习率".encode("gb18030"))
+    with pytest.raises(InputError, match=r"gbk\.yaml: not UTF-8 at byte 24"):
+        parse_args(RateArguments, argv=[str(tmp_path / "gbk.yaml")])
+
+
+@pytest.mark.parametrize("path", ["plain", "a b", "a=b.c", "it's", "$HOME", "a\\b", "中文", "*", ""])
+def test_commands_can_be_pasted(path):
+    command = shell_command("bash", "run.sh", "--compare", path, MODEL=path)
+    assert shlex.split(command) == [f"MODEL={path}", "bash", "run.sh", "--compare", path]
+    # And by a shell, to which MODEL= has to be a variable still.
+    printed = shell_command("bash", "-c", 'printf "%s|%s" "$MODEL" "$1"', "-", path, MODEL=path)
+    assert subprocess.run(["bash", "-c", printed], capture_output=True, text=True).stdout == f"{path}|{path}"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

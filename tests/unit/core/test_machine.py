@@ -1,6 +1,7 @@
 """The machine, against what the operating system says; and long calls that Ctrl-C may end."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -9,7 +10,8 @@ import time
 import pytest
 
 from support.paths import SCRIPTS
-from utils.core.machine import available_bytes, available_cores, interruptible
+from utils.core.errors import InputError
+from utils.core.machine import available_bytes, available_cores, check_port, interruptible
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
@@ -50,3 +52,12 @@ def test_interruptible_lets_an_interrupt_through(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interruptible(lambda: time.sleep(3))
     assert time.monotonic() - started < 2
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {port}: .*; pass another --port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+    check_port("127.0.0.1", 0)

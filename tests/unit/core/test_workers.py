@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from support.paths import ROOT, SCRIPTS
-from utils.core.workers import ordered_map
+from utils.core.workers import WorkerDied, one_worker, ordered_map
 
 
 def work(state: str, unit: int) -> tuple[str, int, int]:
@@ -48,8 +48,20 @@ def test_results_come_in_order_from_several_processes_and_units_are_taken_as_nee
     # A worker's ValueError (InputError) is raised as it is; a death is named.
     with pytest.raises(ValueError, match="unit 77"):
         list(ordered_map(work, "s", range(70, 80), 2))
-    with pytest.raises(RuntimeError, match="worker process ended unexpectedly"):
+    with pytest.raises(WorkerDied, match="worker process ended unexpectedly, killed by SIGKILL, for inst"):
         list(ordered_map(work, "s", range(85, 95), 2))
+
+
+def test_one_worker_is_another_process():
+    with one_worker(work, "s") as call:
+        _, unit, pid = call(1)
+        assert unit == 1 and pid != os.getpid() and call(2)[2] == pid
+        with pytest.raises(ValueError, match="unit 77"):
+            call(77)
+        with pytest.raises(WorkerDied) as died:
+            call(88)
+        assert died.value.signal == "SIGKILL"
+    assert not psutil.pid_exists(pid)
 
 
 def test_workers_end_when_the_parent_is_killed(tmp_path):

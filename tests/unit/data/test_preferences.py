@@ -195,7 +195,8 @@ def test_ids_are_those_of_tuning_and_inference(tmp_path, request, folder, name):
         assert pair.prompt.dtype == np.int64
         assert pair.prompt.tolist() == encode_prompt(chat, template, tokenizer)
         for ids, text in ((pair.chosen, record["chosen"]), (pair.rejected, record["rejected"])):
-            whole, labels = encode_conversation([*chat, assistant(text)], template, tokenizer)
+            earlier = [{**message, "weight": 0} for message in chat]  # a pair trains its last answers alone
+            whole, labels = encode_conversation([*earlier, assistant(text)], template, tokenizer)
             joint = [*pair.prompt.tolist(), *ids.tolist()]
             after = whole[len(joint) :]  # chatml writes a line break after the end token, which no answer needs
             assert whole == joint + after and len(after) <= (name == "chatml") * 3

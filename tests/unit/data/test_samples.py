@@ -98,7 +98,12 @@ def marks(text: str) -> list[bool]:
 def test_truncation_keeps_the_end_token(trained, length, ids, flags):
     if flags == "..TTT....":
         flags, ids = "..TTT...T", [*ids[:-1], 9]
-    assert truncate_sample(list(range(len(trained))), marks(trained), length) == (ids, marks(flags))
+    count = len(trained)
+    assert truncate_sample(list(range(count)), marks(trained), length, range(count)) == (ids, marks(flags))
+
+
+def test_an_answer_that_ends_in_text_is_cut_only():
+    assert truncate_sample([7, 8, 3, 4, 5, 6], marks("..TTTT"), 4, [2]) == ([7, 8, 3, 4], marks("..TT"))
 
 
 def test_long_samples_are_cut_counted_and_dropped(tmp_path, tokenizer, caplog):

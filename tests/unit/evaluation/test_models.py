@@ -6,7 +6,7 @@ import pytest
 
 from utils.core.arguments import InferenceArguments
 from utils.core.files import hash_file
-from utils.evaluation.models import is_gguf, short_name, split_name, weights_of
+from utils.evaluation.models import for_evaluation, is_gguf, short_name, split_name, weights_of
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,20 @@ def test_the_weights_that_answer_are_named_and_told_apart(tiny_model_folder, tmp
     assert list(weights_of(of_file).values()) == [hash_file(tmp_path / "model.gguf")]
     of_folder = replace(of_file, model_name_or_path=str(tmp_path))  # of the arena, this failed
     assert list(weights_of(of_folder).values()) == list(weights_of(of_file).values())
+    # A model in several files is all of them.
+    parts = [tmp_path / f"m [7B]-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"weights")
+    of_parts = replace(of_file, model_name_or_path=str(parts[0]))
+    before = weights_of(of_parts)
+    parts[1].write_bytes(b"others")
+    assert weights_of(of_parts).keys() == before.keys() and weights_of(of_parts) != before
+
+
+def test_a_gguf_file_is_opened_by_llama_cpp(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "model.gguf"):
+        found = InferenceArguments(model_name_or_path=str(place), only_cpu=True)
+        assert for_evaluation(found) == replace(found, engine="llama.cpp")
+    model = InferenceArguments(model_name_or_path="a/model", engine="vllm")
+    assert for_evaluation(model) is model

@@ -491,6 +491,18 @@ def test_guidance_equals_transformers(generator, model, tokenizer):
     assert [c.token_ids for c in plain] != [c.token_ids for c in guided]
 
 
+def test_a_guided_prompt_that_uses_a_step_up_is_not_parted_from_its_guide(monkeypatch, generator, tokenizer):
+    settings = GenerationArguments(max_new_tokens=6, guidance_scale=1.8, negative_prompt="bad", **GREEDY)
+    negative = encode_raw("A bad answer to all", tokenizer)
+    requests = [Request(encode_raw(text, tokenizer), settings, negative_prompt=negative) for text in PROMPTS[:3]]
+    together = answered(BatchScheduler(generator.model, 6), generator, requests, join=0)
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", 5)
+    monkeypatch.setattr(batching, "PREFILL_CHUNK", 2)
+    for join in (0, 1):
+        apart = answered(BatchScheduler(generator.model, 6), generator, requests, join)
+        assert [one.token_ids for one in apart] == [one.token_ids for one in together]
+
+
 def test_a_sliding_window_is_kept_to(tokenizer):
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -65,3 +65,22 @@ def test_guidance_replaces_the_first_system_message_and_nothing_else(tokenizer):
     assert prompter.encode_negative([kind, *turns], guided) == prompter.encode_negative(turns, guided) == expected
     assert prompter.encode_negative([kind, *turns], GenerationArguments()) is None
     assert prompter.encode_negative([], guided) == prompter.encode([rude])
+
+
+def test_an_answer_can_be_waited_for_by_anyone_as_often_as_they_like(tokenizer):
+    engine = Echo(tokenizer, None, 100, ["one"], 1)
+    request = Request([1], GenerationArguments())
+    answer = engine.submit(request)
+    assert "".join(delta.text for delta in answer) == answer.wait().text == answer.wait().text == "one [1]"
+    assert list(answer) == []
+    told = []
+    assert engine.submit(request, told.append).wait().text == told[0].text == "one [1]"
+
+
+def test_what_went_wrong_is_raised_whenever_the_answer_is_waited_for():
+    answer = Answer(1)
+    answer.push(Delta("half"))
+    answer.push(Delta(error=RuntimeError("out of memory")))
+    for read in (list, Answer.wait, Answer.wait):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            read(answer)

@@ -171,7 +171,7 @@ def test_json_schemas_are_followed(engine, tokenizer):
         "additionalProperties": False,
     }
     settings = GenerationArguments(max_new_tokens=60, temperature=1.0)
-    constraint = grammars.json(("", schema, ""))
+    constraint = grammars.json(schema)
     requests = [Request(encode_raw(text, tokenizer), settings, constraint=constraint.copy()) for text in TEXTS]
     for completion in engine.generate(requests):
         assert json.loads(completion.text)["n"] in (1, 22) and completion.finish_reason == "stop"
@@ -220,6 +220,24 @@ def test_embeddings_are_those_of_transformers(monkeypatch, engine, reference, to
     assert found.shape == (5, 32) and torch.allclose(found, reference.embed(prompts), atol=1e-5)
     with pytest.raises(InputError, match="600 tokens has no embedding; need 1 to 512"):
         engine.embed([[5] * 600])
+
+
+def test_an_embedding_that_fails_leaves_running_answers_as_they_are(monkeypatch, engine, tokenizer):
+    model = engine._model
+    model.embed([1, 2], 8)  # its context is there
+    requests = greedy(tokenizer, max_new_tokens=100, min_new_tokens=100)[:4]
+    expected = ids(engine.generate(requests))
+    decode = model._library.llama_decode
+    monkeypatch.setattr(
+        model._library, "llama_decode", lambda context, batch: context == model._embedder or decode(context, batch)
+    )
+    answers = [engine.submit(request) for request in requests]
+    readers = [iter(answer) for answer in answers]
+    for reader in readers:  # all are being written
+        next(reader)
+    with pytest.raises(RuntimeError, match="failed with status"):
+        engine.embed([[1, 2, 3]])
+    assert ids([answer.wait() for answer in answers]) == expected
 
 
 # ---------------------------------------------------------------- batches, prefixes, memory
@@ -466,10 +484,7 @@ def test_a_file_without_a_model_is_named(tmp_path):
         plan(tmp_path / "vocabulary.gguf")
 
 
-def test_a_file_in_parts_is_one_model(tmp_path, exported):
-    """llama.cpp is given the first part; all of them are weights."""
+def test_of_a_file_in_parts_llama_cpp_is_given_the_first(tmp_path):
     for number in (1, 2):
         (tmp_path / f"m-0000{number}-of-00002.gguf").write_bytes(b"x" * 10 * number)
     assert llamacpp_engine.find_gguf_file(str(tmp_path)).name == "m-00001-of-00002.gguf"
-    assert llamacpp_engine._weight_bytes(tmp_path / "m-00001-of-00002.gguf") == 30
-    assert llamacpp_engine._weight_bytes(exported / "model-F32.gguf") == (exported / "model-F32.gguf").stat().st_size

@@ -311,7 +311,9 @@ def tiny_model(seed, layers=2):
 
 
 PROMPTER = SimpleNamespace(
-    check=lambda request: request.settings.max_new_tokens, stop_ids=[END], token_bytes=[b"x"] * VOCABULARY
+    check=lambda request: request.settings.max_new_tokens,
+    find_stop_ids=lambda stops: [END],
+    token_bytes=[b"x"] * VOCABULARY,
 )
 SAMPLED = {
     "all": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},

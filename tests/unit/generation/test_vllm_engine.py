@@ -53,7 +53,7 @@ def load(tiny_model_folder, tokenizer):
     """Loads engines, and closes them at the end."""
     engines = []
 
-    def load(url=None, adapters=None, template="alpaca-2", max_batch_size=4, context=None, key=None, **settings):
+    def load(url=None, adapters=None, template="alpaca-2", max_batch_size=4, context=None, **settings):
         folder = str(tiny_model_folder)
         args = InferenceArguments(model_name_or_path=folder, tokenizer_name_or_path=folder, **settings)
         config = check_inference_request(args, tokenizer)
@@ -68,7 +68,6 @@ def load(tiny_model_folder, tokenizer):
                 context=context,
                 adapters=adapters,
                 url=url,
-                api_key=key,
             )
         )
         return engines[-1]
@@ -231,11 +230,14 @@ def test_the_server_is_looked_at_before_anything_is_asked(load, server, adapter,
         load(server.url)
 
 
-def test_keys_are_sent(load, server):
+def test_the_key_in_the_environment_is_sent(load, server, monkeypatch):
     server.key = "secret"
-    with pytest.raises(InputError, match="Unauthorized"):
-        load(server.url)
-    assert load(server.url, key="secret").models == ["default"]
+    for key in ("", "wrong"):
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        with pytest.raises(InputError, match="it wants a key; set VLLM_API_KEY"):
+            load(server.url)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert load(server.url).models == ["default"]
 
 
 # ---------------------------------------------------------------- adapters, options, the command

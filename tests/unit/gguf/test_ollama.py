@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from support.families import make_family
 from utils.gguf.ollama import build_modelfile, read_turn_texts
 from utils.text.prompts import CHAT_TEMPLATES, SYSTEM_PROMPT, render
 from utils.text.tokenizer import load_tokenizer
@@ -181,3 +182,9 @@ def test_go_itself_agrees(tokenizer, tmp_path):
         ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases), capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == expected
+
+
+def test_an_end_that_is_no_special_token_is_a_stop_too(tmp_path, base_tokenizer_folder):
+    tokenizer = make_family("ChatML-on-Llama", tmp_path / "tokenizer", base_tokenizer_folder)
+    _, _, stops = parse_modelfile(build_modelfile("model-F16.gguf", tokenizer))
+    assert stops[:2] == ["</s>", "<|im_end|>"]

@@ -109,10 +109,12 @@ def test_secret_answers_and_what_went_wrong_are_shown(put):
         for key in ("accuracy", "interval", "subject_average", "subject_average_interval", "correct"):
             group.pop(key, None)
     cut = fake.multiple_choice(prompts={"prompts_without_all_examples": 4}, benchmark={"missing_subjects": ["a", "b"]})
-    entries = read_results([put(secret), put(cut | {"unparsed": 3})])
+    entries = read_results([put(secret), put(cut | {"unparsed": 3, "ties": 4})])
     rows = rows_of(entries, "选择题")
     assert rows["base"][:2] == ["—", "—"]
-    assert rows["sft"][2] == "56.7 (39.7–72.7)<br>3 unparsed, 2 subjects missing, 4 prompts without all examples"
+    assert (
+        rows["sft"][2] == "56.7 (39.7–72.7)<br>3 unparsed, 4 ties, 2 subjects missing, 4 prompts without all examples"
+    )
 
 
 # ---------------------------------------------------------------- what can be compared

@@ -57,6 +57,38 @@ def test_experience_equals_a_plain_loop(settings):
     assert len(experience) == 7
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_without_a_critic_an_answer_is_compared_with_the_others_to_its_prompt(gamma):
+    rollouts = make_rollouts(7)
+    for number, rollout in enumerate(rollouts):
+        rollout.prompt = [[5, 6], [7], [8]][[0, 1, 0, 0, 1, 2, 0][number]]  # groups of 4, 2 and 1, mixed
+    settings = {"gamma": gamma, "whiten_advantages": False, "critic": "group"}
+    experience = experience_of(rollouts, kl_coef=0.3, **settings)
+    gains = []  # the discounted reward from each token on
+    for rollout in rollouts:
+        rewards = [
+            -0.3 * (own - other).item() for own, other in zip(rollout.logprobs, rollout.ref_logprobs, strict=True)
+        ]
+        rewards[-1] += rollout.score
+        gains.append([sum(gamma**i * r for i, r in enumerate(rewards[t:])) for t in range(len(rewards))])
+    for row, rollout in enumerate(rollouts):
+        others = [gains[n][0] for n, o in enumerate(rollouts) if o.prompt == rollout.prompt and n != row]
+        baseline = sum(others) / len(others) if others else 0.0
+        expected = torch.tensor([gain - baseline for gain in gains[row]])
+        torch.testing.assert_close(experience.advantages[row, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+        assert not experience.advantages[row, len(expected) :].any()
+
+
+def test_answers_that_earn_the_same_move_nothing():
+    rollouts = make_rollouts(4)
+    for rollout in rollouts:
+        rollout.prompt, rollout.score = [5, 6], 2.5
+    experience = experience_of(rollouts, kl_coef=0.0, critic="group", whiten_advantages=False)
+    assert experience.advantages.abs().max() < 1e-6
+    learned = experience_of(rollouts, kl_coef=0.0, whiten_advantages=False)
+    assert learned.advantages.abs().max() > 0.1  # a critic that knows nothing yet praises every one
+
+
 def test_more_kl_means_less_reward():
     """The sign: a policy that has left its reference is pulled back."""
     rollouts = make_rollouts(2)

@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 
+from support.tokenizers import TOOL_TEMPLATE
 from utils.core.arguments import GenerationArguments
 from utils.core.errors import InputError
 from utils.generation.engine import Answer, Delta, Engine
@@ -27,6 +28,12 @@ from utils.text.tokenizer import encode_text, load_tokenizer
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+LOOP = [
+    {"role": "user", "content": "?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "21"},
+]
 
 
 class StandIn(Engine):
@@ -34,8 +41,8 @@ class StandIn(Engine):
 
     name = "stand-in"
 
-    def __init__(self, tokenizer, words=(), context=512):
-        super().__init__(tokenizer, CHAT_TEMPLATES["alpaca-2"], context, ["default", "other"], 8)
+    def __init__(self, tokenizer, words=(), context=512, template=CHAT_TEMPLATES["alpaca-2"]):
+        super().__init__(tokenizer, template, context, ["default", "other"], 8)
         self.words = words
         self.requests, self.answers = [], []
 
@@ -455,14 +462,18 @@ def push_tokens(names, text_tokens, text, **options):
     return visible.push(text, [TokenLogprob(token, -1.0) for token in text_tokens], **options)
 
 
-def test_only_tokens_of_the_text_are_shown(tokenizer):
+def test_every_token_is_shown_where_it_stands(tokenizer):
     token_bytes = [b"", b"a", b" b", b"\xe4", b"\xbd\xa0", b"  ", b"STOP", b"\n"]
     names = TokenNames(tokenizer, token_bytes)
-    shown = lambda *args: [(place, token.token_id) for place, token in push_tokens(names, *args)]  # noqa: E731
-    assert shown([1, 2, 0], "a b") == [(0, 1), (1, 2)]  # not the end token
-    assert shown([5, 2, 1, 7], "ba") == [(0, 2), (1, 1)]  # not stripped space, at either end
+
+    def shown(tokens, text):
+        return [(place, token.token_id) for place, token in push_tokens(names, tokens, text, last=True)]
+
+    assert shown([1, 2, 0], "a b") == [(0, 1), (1, 2), (3, 0)]  # the end token too
+    assert shown([5, 2, 1, 7], "ba") == [(0, 5), (0, 2), (1, 1), (2, 7)]  # stripped space, at either end
     assert shown([2, 1], " ba") == [(0, 2), (2, 1)]  # space that was not stripped counts
-    assert shown([1, 6], "a") == [(0, 1)]  # not the stop text
+    assert shown([1, 6], "a") == [(0, 1), (1, 6)]  # a stop text
+    assert shown([5], "") == [(0, 5)] and shown([0], "") == [(0, 0)]  # an answer without text
     assert shown([3, 4, 1], "你a") == [(0, 3), (1, 4), (1, 1)]  # parts of a character
     visible = VisibleTokens(names)
     assert visible.push("", [TokenLogprob(3, -1.0)]) == []  # half a character has no text yet
@@ -513,6 +524,94 @@ def test_tools_stand_in_the_prompt_as_in_training_data(speaker):
     assert speaker.requests[-1].constraint is not None
     assert post(speaker, HELLO | {"tools": [TOOL], "tool_choice": "none"}).status_code == 200
     assert speaker.requests[-1].constraint is None
+
+
+def test_a_template_that_knows_tools_writes_them_itself(tokenizer):
+    """transformers' own rendering is the oracle."""
+    engine = StandIn(tokenizer, ["x"], template=TOOL_TEMPLATE)
+    tools = [TOOL | {"function": {"name": "now", "description": "time", "parameters": {}, "strict": True}}, TOOL]
+    parsed = [{**LOOP[1], "tool_calls": [CALL | {"function": {"name": "weather", "arguments": {"city": "北京"}}}]}]
+    for messages, shown in ((LOOP[:1], LOOP[:1]), (LOOP, [LOOP[0], *parsed, LOOP[2]])):
+        assert post(engine, {"messages": messages, "tools": tools}).status_code == 200
+        expected = tokenizer.apply_chat_template(
+            shown, tools=tools, chat_template=TOOL_TEMPLATE, add_generation_prompt=True, tokenize=True
+        )["input_ids"]
+        assert engine.requests[-1].prompt == expected and engine.requests[-1].constraint is None
+
+
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, CHAT_TEMPLATES["alpaca-2"]])
+def test_no_content_and_an_empty_one_are_the_same_beside_calls(tokenizer, template):
+    engine = StandIn(tokenizer, ["x"], template=template)
+    for content in (None, "", []):
+        messages = [LOOP[0], LOOP[1] | {"content": content}, LOOP[2]]
+        assert post(engine, {"messages": messages, "tools": [TOOL]}).status_code == 200
+    assert engine.requests[0].prompt == engine.requests[1].prompt == engine.requests[2].prompt
+
+
+def test_several_calls_of_an_answer(tokenizer):
+    """`parallel_tool_calls` false: one."""
+    words = ["Let me", " see.\n", "<tool", '_call>\n{"name": "wea', 'ther", "arguments": {"city": "Be', 'rn"}}']
+    words += ["\n</tool_call>\n<tool_call>\n", '{"name": "now", "arguments": {}}\n</tool_call>']
+    engine = StandIn(tokenizer, words, template=TOOL_TEMPLATE)
+    for parallel, names in ((True, ["weather", "now"]), (False, ["weather"])):
+        body = HELLO | {"tools": [TOOL], "parallel_tool_calls": parallel}
+        choice = post(engine, body).json()["choices"][0]
+        assert choice["message"]["content"] == "Let me see." and choice["finish_reason"] == "tool_calls"
+        whole = [call["function"] for call in choice["message"]["tool_calls"]]
+        assert [call["name"] for call in whole] == names and json.loads(whole[0]["arguments"]) == {"city": "Bern"}
+        choices = [chunk["choices"][0] for chunk in events(post(engine, body | {"stream": True}))[0]]
+        deltas = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
+        first = [delta for delta in deltas if "id" in delta]
+        assert [delta["function"]["name"] for delta in first] == names and len({d["id"] for d in first}) == len(names)
+        assert [delta["index"] for delta in first] == list(range(len(names)))
+        arguments = "".join(delta["function"]["arguments"] for delta in deltas if delta["index"] == 0)
+        assert json.loads(arguments) == {"city": "Bern"}
+        assert "".join(choice["delta"].get("content") or "" for choice in choices) == "Let me see."
+        assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+def test_calls_that_must_come_are_held_to_the_templates_form(tokenizer):
+    engine = StandIn(tokenizer, ["x"], template=TOOL_TEMPLATE)
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        assert post(engine, HELLO | {"tools": [TOOL], "tool_choice": choice}).status_code == 200
+        allowed = engine.requests[-1].constraint.allowed().nonzero()[:, 0].tolist()
+        assert {engine.token_bytes[index].lstrip()[:1] for index in allowed} <= {b"<", b""}
+    unread = TOOL_TEMPLATE.replace('"arguments"', '"input"').replace("tool_call>", "calling>")
+    response = post(StandIn(tokenizer, ["x"], template=unread), HELLO | {"tools": [TOOL]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tools"
+
+
+# ---------------------------------------------------------------- answers that were begun
+
+
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, CHAT_TEMPLATES["alpaca-2"], CHAT_TEMPLATES["mixtral"]])
+def test_an_answer_that_was_begun_is_gone_on_with(tokenizer, template):
+    """transformers' continue_final_message is the oracle."""
+    engine = StandIn(tokenizer, [" 42", " \n"], template=template)
+    messages = [*HELLO["messages"], {"role": "assistant", "content": "The answer is"}]
+    reply = post(engine, {"messages": messages})
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, continue_final_message=True)
+    assert text.endswith("The answer is")
+    assert engine.requests[-1].prompt == engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert engine.requests[-1].strip is False and reply.json()["choices"][0]["message"]["content"] == " 42 \n"
+    # Where nothing is begun, the answer is a new one.
+    post(engine, {"messages": [*HELLO["messages"], {"role": "assistant", "content": ""}]})
+    assert engine.requests[-1].prompt == engine.encode(HELLO["messages"])
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tokenizer):
+    engine = StandIn(tokenizer, ["x"])
+    begun = [*HELLO["messages"], {"role": "assistant", "content": '{"a"'}]
+    for body in (
+        {"messages": LOOP[:2]},  # a call without its result
+        {"messages": begun, "response_format": {"type": "json_object"}},
+        {"messages": begun, "tools": [TOOL], "tool_choice": "required"},
+    ):
+        response = post(engine, body)
+        assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+    hiding = "{% for m in messages %}{% if '{' not in m.content %}{{ m.content }}{% endif %}{% endfor %}"
+    response = post(StandIn(tokenizer, ["x"], template=hiding), {"messages": begun})
+    assert response.status_code == 400 and "leaves out the last message" in response.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------- who may come in, and with how much
@@ -708,7 +807,7 @@ def test_one_line_of_json_a_request_without_secrets(speaker, caplog):
 def test_planning_does_not_hold_up_others(speaker):
     released = threading.Event()
     encode = speaker.encode
-    speaker.encode = lambda messages: released.wait(10) and encode(messages)
+    speaker.encode = lambda messages, tools=None: released.wait(10) and encode(messages)
 
     async def go():
         async with client(speaker) as http:
@@ -728,7 +827,7 @@ def test_planning_does_not_hold_up_others(speaker):
 def test_requests_that_are_being_read_count_too(speaker):
     """Or a rush of them would all be tokenised before most of them were turned away."""
     released, encode, encoded = threading.Event(), speaker.encode, []
-    speaker.encode = lambda messages: encoded.append(1) or (released.wait(10) and encode(messages))
+    speaker.encode = lambda messages, tools=None: encoded.append(1) or (released.wait(10) and encode(messages))
 
     async def go():
         async with client(speaker, max_batch_size=1, max_queue=1) as http:
@@ -867,7 +966,7 @@ def test_a_failing_engine_is_a_500_in_openais_form(engine, caplog):
             engine.submit = lambda *args: (_ for _ in ()).throw(InputError("this engine cannot do that"))
             refused = await http.post(CHAT, json=HELLO)
             assert refused.status_code == 400 and "cannot do that" in refused.json()["error"]["message"]
-            engine.encode = lambda messages: 1 / 0
+            engine.encode = lambda messages, tools=None: 1 / 0
             broken = await http.post(CHAT, json=HELLO)
             assert broken.status_code == 500 and broken.json()["error"]["code"] == "internal_error"
             health = (await http.get("/health")).json()

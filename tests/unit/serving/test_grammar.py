@@ -9,6 +9,7 @@ import torch
 from utils.core.errors import InputError
 from utils.serving.grammar import JSON_OBJECT, Grammars
 from utils.text.tokenizer import load_tokenizer, token_surfaces
+from utils.text.tool_calls import HERMES_FORM, LLAMA_FORM, MISTRAL_FORM, OWN_FORM, read_calls
 
 PERSON = {
     "type": "object",
@@ -84,7 +85,7 @@ def write(constraint, tokenizer, seed, limit=400):
 
 def test_random_writers_follow_the_schema(grammars, tokenizer):
     for seed in range(25):
-        text, ended = write(grammars.json(("", PERSON, "")), tokenizer, seed)
+        text, ended = write(grammars.json(PERSON), tokenizer, seed)
         assert ended and is_person(json.loads(text)), text
 
 
@@ -97,20 +98,20 @@ def test_what_can_be_written_is_all_that_the_schema_allows(grammars, tokenizer):
             if token == tokenizer.eos_token_id:
                 found.add(text.decode())
                 continue
-            further = grammars.json(("<", {"enum": ["ab", "a", 7, None]}, ">"))
+            further = grammars.json({"enum": ["ab", "a", 7, None]})
             for earlier in [*path, token]:
                 further.advance(earlier)
             walk(further, text + surfaces[token], [*path, token])
 
-    walk(grammars.json(("<", {"enum": ["ab", "a", 7, None]}, ">")), b"", [])
-    values = {'<"ab">', '<"a">', "<7>", "<null>"}
+    walk(grammars.json({"enum": ["ab", "a", 7, None]}), b"", [])
+    values = {'"ab"', '"a"', "7", "null"}
     assert {text.removeprefix(" ") for text in found} == values
 
 
 def test_any_object(grammars, tokenizer):
     ended = 0
     for seed in range(30):
-        text, complete = write(grammars.json(("", JSON_OBJECT, "")), tokenizer, seed, 120)
+        text, complete = write(grammars.json(JSON_OBJECT), tokenizer, seed, 120)
         assert text.lstrip(" ").startswith("{")
         if complete:
             ended += 1
@@ -118,24 +119,60 @@ def test_any_object(grammars, tokenizer):
     assert ended
 
 
-def test_text_or_one_of_several_forms(grammars, tokenizer):
-    forms = [('{"call": "f", "with": ', {"enum": [1]}, "}"), ('{"call": "g", "with": ', {"type": "null"}, "}")]
-    calls = set()
+FUNCTIONS = [
+    {
+        "name": "f",
+        "parameters": {"properties": {"with": {"enum": [1]}}, "required": ["with"], "additionalProperties": False},
+    },
+    {"name": "g", "parameters": {"properties": {}, "additionalProperties": False}},
+]
+CALLS = [("f", '{"with": 1}'), ("g", "{}")]
+FORMS = {"own": OWN_FORM, "hermes": HERMES_FORM, "llama": LLAMA_FORM, "mistral": MISTRAL_FORM}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_in_a_templates_form_are_read_again(grammars, tokenizer, form):
+    found, most = set(), 0
+    for seed in range(12):
+        several = seed % 2 == 0
+        constraint = grammars.calls(FUNCTIONS, FORMS[form], several)
+        text, ended = write(constraint, tokenizer, seed, 300 if several else 200)
+        content, calls = read_calls(text.strip(), FORMS[form])
+        assert content == "" or (several and not ended), text
+        assert ended or several
+        assert set(calls) <= set(CALLS) and (several or len(calls) == 1)
+        found |= set(calls)
+        most = max(most, len(calls))
+    assert found == set(CALLS) and most > 1
+
+
+def test_text_or_a_call(grammars, tokenizer):
+    found = set()
     for seed in range(60):
-        constraint = grammars.json(*forms, or_text=True)
+        constraint = grammars.calls(FUNCTIONS, OWN_FORM, False, or_text=True)
         if seed % 2:  # led to a brace
             constraint.advance(next(i for i, s in enumerate(token_surfaces(tokenizer)) if s == b"{"))
             text, ended = write(constraint, tokenizer, seed)
             assert ended
-            calls.add("{" + text)
+            found.add("{" + text)
         else:
             text, _ = write(constraint, tokenizer, seed, 20)
             assert not text.startswith("{") or json.loads(text)
-    assert calls == {'{"call": "f", "with": 1}', '{"call": "g", "with": null}'}
+    assert found == {'{"name": "f", "arguments": {"with": 1}}', '{"name": "g", "arguments": {}}'}
+
+
+def test_marks_that_are_special_tokens_are_written_as_such(base_tokenizer_folder):
+    tokenizer = load_tokenizer(base_tokenizer_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    constraint = Grammars(tokenizer, [tokenizer.eos_token_id]).calls(FUNCTIONS[1:], MISTRAL_FORM, False)
+    mark = tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
+    constraint.advance(mark) if constraint.allowed()[mark] else pytest.fail("the mark is not allowed")
+    text, ended = write(constraint, tokenizer, 0)
+    assert ended and json.loads(text) == [{"name": "g", "arguments": {}}]
 
 
 def test_copies_are_independent(grammars, tokenizer):
-    first = grammars.json(("", PERSON, ""))
+    first = grammars.json(PERSON)
     second = first.copy()
     assert write(first, tokenizer, 1)[1]
     assert is_person(json.loads(write(second, tokenizer, 2)[0]))
@@ -163,12 +200,12 @@ def test_copies_are_independent(grammars, tokenizer):
 )
 def test_schemas_that_cannot_be_followed_are_refused(grammars, schema):
     with pytest.raises(InputError, match="the JSON schema cannot be followed"):
-        grammars.json(("", schema, ""))
+        grammars.json(schema)
 
 
 def test_all_tokens_that_end_answers_may_end_json(tokenizer):
     stops = [tokenizer.eos_token_id, tokenizer.bos_token_id]
-    constraint = Grammars(tokenizer, stops).json(("", {"enum": [7]}, ""))
+    constraint = Grammars(tokenizer, stops).json({"enum": [7]})
     surfaces = token_surfaces(tokenizer)
     assert not constraint.allowed()[stops].any()
     constraint.advance(surfaces.index(b"7"))
@@ -177,6 +214,6 @@ def test_all_tokens_that_end_answers_may_end_json(tokenizer):
 
 def test_a_broken_token_only_ends_the_answer(grammars, tokenizer):
     """What the engine may choose anyway (a forced token) is no reason to fail."""
-    constraint = grammars.json(("", {"enum": [7]}, ""))
+    constraint = grammars.json({"enum": [7]})
     constraint.advance(token_surfaces(tokenizer).index(b"a"))
     assert constraint.allowed().nonzero()[:, 0].tolist() == [tokenizer.eos_token_id]

@@ -212,7 +212,8 @@ def test_added_tokens_of_the_base_become_control_pieces(tmp_path, base_tokenizer
     out.mkdir()
     merged = save_extended(base, merge_sentencepiece(proto, extra, Selection()), out)
     assert merged.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [400, 401]
-    assert 400 not in encode_text(merged, "<|im_start|>")
+    assert 400 in encode_text(merged, "a <|im_start|> b"), "it stays the word that it was, not special"
+    assert not merged.added_tokens_decoder[400].special
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 405}), encoding="utf-8")
     with pytest.raises(InputError, match="405"):
         base_with_added_tokens(load_tokenizer(folder))

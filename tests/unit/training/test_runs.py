@@ -6,6 +6,7 @@ import json
 import pytest
 
 from utils.core.errors import InputError
+from utils.training import runs
 from utils.training.arguments import RunArguments
 from utils.training.runs import (
     COMPLETE,
@@ -48,6 +49,21 @@ def test_a_run_begins_goes_on_and_ends(tmp_path):
         begin(folder)
     begin(folder, overwrite_output_dir=True)
     assert not (folder / "checkpoint-5").exists()
+
+
+def test_a_run_killed_at_its_first_file_starts_over(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(runs, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        begin(folder)
+    monkeypatch.undo()
+    assert (folder / "run_config.yaml").is_file() and not (folder / runs.INPUTS).exists()
+    begin(folder)
+    assert (folder / runs.INPUTS).is_file()
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".run_config.yaml.partial").touch()
+    begin(killed)
 
 
 def test_what_may_not_go_on_is_refused(tmp_path):

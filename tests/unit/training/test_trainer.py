@@ -1,5 +1,7 @@
 """CausalLMTrainer's own parts that need no run: the router's share of a loss, the model card, what comes next."""
 
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -25,3 +27,8 @@ def test_an_adapter_is_merged_next_and_a_model_is_used(tmp_path):
         f"MODEL=base LORA={tmp_path} OUT={tmp_path}-merged bash scripts/run_merge.sh"
     )
     assert next_command(SimpleNamespace(), tmp_path, "run_x.sh") == f"MODEL={tmp_path} bash scripts/run_x.sh"
+    odd = Path("o u=t.1")
+    assert shlex.split(next_command(SimpleNamespace(), odd, "run_x.sh --score FILE")) == [
+        "MODEL=o u=t.1", "bash", "scripts/run_x.sh", "--score", "FILE",
+    ]  # fmt: skip
+    assert shlex.split(next_command(adapter, odd, "run_x.sh"))[1:3] == ["LORA=o u=t.1", "OUT=o u=t.1-merged"]

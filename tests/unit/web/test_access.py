@@ -1,11 +1,9 @@
 """Who may come in, and where pages are served."""
 
-import socket
-
 import pytest
 
 from utils.core.errors import InputError
-from utils.web.access import AUTH_VARIABLE, WebArguments, check_port, is_welcome, read_accounts
+from utils.web.access import AUTH_VARIABLE, WebArguments, is_welcome, read_accounts
 
 
 def test_accounts_from_the_environment(monkeypatch):
@@ -36,11 +34,3 @@ def test_several_mistakes_are_said_together():
     with pytest.raises(InputError) as raised:
         WebArguments(port=0, max_queue=0, auth="a:b", auth_file="f")
     assert len(str(raised.value).splitlines()) == 3
-
-
-def test_a_taken_port_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {port}: .*; pass another --port"):
-            check_port("127.0.0.1", port)
-    check_port("127.0.0.1", port)

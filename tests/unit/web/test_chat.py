@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from random import Random
 
 import pytest
 
@@ -407,6 +408,8 @@ def test_compared_answers_survive_and_spread(tokenizer):
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"instruction": "q", "input": "", "output": "a"},
         [{"instruction": "q", "output": "a"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
     ],
 )
 def test_training_data_can_be_loaded(record):
@@ -421,6 +424,7 @@ BAD_FILES = {
     b"": "JSON",
     b"[" * 100_000: "JSON",
     b"[]": "conversation",
+    b'[{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a"}]': "one conversation.*a list of 2",
     b'"text"': "conversation",
     b"{}": "messages",
     b'{"messages": []}': "turns",
@@ -490,7 +494,14 @@ def test_marks_are_kept_apart_and_put_back(text):
     assert not re.search(r"<[a-zA-Z/!?]|!\[|\][(\[:]", shown), (
         "nothing a browser or a markdown reader would take for markup"
     )
-    assert len(shown.replace("\u2060", "")) == len(text)
+    assert len(shown.replace("\ufeff", "")) == len(text)
+
+
+def test_any_text_of_a_user_comes_back_from_the_page_as_it_was():
+    random = Random(0)
+    for _ in range(5000):
+        text = "".join(random.choices("*_`~#>-+=|:<!&\\$[]()1.;a \n\t\ufeff", k=random.randrange(12)))
+        assert unescape_question(escape_question(text)) == text
 
 
 def test_pictures_in_answers_are_not_fetched():

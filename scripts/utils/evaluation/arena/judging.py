@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...core.errors import InputError
-from ...core.files import hash_json
+from ...core.files import hash_json, read_text
 from ..endpoints import Endpoint, EndpointError
 from .matchmaking import Question
 from .ratings import Verdict
@@ -81,10 +81,7 @@ def read_judge_prompt(path: str | None) -> str:
         return JUDGE_PROMPT
     if not Path(path).is_file():
         raise InputError(f"--judge_prompt {path}: no such file")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--judge_prompt {path}: not UTF-8 at byte {error.start}; convert the file") from None
+    text = read_text(path)
     missing = [name for name in ("question", "answer_a", "answer_b") if f"{{{name}}}" not in text]
     if missing:
         places = ", ".join(f"{{{name}}}" for name in missing)

@@ -88,7 +88,7 @@ class ArenaPage(TranslatedPage):
         """
         Args:
             settings: how all players answer.
-            summarise: figures (see ratings.summarise) of the votes on a category; None: on all.
+            summarise: figures (see ratings.rate_models) of the votes on a category; None: on all.
             max_answers: battles answered at once; further ones wait, and see their place in the queue.
         """
         super().__init__(language)

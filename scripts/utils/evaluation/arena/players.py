@@ -16,12 +16,12 @@ from ...core.command_line import describe_arguments
 from ...core.errors import InputError
 from ...core.files import hash_file, hash_json
 from ...core.records import iter_records
-from ...generation.engine import Answer, Delta, Engine, FinishReason, Request, check_room
+from ...generation.engine import Answer, Delta, Engine, FinishReason, Request
 from ...generation.loading import EnginePlan
 from ...text.prompts import Message, with_system_prompt
 from ...weights.names import ADAPTER_CONFIG
-from ..endpoints import Endpoint, EndpointError, answer_options
-from ..models import is_gguf, short_name, split_name, weights_of
+from ..endpoints import Endpoint, EndpointError, answer_options, check_key_variables
+from ..models import for_evaluation, short_name, split_name, weights_of
 from ..progress import Predictions, answer_all
 from .matchmaking import Question
 
@@ -85,7 +85,7 @@ class LocalPlayer:
         """Raises: InputError for a question that leaves no room for an answer, before weights are read."""
         for question in questions:
             try:
-                check_room(len(self._encode(question)), settings, self._plan.context)
+                self._plan.check(self._request(question, settings, settings.seed))
             except InputError as error:
                 raise InputError(f"{self.name}, question {question.id}: {error}") from None
 
@@ -96,10 +96,12 @@ class LocalPlayer:
         self, question: Question, settings: GenerationArguments, seed: int, on_delta: OnDelta | None = None
     ) -> Answer:
         assert self._engine is not None, "load first"
-        return self._engine.submit(Request(self._encode(question), settings, seed), on_delta)
+        return self._engine.submit(self._request(question, settings, seed), on_delta)
 
-    def _encode(self, question: Question) -> list[int]:
-        return self._plan.encode(ask(question, self._system_prompt))
+    def _request(self, question: Question, settings: GenerationArguments, seed: int) -> Request:
+        messages = ask(question, self._system_prompt)
+        negative = self._plan.encode_negative(messages, settings)
+        return Request(self._plan.encode(messages), settings, seed, negative_prompt=negative)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -199,16 +201,23 @@ class ServerPlayer:
 
 
 def find_players(
-    model_args: InferenceArguments, models: Sequence[str], answers: Sequence[str], servers: Sequence[str]
+    model_args: InferenceArguments,
+    models: Sequence[str],
+    answers: Sequence[str],
+    servers: Sequence[str],
+    judge: str | None = None,
 ) -> list[Player]:
     """Those that were named, each as NAME=PLACE or PLACE; --base_model, if given, is the first.
 
-    Raises: InputError if files do not belong together, a server does not answer, or two have one name or one source.
+    Args: judge: the name of the endpoint that judges them, if one does.
+    Raises: InputError if files do not belong together, a server does not answer, or two have one name, one source or
+        one variable for their keys.
     """
+    check_key_variables([item.partition("=")[0] for item in servers] + ([judge] if judge else []))
     players: list[Player] = []
     if model_args.model_name_or_path or model_args.adapter_name_or_path:
         name = short_name(model_args.adapter_name_or_path or str(model_args.model_name_or_path))
-        players.append(LocalPlayer(name, model_args))
+        players.append(LocalPlayer(name, for_evaluation(model_args)))
     for item in models:
         name, path = _split_name(item)
         players.append(LocalPlayer(name, _arguments_of(model_args, path)))
@@ -243,13 +252,13 @@ def _split_name(item: str) -> tuple[str, str]:
 def _arguments_of(model_args: InferenceArguments, path: str) -> InferenceArguments:
     """How a model is loaded: an adapter's folder with the base that it records, a GGUF file by llama.cpp."""
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
-    return dataclasses.replace(
+    found = dataclasses.replace(
         model_args,
         model_name_or_path=None if is_adapter else path,
         adapter_name_or_path=path if is_adapter else None,
         tokenizer_name_or_path=None,
-        engine="llama.cpp" if is_gguf(path) else model_args.engine,
     )
+    return for_evaluation(found)
 
 
 # ---------------------------------------------------------------- answering a whole bank

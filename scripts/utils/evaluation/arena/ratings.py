@@ -122,7 +122,7 @@ def bootstrap(
 # ---------------------------------------------------------------- figures
 
 
-def summarise(battles: Sequence[Outcome], *, rounds: int = 1000, k: float = 16.0, seed: int = 0) -> dict[str, Any]:
+def rate_models(battles: Sequence[Outcome], *, rounds: int = 1000, k: float = 16.0, seed: int = 0) -> dict[str, Any]:
     """What arena.json says of some battles: "battles", "models", the strongest first, "pairs" and "groups".
 
     A model's "rank" is 1 + how many models are stronger in at least 97.5 % of the bootstrap rounds, so models that the

@@ -113,7 +113,7 @@ def _read_row(row: dict[str, Any], location: str, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- figures
 
 
-def summarise(rows: Mapping[str, Sequence[Mapping[str, Any]]], e: bool) -> dict[str, Any]:
+def average_scores(rows: Mapping[str, Sequence[Mapping[str, Any]]], e: bool) -> dict[str, Any]:
     """Scores in percent with their 95 % intervals, of datasets and of groups.
 
     Args:

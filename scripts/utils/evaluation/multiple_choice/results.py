@@ -24,6 +24,7 @@ class ChoiceAnswer:
     Attributes:
         letter: None: nothing that could be read.
         unnormalised: in cloze mode the choice that is likeliest whatever its length.
+        is_tied: whether another choice was exactly as likely as the one that counts.
         error: why nothing came: a server failed. It counts neither as right nor as wrong.
         row: all that is kept of it.
     """
@@ -33,6 +34,7 @@ class ChoiceAnswer:
     unnormalised: str | None
     error: str | None
     row: Mapping[str, Any]
+    is_tied: bool = False
 
     @property
     def is_correct(self) -> bool:
@@ -42,7 +44,7 @@ class ChoiceAnswer:
 # ---------------------------------------------------------------- figures
 
 
-def summarise(answers: Sequence[ChoiceAnswer], benchmark: Benchmark, mode: str) -> dict[str, Any]:
+def accuracies(answers: Sequence[ChoiceAnswer], benchmark: Benchmark, mode: str) -> dict[str, Any]:
     """Accuracy of all questions, by category and by subject; no accuracy where answers are kept secret."""
     by_subject: dict[str, list[ChoiceAnswer]] = {}
     for answer in answers:
@@ -77,6 +79,7 @@ def _figures(by_subject: Mapping[str, Sequence[ChoiceAnswer]], mode: str) -> dic
         "subjects": len(by_subject),
         "errors": sum(answer.error is not None for answer in answers),
         "unparsed": sum(answer.error is None and answer.letter is None for answer in answers),
+        "ties": sum(answer.is_tied for answer in answers),
     }
     if not shares:
         return figures
@@ -107,7 +110,7 @@ def average_of_shares(shares: Sequence[tuple[int, int]]) -> tuple[float, tuple[f
     return mean, (max(mean - half, 0.0), min(mean + half, 1.0))
 
 
-def summarise_clean(
+def clean_accuracies(
     answers: Sequence[ChoiceAnswer], overlaps: Sequence[Overlap], benchmark: Benchmark, mode: str, data: Sequence[str]
 ) -> dict[str, Any]:
     """Figures of the questions that training data does not hold, and what it holds of the others.
@@ -121,8 +124,8 @@ def summarise_clean(
         "data": list(data),
         "contaminated": len(dirty),
         "too_short": sum(overlap.too_short and not overlap.is_contaminated for overlap in overlaps),
-        "clean": summarise(clean, benchmark, mode) if clean else None,
-        "contaminated_figures": summarise(dirty, benchmark, mode) if dirty else None,
+        "clean": accuracies(clean, benchmark, mode) if clean else None,
+        "contaminated_figures": accuracies(dirty, benchmark, mode) if dirty else None,
         "hits": [
             {
                 "question": answer.question.location,
@@ -149,11 +152,11 @@ def write_submission(answers: Sequence[ChoiceAnswer], path: Path) -> None:
 
 def plot_choices(figures: Mapping[str, Any], path: Path, title: str) -> None:
     """Draw the accuracy of all questions and of every category, with its interval, into a png."""
-    groups = {"all": figures, **figures["by_category"]}
-    groups = {name: group for name, group in groups.items() if "accuracy" in group}
+    rows = [("all", figures), *figures["by_category"].items()]  # a category may be called all
+    names, groups = zip(*((name, group) for name, group in rows if "accuracy" in group), strict=True)
     with saved_figure(path, 7, 0.4 * len(groups) + 1.4) as figure:
         axes = figure.subplots()
-        accuracies = [group["accuracy"] for group in groups.values()]
+        shares = [group["accuracy"] for group in groups]
         colors = [ORANGE] + [BLUE] * (len(groups) - 1)
-        draw_bars(axes, list(groups), accuracies, [group["interval"] for group in groups.values()], colors, "accuracy")
+        draw_bars(axes, names, shares, [group["interval"] for group in groups], colors, "accuracy")
         axes.set_title(title)

@@ -17,9 +17,10 @@ from ...core.errors import InputError
 from ...generation.engine import Prompter, Request
 from ...generation.loading import EnginePlan
 from ..endpoints import EndpointError, answer_options
-from ..models import weights_of
+from ..models import for_evaluation, weights_of
 from ..progress import Parts
-from .answers import choose_by_likelihood, parse_answer
+from .answer_reading import read_letter
+from .answers import Choice, choose_by_likelihood
 from .prompts import ChoicePrompt
 from .results import ChoiceAnswer
 from .scorers import ServerScorer, open_scorer
@@ -77,10 +78,10 @@ class ModelUnderTest(ABC):
 class LocalModel(ModelUnderTest):
     """A model loaded here, whatever its engine."""
 
-    def __init__(self, args: InferenceArguments, chat: bool, batch_size: int) -> None:
-        """Raises: InputError if the files do not belong together."""
-        self.prompter = self._plan = EnginePlan(args, chat)
-        self._batch_size, self.counts = batch_size, {}
+    def __init__(self, args: InferenceArguments, chat: bool, batch_size: int, exact: bool) -> None:
+        """`exact`: see open_scorer. Raises: InputError if the files do not belong together."""
+        self.prompter = self._plan = EnginePlan(for_evaluation(args), chat)
+        self._batch_size, self._exact, self.counts = batch_size, exact, {}
 
     def describe(self) -> tuple[str, dict[str, Any]]:
         """Weights and template."""
@@ -89,17 +90,31 @@ class LocalModel(ModelUnderTest):
 
     @contextlib.contextmanager
     def _open_scorer(self) -> Iterator[Scorer]:
-        with closing(self._plan.load(self._batch_size)) as engine, closing(open_scorer(engine)) as scorer:
+        with closing(self._plan.load(self._batch_size)) as engine, closing(open_scorer(engine, self._exact)) as scorer:
             yield scorer
 
     def _write_answers(
         self, prompts: Sequence[ChoicePrompt], settings: GenerationArguments
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        with closing(self._plan.load(self._batch_size)) as engine:
-            # A question's seed is its own, however many were answered before.
-            answers = [engine.submit(Request(p.request.prompt, settings, settings.seed + _seed(p))) for p in prompts]
+        requests = [self._request(prompt, settings) for prompt in prompts]
+        with closing(self._plan.load(self._batch_size * settings.prompts_per_answer)) as engine:
+            answers = [engine.submit(request) for request in requests]
             for number, answer in enumerate(answers):
                 yield number, {"text": answer.wait().text}
+
+    def _request(self, prompt: ChoicePrompt, settings: GenerationArguments) -> Request:
+        """Raises: InputError for a negative prompt that goes with no plain text, or has no room."""
+        negative, text = None, prompt.request.text
+        if settings.negative_prompt is not None:
+            if isinstance(text, str):
+                raise InputError(
+                    "--negative_prompt: this preset writes its conversations as text; use --preset default"
+                )
+            negative = self._plan.encode_negative(text, settings)
+        # A question's seed is its own, however many were answered before.
+        request = Request(prompt.request.prompt, settings, settings.seed + _seed(prompt), negative_prompt=negative)
+        self._plan.check(request)
+        return request
 
 
 class ServedModel(ModelUnderTest):
@@ -139,9 +154,15 @@ class ServedModel(ModelUnderTest):
                 raise
 
 
-def open_model(args: InferenceArguments, chat: bool, server_url: str | None, batch_size: int) -> ModelUnderTest:
-    """The model that is asked. Raises: InputError if its files do not belong together, or the address is none."""
-    return ServedModel(server_url, batch_size) if server_url else LocalModel(args, chat, batch_size)
+def open_model(
+    args: InferenceArguments, chat: bool, server_url: str | None, batch_size: int, exact: bool = True
+) -> ModelUnderTest:
+    """The model that is asked.
+
+    Args: exact: see open_scorer.
+    Raises: InputError if its files do not belong together, or the address is none.
+    """
+    return ServedModel(server_url, batch_size) if server_url else LocalModel(args, chat, batch_size, exact)
 
 
 def _seed(prompt: ChoicePrompt) -> int:
@@ -196,6 +217,8 @@ def read_answer(prompt: ChoicePrompt, mode: Mode, row: dict[str, Any] | None, er
     if "logprobs" in row:
         choice = choose_by_likelihood(question, row["logprobs"], mode)
     else:
-        choice = parse_answer(row["text"], question, mode)
+        choice = Choice(read_letter(row["text"], question, mode))
     told = {name: value for name, value in asdict(choice).items() if value is not None}
-    return ChoiceAnswer(question, choice.letter, choice.unnormalised, None, {**kept, **told, **row})
+    return ChoiceAnswer(
+        question, choice.letter, choice.unnormalised, None, {**kept, **told, **row}, is_tied=bool(choice.tied)
+    )

@@ -26,10 +26,14 @@ LISTED, LISTED_IN_CHAT = 5, 20  # likeliest tokens asked for, the most that the 
 CONTEXT_ERROR = "context_length_exceeded"
 
 
-def open_scorer(engine: Engine) -> Scorer:
-    """Scores with an engine that answers nothing else meanwhile. Raises: InputError for one that cannot."""
+def open_scorer(engine: Engine, exact: bool = True) -> Scorer:
+    """Scores with an engine that answers nothing else meanwhile.
+
+    Args: exact: see PrefixScorer; llama.cpp's logits are in float32 anyhow.
+    Raises: InputError for one that cannot.
+    """
     if isinstance(engine, TransformersEngine):
-        return PrefixScorer(engine.model)
+        return PrefixScorer(engine.model, exact=exact)
     if engine.name == "vllm":
         raise InputError("--engine vllm: start `vllm serve`, and score through its address as any OpenAI server's")
     return EngineScorer(engine)

@@ -7,13 +7,14 @@ similar lengths. A prompt's continuations go on from its slot, one after the oth
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.errors import InputError
 from ...core.machine import available_bytes
@@ -179,18 +180,24 @@ class PrefixScorer:
     """Scorer on a transformers model.
 
     Equal requests get equal scores whatever stands beside them, up to rounding. Keys and values of at most CACHE_SHARE
-    of the free memory are held; where that is less than a row needs, of one row.
+    of the free memory are held; where that is less than a row needs, of one row. The model is its own until `close`.
     """
 
-    def __init__(self, model: Any, batch_tokens: int | None = None) -> None:
-        """`batch_tokens`: computed at once, padding included; default: what the device is quick with.
-
+    def __init__(self, model: Any, batch_tokens: int | None = None, exact: bool = True) -> None:
+        """
+        Args:
+            batch_tokens: computed at once, padding included; default: what the device is quick with.
+            exact: logits are made of the last hidden states in float32, by a copy of lm_head (4 bytes a weight); off:
+                in the model's precision, in which logits near 20 lie 1/8 apart in bfloat16.
         Raises: InputError if its layers keep no keys and values for each token.
         """
         check_layers(model.config)
         usual = BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS_ON_GPU
         self.model = model
         self._batch_tokens = batch_tokens or usual
+        self._head = model.get_output_embeddings()
+        if exact and self._head.weight.dtype in (torch.bfloat16, torch.float16):
+            model.set_output_embeddings(exact_head(self._head))
         self._rotations = find_row_rotary(model)  # None but under auto-NTK
         self._cache: SlotCache | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -275,7 +282,7 @@ class PrefixScorer:
         """The likelihoods of each request's continuations; the slots then hold the shared tokens again."""
         # One pass tells the first token of every continuation; letters need no more.
         logits = self._compute(cache, [request.prompt[shared:] for request in requests])
-        first = torch.log_softmax(logits[:, -1].float(), -1)
+        first = torch.log_softmax(logits[:, -1], -1).float()
         scores = [
             row[[ids[0] for ids in request.continuations]].tolist()
             for row, request in zip(first, requests, strict=True)
@@ -297,7 +304,7 @@ class PrefixScorer:
             return
         # Every slot needs a token; what is computed for one without a tail is not looked at.
         logits = self._compute(cache, [tail[:-1] or (0,) for tail in tails], keep)
-        logprobs = torch.log_softmax(logits.float(), -1)
+        logprobs = torch.log_softmax(logits, -1).float()
         for slot, (tail, request) in enumerate(zip(tails, requests, strict=True)):
             cache.truncate(slot, len(request.prompt))
             if len(tail) > 1:
@@ -314,7 +321,15 @@ class PrefixScorer:
 
     def close(self) -> None:
         """See Scorer. The model is whose it was."""
+        self.model.set_output_embeddings(self._head)
         self._cache = None
+
+
+def exact_head(head: nn.Module) -> nn.Module:
+    """A copy of an lm_head, adapters included, that computes in float32 whatever it is given."""
+    copied = copy.deepcopy(head).float()
+    copied.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+    return copied
 
 
 def _length(request: ChoiceRequest) -> int:

@@ -39,6 +39,8 @@ class Wording:
         system: system prompt of conversations in the forerunners' own form; None: messages under a chat template.
         letter_scoring: letters are scored as they follow the prompt; as the sum of the logits of two forms of each;
             after a space.
+        exact: likelihoods are computed in float32 of whatever the model's precision makes; off: in that precision,
+            where letters are often exactly as likely as others, as the project does whose wording this is.
     """
 
     introduction: str
@@ -54,6 +56,7 @@ class Wording:
     reasoned: tuple[str, str] = ("", "")
     system: str | None = None
     letter_scoring: Literal["joint", "both", "spaced"] = "joint"
+    exact: bool = True
 
     def name_subject(self, subject: Subject) -> str:
         """What `{subject}` stands for."""
@@ -117,6 +120,7 @@ _LM_EVAL = Wording(
     before_answer=" ",
     introduces_zero_shot=True,
     strips=True,
+    exact=False,
 )
 _PRESETS = (
     Preset(

@@ -15,7 +15,7 @@ from utils.evaluation.arena.ratings import (
     elo,
     plot_pairs,
     plot_ratings,
-    summarise,
+    rate_models,
 )
 from utils.evaluation.intervals import wilson_interval
 
@@ -62,12 +62,12 @@ def by_name(figures, field):
 def test_bradley_terry_is_where_gradient_ascent_ends():
     battles = simulate(60, 1)
     battles += [Outcome("a", "c", "tie"), Outcome("b", "e", "both_bad"), Outcome("d", "a", "tie")]
-    found = by_name(summarise(battles, rounds=2), "rating")
+    found = by_name(rate_models(battles, rounds=2), "rating")
     assert found == pytest.approx(ascend(battles, list(TRUE)), abs=0.06)  # figures have one decimal
 
 
 def test_known_strengths_lie_in_their_intervals():
-    figures = summarise(simulate(3000, 2), rounds=400)
+    figures = rate_models(simulate(3000, 2), rounds=400)
     for name, (low, high) in by_name(figures, "rating_interval").items():
         assert low < TRUE[name] < high and high - low < 60, name
     assert list(by_name(figures, "rank").items()) == [(name, place) for place, name in enumerate(TRUE, 1)]
@@ -77,7 +77,7 @@ def test_known_strengths_lie_in_their_intervals():
 def test_intervals_hold_the_truth_as_often_as_they_say():
     inside = total = 0
     for seed in range(300):
-        intervals = by_name(summarise(simulate(400, 1000 + seed), rounds=300), "rating_interval")
+        intervals = by_name(rate_models(simulate(400, 1000 + seed), rounds=300), "rating_interval")
         inside += sum(low <= TRUE[name] <= high for name, (low, high) in intervals.items())
         total += len(TRUE)
     assert 0.93 < inside / total < 0.97
@@ -103,7 +103,7 @@ def test_models_that_never_lost_have_a_finite_rating():
     few, many = ([Outcome("a", "b", "left")] * count + [Outcome("b", "c", "left")] * count for count in (2, 40))
     spans = []
     for battles in (few, many):
-        figures = summarise(battles, rounds=50)
+        figures = rate_models(battles, rounds=50)
         assert list(by_name(figures, "rating")) == ["a", "b", "c"]
         assert all(math.isfinite(bound) for model in figures["models"] for bound in model["rating_interval"])
         spans.append(figures["models"][0]["rating"] - figures["models"][2]["rating"])
@@ -127,7 +127,7 @@ def test_elo_is_the_plain_loop():
     battles = [*simulate(300, 4), Outcome("a", "e", "tie"), Outcome("e", "b", "both_bad")]
     random.Random(0).shuffle(battles)
     for k in (4, 16, 32.0):
-        found = by_name(summarise(battles, rounds=2, k=k), "elo")
+        found = by_name(rate_models(battles, rounds=2, k=k), "elo")
         assert found == pytest.approx(plain_elo(battles, k), abs=0.051)
 
 
@@ -156,10 +156,10 @@ def test_bootstrap_draws_votes_with_replacement():
 
 def test_blocks_change_nothing(monkeypatch):
     battles = simulate(50, 6)
-    whole = summarise(battles, rounds=30, seed=1)
+    whole = rate_models(battles, rounds=30, seed=1)
     monkeypatch.setattr(ratings, "BLOCK", 350)  # 7 rounds at a time
-    assert summarise(battles, rounds=30, seed=1) == whole
-    assert summarise(battles, rounds=30, seed=2) != whole
+    assert rate_models(battles, rounds=30, seed=1) == whole
+    assert rate_models(battles, rounds=30, seed=2) != whole
 
 
 # ---------------------------------------------------------------- ties and counts
@@ -169,7 +169,7 @@ def test_ties_are_half_a_win_for_ratings_and_nothing_for_win_rates():
     decided = [Outcome("a", "b", "left")] * 3 + [Outcome("b", "a", "left")]
     halves = [[Outcome("a", "b", "left"), Outcome("a", "b", "right")], [Outcome("a", "b", "tie")] * 2]
     halves += [[Outcome("b", "a", "both_bad")] * 2]
-    figures = [summarise(decided + added, rounds=2) for added in halves]
+    figures = [rate_models(decided + added, rounds=2) for added in halves]
     assert by_name(figures[0], "rating") == by_name(figures[1], "rating") == by_name(figures[2], "rating")
     rates = [by_name(one, "win_rate") for one in figures]
     assert rates == [{"a": 66.67, "b": 33.33}, {"a": 75.0, "b": 25.0}, {"a": 75.0, "b": 25.0}]
@@ -184,7 +184,7 @@ def test_counts_by_hand():
         Outcome("c", "a", "both_bad"),
         Outcome("c", "b", "right"),
     ]
-    figures = summarise(battles, rounds=5)
+    figures = rate_models(battles, rounds=5)
     found = {model["name"]: model for model in figures["models"]}
     counts = ("battles", "wins", "losses", "ties", "both_bad")
     assert [found["a"][name] for name in counts] == [5, 2, 1, 1, 1]
@@ -204,24 +204,24 @@ def test_counts_by_hand():
 
 def test_models_that_the_votes_do_not_tell_apart_share_a_rank():
     even = [Outcome("a", "b", "left"), Outcome("a", "b", "right")] * 10
-    figures = summarise(even + [Outcome("a", "c", "left")] * 30 + [Outcome("c", "b", "right")] * 30, rounds=200)
+    figures = rate_models(even + [Outcome("a", "c", "left")] * 30 + [Outcome("c", "b", "right")] * 30, rounds=200)
     assert by_name(figures, "rank") == {"a": 1, "b": 1, "c": 3}
 
 
 def test_models_that_no_battle_connects_are_told():
     battles = [Outcome("a", "b", "left"), Outcome("c", "d", "right"), Outcome("e", "d", "tie")]
-    groups = summarise(battles, rounds=2)["groups"]
+    groups = rate_models(battles, rounds=2)["groups"]
     assert sorted(map(sorted, groups)) == [["a", "b"], ["c", "d", "e"]]
 
 
 def test_no_battle_is_no_error():
-    assert summarise([]) == {"battles": 0, "models": [], "pairs": [], "groups": []}
+    assert rate_models([]) == {"battles": 0, "models": [], "pairs": [], "groups": []}
 
 
 @pytest.mark.slow
 def test_pictures(tmp_path):
     battles = [*simulate(80, 7), Outcome("模型", "a", "tie")]  # Chinese names, and a pair without a win
-    figures = summarise(battles, rounds=20)
+    figures = rate_models(battles, rounds=20)
     plot_ratings(figures, tmp_path / "ratings.png")
     plot_pairs(figures, tmp_path / "pairs.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("ratings.png", "pairs.png"))

@@ -11,11 +11,11 @@ from utils.core.errors import InputError
 from utils.evaluation.intervals import wilson_interval
 from utils.evaluation.longbench.results import (
     LongBenchPredictions,
+    average_scores,
     mean_score,
     open_predictions,
     plot_longbench,
     read_predictions,
-    summarise,
 )
 from utils.evaluation.longbench.tasks import TASKS, Sample
 
@@ -34,7 +34,7 @@ ROWS = {
 
 
 def test_averages_by_hand():
-    figures = summarise(ROWS, e=False)
+    figures = average_scores(ROWS, e=False)
     scores = {name: found["score"] for name, found in figures["datasets"].items()}
     assert scores == pytest.approx({"multifieldqa_zh": 100, "dureader": 50, "hotpotqa": 50, "lcc": 75}, abs=1e-5)
     assert figures["datasets"]["lcc"]["score_levenshtein"] == 75 and "buckets" not in figures["datasets"]["lcc"]
@@ -56,7 +56,7 @@ def test_longbench_e_is_looked_at_by_length():
         "hotpotqa": [row("x" if number % 2 else "y", "x", length) for number, length in enumerate(lengths)],
         "lcc": [row("x", "x", 5000)],
     }
-    figures = summarise(rows, e=True)
+    figures = average_scores(rows, e=True)
     buckets = figures["datasets"]["hotpotqa"]["buckets"]
     assert {name: (part["samples"], part["score"]) for name, part in buckets.items()} == {
         "0-4k": (2, 50.0), "4-8k": (2, 50.0), "8k+": (2, 50.0)
@@ -75,7 +75,7 @@ def test_intervals():
     half = 1.959964 * statistics.stdev(graded) / math.sqrt(4)
     assert mean_score(graded)["interval"] == pytest.approx([100 * (0.5 - half), 100 * (0.5 + half)])
     assert mean_score([0.3])["interval"] == [0, 100]
-    averages = summarise(ROWS, e=False)["averages"]["en"]
+    averages = average_scores(ROWS, e=False)["averages"]["en"]
     low, high = averages["interval"]
     # hotpotqa's two scores, 2/3 and 1/3, and a single one of lcc, 75, which may be anything from 0 to 100.
     parts = [100 * 1.959964 * statistics.stdev([2 / 3, 1 / 3]) / math.sqrt(2), 75]
@@ -92,14 +92,16 @@ def test_an_average_is_an_interval_that_holds():
         for name, share in (("passage_count", 0.3), ("passage_retrieval_zh", 0.5), ("hotpotqa", 0.8)):
             answer = {"passage_count": "7", "passage_retrieval_zh": "段落7", "hotpotqa": "7"}[name]
             rows[name] = [row("7" if random_.random() < share else "8", answer) for _ in range(60)]
-        low, high = summarise(rows, e=False)["averages"]["all"]["interval"]
+        low, high = average_scores(rows, e=False)["averages"]["all"]["interval"]
         holds += low <= 100 * ((0.3 + 0.5) / 2 + 0.8) / 2 <= high
     assert 0.92 < holds / 400 < 0.985
 
 
 def test_the_picture_is_drawn(tmp_path):
-    plot_longbench(summarise(ROWS, e=False), tmp_path / "a.png", "title")
-    plot_longbench(summarise({"lcc": [row("x", "x", 1), row("x", "x", 9000)]}, e=True), tmp_path / "b.png", "title")
+    plot_longbench(average_scores(ROWS, e=False), tmp_path / "a.png", "title")
+    plot_longbench(
+        average_scores({"lcc": [row("x", "x", 1), row("x", "x", 9000)]}, e=True), tmp_path / "b.png", "title"
+    )
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
 

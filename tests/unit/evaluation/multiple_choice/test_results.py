@@ -8,15 +8,15 @@ import pytest
 
 from utils.evaluation.contamination import Hit, Overlap
 from utils.evaluation.intervals import wilson_interval
-from utils.evaluation.multiple_choice.answers import Choice, choose_by_likelihood, parse_answer
+from utils.evaluation.multiple_choice.answers import Choice, choose_by_likelihood
 from utils.evaluation.multiple_choice.benchmarks import Benchmark
 from utils.evaluation.multiple_choice.questions import ChoiceQuestion
 from utils.evaluation.multiple_choice.results import (
     ChoiceAnswer,
+    accuracies,
     average_of_shares,
+    clean_accuracies,
     plot_choices,
-    summarise,
-    summarise_clean,
     write_submission,
 )
 from utils.evaluation.multiple_choice.subjects import Subject
@@ -24,45 +24,22 @@ from utils.evaluation.multiple_choice.subjects import Subject
 FOUR = ChoiceQuestion("law", "0", "?", ("苹果", "苹果树", "NA", "pear"), "B")
 
 
-@pytest.mark.parametrize(
-    ("text", "mode", "letter"),
-    [
-        ("B", "generative", "B"),
-        (" B. 苹果树", "generative", "B"),
-        ("（Ｂ）", "generative", "B"),
-        ("**C**", "generative", "C"),
-        ("答案是D。", "generative", "D"),
-        ("正确答案为：【B】", "generative", "B"),
-        ("我认为应该选择 C，因为A不对", "generative", "C"),
-        ("选项A错误，选B", "generative", "B"),
-        ("不选A。答案：C", "generative", "C"),
-        ("A选项是正确的", "generative", "A"),
-        ("The answer is (D).", "generative", "D"),
-        ("The answer is a pear", "generative", "D"),
-        ("Answer: B\n\nQuestion: ... Answer: C", "generative", "B"),
-        ("1. A说的是…… 2. 所以答案是C", "cot", "C"),
-        ("答案可能是A？不，所以答案是B", "cot", "B"),
-        ("A 看起来对，但并非如此", "cot", "A"),
-        ("DNA和ABC都不是", "generative", None),
-        ("应当是苹果树", "generative", "B"),  # the longer choice has the shorter one in it
-        ("苹果树或pear", "generative", None),
-        ("A或B", "cot", None),
-        ("E", "generative", None),
-        ("", "generative", None),
-        ("我不知道", "generative", None),
-    ],
-)
-def test_answers_are_read_by_rules(text, mode, letter):
-    assert parse_answer(text, FOUR, mode) == Choice(letter)
-
-
 def test_the_likeliest_choice():
-    assert choose_by_likelihood(FOUR, (-3.0, -1.0, -2.0, -1.0), "constrained") == Choice("B")
+    assert choose_by_likelihood(FOUR, (-3.0, -1.0, -2.0, -4.0), "constrained") == Choice("B")
     # Two forms of each letter: -5, -4, -6, -9.
     both = (-1.0, -3.0, -2.0, -5.0, -4.0, -1.0, -4.0, -4.0)
     assert choose_by_likelihood(FOUR, both, "constrained") == Choice("B")
     # By the byte: -6/6, -8/9, -3/2, -4/4.
     assert choose_by_likelihood(FOUR, (-6.0, -8.0, -3.0, -4.0), "cloze") == Choice("B", "C")
+
+
+def test_of_equal_choices_the_first_is_taken_and_counted():
+    assert choose_by_likelihood(FOUR, (-3.0, -1.0, -2.0, -1.0), "constrained") == Choice("B", tied=True)
+    assert choose_by_likelihood(FOUR, (-6.0, -9.0, -8.0, -9.0), "cloze") == Choice("A", "A", tied=True)  # by the byte
+    questions = [ChoiceQuestion("law", str(n), "?", ("x", "y"), "B") for n in range(3)]
+    answers = [ChoiceAnswer(question, "A", None, None, {}, is_tied=question.id != "1") for question in questions]
+    figures = accuracies(answers, BENCHMARK, "constrained")
+    assert figures["ties"] == 2 == figures["by_subject"]["law"]["ties"]
 
 
 SUBJECTS = {
@@ -89,7 +66,7 @@ BENCHMARK = Benchmark("mine", "own", "test", SUBJECTS, [], {})
 
 
 def test_figures_are_percents_and_errors_are_not_wrong():
-    figures = summarise(make_answers(), BENCHMARK, "constrained")
+    figures = accuracies(make_answers(), BENCHMARK, "constrained")
     assert (figures["questions"], figures["errors"], figures["unparsed"], figures["correct"]) == (19, 3, 3, 7)
     assert figures["accuracy"] == pytest.approx(100 * 7 / 16)
     assert figures["interval"] == pytest.approx([100 * bound for bound in wilson_interval(7, 16)])
@@ -100,7 +77,7 @@ def test_figures_are_percents_and_errors_are_not_wrong():
     humanities = figures["by_category"]["Humanities"]
     assert humanities["accuracy"] == pytest.approx(100 * 7 / 12) and humanities["subject_average"] == pytest.approx(55)
     assert list(figures["by_category"]) == ["Humanities", "STEM"] and "accuracy_unnormalised" not in figures
-    cloze = summarise(make_answers(), BENCHMARK, "cloze")
+    cloze = accuracies(make_answers(), BENCHMARK, "cloze")
     assert cloze["accuracy_unnormalised"] == pytest.approx(100 * 3 / 16)
 
 
@@ -109,7 +86,7 @@ def test_no_accuracy_without_answers(tmp_path):
         ChoiceAnswer(ChoiceQuestion("law", str(n), "?", ("x", "y"), None), letter, None, None, {})
         for n, letter in enumerate(["A", None, "B"])
     ]
-    figures = summarise(secret, BENCHMARK, "constrained")
+    figures = accuracies(secret, BENCHMARK, "constrained")
     assert "accuracy" not in figures and "accuracy" not in figures["by_subject"]["law"] and figures["unparsed"] == 1
     write_submission(secret, tmp_path / "submission.json")
     assert json.loads((tmp_path / "submission.json").read_text()) == {"law": {"0": "A", "1": "", "2": "B"}}
@@ -135,11 +112,11 @@ def test_clean_questions_beside_all():
         Overlap([Hit("train.txt:3", "law", 0.9)] if n < 3 else [], 3 * (n < 3), 0.9 * (n < 3), n == 3)
         for n in range(11)
     ]
-    found = summarise_clean(answers, overlaps, BENCHMARK, "constrained", ["train.txt"])
+    found = clean_accuracies(answers, overlaps, BENCHMARK, "constrained", ["train.txt"])
     assert (found["contaminated"], found["too_short"], len(found["hits"])) == (3, 1, 3)
     assert found["clean"]["correct"] == 2 and found["clean"]["accuracy"] == pytest.approx(100 * 2 / 6)
     assert found["contaminated_figures"]["accuracy"] == 100 and found["hits"][0]["where"] == "train.txt:3"
-    nothing = summarise_clean(answers[:3], overlaps[:3], BENCHMARK, "constrained", ["train.txt"])
+    nothing = clean_accuracies(answers[:3], overlaps[:3], BENCHMARK, "constrained", ["train.txt"])
     assert nothing["clean"] is None
 
 
@@ -154,7 +131,11 @@ def test_the_picture_has_a_bar_for_every_category(tmp_path, monkeypatch):
         return barh(self, places, widths, **options)
 
     monkeypatch.setattr(axes.Axes, "barh", watch)
-    figures = summarise(make_answers(), BENCHMARK, "constrained")
+    figures = accuracies(make_answers(), BENCHMARK, "constrained")
     plot_choices(figures, tmp_path / "a.png", "mine")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert drawn == [[figures["accuracy"], 100 * 7 / 12, 0.0]] and math.isfinite(sum(drawn[0]))
+    drawn.clear()
+    figures["by_category"]["all"] = figures["by_category"].pop("STEM")
+    plot_choices(figures, tmp_path / "b.png", "a category may be called all")
+    assert drawn == [[figures["accuracy"], 100 * 7 / 12, 0.0]]

@@ -358,18 +358,17 @@ def test_our_own_server_lists_what_the_model_says(own_server, tokenizer):
         for asked, prompt, count in ((text, encode_raw(text, tokenizer), 5), (messages, engine.encode(messages), 20)):
             with torch.no_grad():
                 logprobs = torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
-            best = int(logprobs.argmax())
             values = {}  # of texts of one character, the likeliest token of each
             for index in reversed(logprobs.topk(count).indices.tolist()):
                 name = engine.token_bytes[index].decode(errors="replace")
                 values[name.strip() if count == 20 else name] = float(logprobs[index])
             texts = tuple(name for name in values if len(name.strip()) == 1 and name.isprintable() and name != "�")
-            if not texts or not engine.token_bytes[best].strip():
+            if not texts:
                 continue
             (score,) = scorer.score([ChoiceRequest((), (), asked, texts)])
-            if score.error is None:
-                assert list(score.logprobs) == pytest.approx([values[name] for name in texts], abs=1e-4)
-                checked += 1
+            assert score.error is None, "also where the likeliest token is white space, or ends the answer"
+            assert list(score.logprobs) == pytest.approx([values[name] for name in texts], abs=1e-4)
+            checked += 1
     assert checked >= 2
     with pytest.raises(InputError, match="echo with logprobs"):
         scorer.score([ChoiceRequest((), (), "x", ("blue",))])

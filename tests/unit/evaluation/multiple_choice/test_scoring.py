@@ -314,3 +314,52 @@ def test_layers_of_several_kinds_are_refused():
     assert len(set(mixed.layer_types)) == 2
     with pytest.raises(InputError, match=r"qwen2.*full_attention, sliding_attention"):
         PrefixScorer(model_of(mixed))
+
+
+# ---------------------------------------------------------------- 16 bits
+
+
+def test_scores_are_made_in_float32_of_what_16_bits_make():
+    """Against the float32 product of the same hidden states; bfloat16 logits near 20 lie 1/8 apart, and tie."""
+    model = model_of(CONFIGS["llama"], torch.bfloat16)
+    noise = torch.Generator().manual_seed(8)
+    with torch.no_grad():  # letters that are almost equally likely, of logits around 20
+        rows = 4 * torch.randn(1, SIZES["hidden_size"], generator=noise)
+        model.lm_head.weight[5:9] = (rows + 0.02 * torch.randn(4, SIZES["hidden_size"], generator=noise)).bfloat16()
+    head, letters = model.lm_head, ([5], [6], [7], [8])
+    draw = random.Random(7)
+    requests = [request_of([draw.randrange(VOCABULARY) for _ in range(12)], *letters) for _ in range(60)]
+    ties = {}
+    for exact in (False, True):
+        scorer = PrefixScorer(model, batch_tokens=1, exact=exact)
+        scores = scorer.score(requests)
+        ties[exact] = sum(score.logprobs.count(max(score.logprobs)) > 1 for score in scores)
+        scorer.close()
+        assert model.lm_head is head
+    assert ties[False] > 0 == ties[True]
+    with torch.no_grad():
+        for score, request in zip(scores, requests, strict=True):
+            hidden = model.model(input_ids=torch.tensor([request.prompt])).last_hidden_state[0, -1]
+            logits = head.weight.float() @ hidden.float()
+            expected = torch.log_softmax(logits, 0)[5:9].tolist()
+            assert list(score.logprobs) == pytest.approx(expected, abs=0.3)  # hidden states are rounded, in any order
+    as_stored = PrefixScorer(model, exact=False).score(requests[:1])[0].logprobs
+    assert torch.tensor(as_stored).bfloat16().tolist() == list(as_stored)
+
+
+def test_an_adapters_head_is_computed_in_float32_too():
+    from peft import LoraConfig, get_peft_model
+
+    for changes in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **changes)
+        model = get_peft_model(model_of(CONFIGS["llama"], torch.bfloat16), config).bfloat16().eval()
+        head = model.get_base_model().get_output_embeddings()
+        hidden = torch.randn(3, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0)).bfloat16()
+        weights = {name: value.float() for name, value in head.named_parameters()}
+        matrix = weights.get("modules_to_save.default.weight", weights.get("base_layer.weight"))
+        if "lora_A.default.weight" in weights:
+            matrix = matrix + 2 * weights["lora_B.default.weight"] @ weights["lora_A.default.weight"]
+        with torch.no_grad():
+            made = scoring.exact_head(head)(hidden)
+        assert made.dtype == torch.float32
+        assert torch.allclose(made, hidden.float() @ matrix.T, atol=1e-4)

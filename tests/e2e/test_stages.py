@@ -1,0 +1,73 @@
+"""What holds for all five training scripts alike, each with a few records."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from support.models import save_llama
+from support.stages import STAGES, run_main, stage_argv, stage_losses, write_records
+from utils.text.tokenizer import load_tokenizer, save_tokenizer
+from utils.training import arguments
+
+SAVED = {"rm": "embed_tokens,score"}
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory):
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory, base_tokenizer_folder):
+    """One model whose weights float16 can hold, stored in float32, float16 and (rounded) bfloat16."""
+    folder, tokenizer = tmp_path_factory.mktemp("stored"), load_tokenizer(base_tokenizer_folder)
+    save_llama(folder / "first", tokenizer, scale=3.0, max_position_embeddings=512)
+    model = AutoModelForCausalLM.from_pretrained(folder / "first").half()
+    for name in ("float32", "float16", "bfloat16"):
+        model.to(getattr(torch, name)).save_pretrained(folder / name)
+        save_tokenizer(tokenizer, folder / name)
+    return folder
+
+
+def losses_of(stage, stored, dtype, records, out, *flags):
+    run_main(stage, stage_argv(stage, stored / dtype, records, out, *flags))
+    return stage_losses(stage, out)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_base_in_float16_trains_as_in_float32_without_bf16(stage, stored, records, tmp_path, monkeypatch):
+    """Llama-2's own weights on an older processor or GPU: every digit, since float32 holds what float16 does."""
+    monkeypatch.setattr(arguments, "bf16_is_supported", lambda: False)
+    saved = ("--modules_to_save", SAVED.get(stage, "embed_tokens,lm_head"))
+    found = losses_of(stage, stored, "float16", records, tmp_path / "float16", *saved)
+    assert len(found) == 3 and found == losses_of(stage, stored, "float32", records, tmp_path / "float32", *saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [(), ("--full_finetuning",), ("--modules_to_save", "embed_tokens,norm")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_way_to_store_and_to_train_goes_together(stage, way, stored, records, tmp_path):
+    for precision in ("fp32", "bf16"):
+        flags = ("--precision", precision, *way)
+        losses = {
+            dtype: losses_of(stage, stored, dtype, records, tmp_path / precision / dtype, *flags)
+            for dtype in ("float32", "float16", "bfloat16")
+        }
+        if precision == "fp32":
+            assert losses["float16"] == losses["float32"]
+        if stage != "ppo":  # whose answers differ by their first other token
+            for found in losses.values():
+                assert found == pytest.approx(losses["float32"], abs=0.06)
+
+
+def test_answers_of_ppo_are_sampled_where_modules_trained_whole_stand_in_a_base_of_16_bits(stored, records, tmp_path):
+    flags = ("--precision", "bf16", "--modules_to_save", "embed_tokens,lm_head,norm")
+    assert len(losses_of("ppo", stored, "bfloat16", records, tmp_path / "run", *flags)) == 3
+
+
+def test_a_type_that_float32_arithmetic_cannot_keep_is_said(stored, records, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        losses_of("sft", stored, "float32", records, tmp_path / "run", "--precision", "fp32", "--dtype", "float16")
+    assert "--dtype float16 has no effect with --precision fp32" in caplog.text
