@@ -12,7 +12,6 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.core.arguments import (
@@ -326,18 +325,22 @@ def build_rewards(
     training_args: RunArguments,
 ) -> Rewards:
     """The rewards; a reward adapter made on the policy's own base shares its weights."""
+    from utils.lora.adapter_folder import read_adapter
     from utils.models.gathering import whole_models_loaded
     from utils.models.loading import training_dtype
     from utils.rlhf.reward_model import find_reward_model, load_reward_model
     from utils.rlhf.rewards import BackboneReward, Rewards
+    from utils.weights.config import local_folder
+    from utils.weights.model_folder import REWARD_MODEL, read_model
 
     model: Any = None
     if reward_args.reward_model:
         base, adapter = find_reward_model(reward_args.reward_model)
-        own = Path(str(model_args.model_name_or_path))
+        own = local_folder(str(model_args.model_name_or_path))
         shared = adapter is not None and hasattr(policy, "peft_config") and base.resolve() == own.resolve()
         shared = shared and BackboneReward.fits(reward_args.reward_model)
         if shared:
+            read_adapter(str(adapter), read_model(str(own), REWARD_MODEL), reward_model=True)
             pad = int(tokenizer.pad_token_id or 0)
             model = BackboneReward(policy, reward_args.reward_model, pad, training_args.device)
         else:

@@ -500,7 +500,7 @@ def foreign_tokenizer(tmp_path_factory) -> Path:
         ),
         (
             ("--reward_function", "{f}:letters", "--critic", "model", "--critic_model", "{f}x"),
-            r"folder not found",
+            r"folder not found: .*x",
         ),
         (("--reward_function", "{f}:letters", "--kl_target", "1", "--kl_coef", "0"), r"must not be 0"),
         (("--reward_function", "{f}:letters", "--temperature", "0"), r"PPO needs sampled answers"),

@@ -39,6 +39,10 @@ class FolderCheck:
         if files := self._try(lambda: find_inference_files(args)):
             model = self._check_model(str(files.model_name_or_path))
             tokenizer = self._try(lambda: load_tokenizer(str(files.tokenizer_name_or_path)))
+            if model:
+                ends = self._try(lambda: _end_ids(model, tokenizer))
+                self.found.append(f"  ends of an answer: {', '.join(ends or ['none'])}")
+                self.found.append(f"  padding: {getattr(model.config, 'pad_token_id', None)}")
             if tokenizer:
                 self.found.append(f"tokenizer: {files.tokenizer_name_or_path}: {_describe_tokenizer(tokenizer)}")
             if model:
@@ -72,9 +76,6 @@ class FolderCheck:
     def _check_together(
         self, files: InferenceArguments, model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        ends = _end_ids(model, tokenizer)
-        self.found.append(f"  ends of an answer: {', '.join(ends) or 'none'}")
-        self.found.append(f"  padding: {getattr(model.config, 'pad_token_id', None)}")
         rows = old_rows = model.config.vocab_size
         if name := files.adapter_name_or_path:
             self.found.append(f"adapter: {name}")
@@ -141,5 +142,5 @@ def _end_ids(model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> l
             named.setdefault(index, []).append(file)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         named.setdefault(int(tokenizer.eos_token_id), []).append("tokenizer")
-    text = tokenizer.convert_ids_to_tokens if tokenizer is not None else lambda index: None
-    return [f"{index} {text(index)!r} ({', '.join(files)})" for index, files in sorted(named.items())]
+    texts = {index: f" {tokenizer.convert_ids_to_tokens(index)!r}" for index in named} if tokenizer else {}
+    return [f"{index}{texts.get(index, '')} ({', '.join(files)})" for index, files in sorted(named.items())]

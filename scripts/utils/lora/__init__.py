@@ -12,5 +12,6 @@
   streamed_model  transformers' own model in float32, whose weights are read from files as it needs them
   verify          a merged folder against its base with the adapters beside it, as training ran them
 
-Others import: config, base_record, adapter_folder, merged_model, inputs, writer, manifest, streamed_model, verify.
+Others import: config, updates, base_record, adapter_folder, merged_model, inputs, writer, manifest, streamed_model,
+verify.
 """

@@ -16,7 +16,9 @@ from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
+from ..lora.updates import peft_spelling
 from ..text.tokenizer import embedding_rows
+from ..weights.config import local_folder
 from ..weights.model_folder import read_model
 from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import open_checkpoint
@@ -230,12 +232,13 @@ def _convert(value: Any, dtype: torch.dtype) -> Any:
 
 def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
     """Raises: InputError if the adapter's embeddings have other rows than the model, or its files are damaged."""
-    load_adapter_config(adapter)
-    rows = full_shape(model.get_input_embeddings().weight)[0]
-    for name, shape in open_checkpoint(adapter).shapes.items():
-        if name.endswith((EMBEDDING, HEAD)) and shape[0] != rows:
+    folder = local_folder(adapter)
+    load_adapter_config(folder)
+    rows, shapes = full_shape(model.get_input_embeddings().weight)[0], open_checkpoint(folder).shapes
+    for name, old in peft_spelling(shapes).items():
+        if name.endswith((EMBEDDING, HEAD)) and shapes[old][0] != rows:
             raise InputError(
-                f"adapter {adapter}: {name} has {shape[0]} rows, the model {rows}: they belong to different "
+                f"adapter {adapter}: {old} has {shapes[old][0]} rows, the model {rows}: they belong to different "
                 "vocabularies; "
                 f"pass --tokenizer_name_or_path {adapter} and the base model this adapter was trained on"
             )

@@ -84,6 +84,11 @@ def check_complete(
     check_padding(checkpoint.folder / "config.json", config)
     if uneven := _uneven_experts(checkpoint):
         raise InputError(f"{checkpoint.folder}: experts are missing: {some_of(uneven)}; download the model again")
+    if coded := _without_scales(config, checkpoint):
+        raise InputError(
+            f"{checkpoint.folder}: {some_of(coded)}, but config.json has no quantization_config that says what the "
+            "numbers mean; pass the full-precision model, or the config.json of these weights"
+        )
     missing, unplaced, others, shapes = _rehearse(config, checkpoint, auto_class)
     if auto_class == REWARD_MODEL and not is_classifier(config):
         missing.discard(SCORE)  # it gets a new head
@@ -158,6 +163,17 @@ def _uneven_experts(checkpoint: Checkpoint) -> list[str]:
     counts = Counter((match[1], match[3]) for name in checkpoint.tensors if (match := EXPERT.fullmatch(name)))
     most = max(counts.values(), default=0)
     return [f"layer {layer} has {count} of {most} {part}" for (layer, part), count in counts.items() if count < most]
+
+
+def _without_scales(config: PreTrainedConfig, checkpoint: Checkpoint) -> list[str]:
+    """The weights that are integers or 8-bit floats in a model that is not quantised, in words."""
+    if getattr(config, "quantization_config", None) is not None:
+        return []
+    return [
+        f"{name} is stored as {str(info.dtype).removeprefix('torch.')}"
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and not (info.dtype.is_floating_point and info.dtype.itemsize > 1)
+    ]
 
 
 def some_of(items: Sequence[str]) -> str:

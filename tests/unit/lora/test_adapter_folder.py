@@ -15,7 +15,7 @@ from utils.generation.loading import check_inference_request
 from utils.lora.adapter_folder import load_with_peft, read_adapter
 from utils.lora.base_record import record_base
 from utils.lora.inputs import open_merge
-from utils.models.training_model import check_training_request
+from utils.models.training_model import attach_adapter, check_training_request
 from utils.rlhf.reward_model import check_reward_request, load_reward_model
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
 from utils.weights.model_folder import read_model
@@ -87,9 +87,14 @@ def test_every_spelling_answers_as_peft_wrote_it(base, adapter, tmp_path, case):
     }
     folder = rewritten(adapter[0], tmp_path / "old", changes[case])
     assert read_adapter(str(folder), read_model(str(base))).rows == 400
-    model = load_with_peft(load(base), {"default": str(folder)}).eval()
-    with torch.no_grad():
-        assert torch.equal(model(TEXT).logits, adapter[1])
+    arguments = LoraArguments(adapter_name_or_path=str(folder))
+    for model in (load_with_peft(load(base), {"default": str(folder)}), attach_adapter(load(base), arguments, 16)):
+        with torch.no_grad():
+            assert torch.equal(model.eval()(TEXT).logits, adapter[1])
+    larger = load(base)
+    larger.resize_token_embeddings(410, mean_resizing=False)
+    with pytest.raises(InputError, match=r"has 400 rows, the model 410: they belong to different vocabularies"):
+        attach_adapter(larger, arguments, 16)
 
 
 def test_modules_that_the_config_promises_must_be_there(base, adapter, tmp_path):

@@ -55,6 +55,11 @@ REFUSED = {
     "more_layers_in_the_config": (None, {"num_hidden_layers": 3}, r"lack 9 tensors: model\.layers\.2\."),
     "a_bias_that_would_be_dropped": (with_more(model__layers__0__self_attn__q_proj__bias=64), {}, "hold 1 that"),
     "other_shapes": (None, {"vocab_size": 500}, r"lm_head\.weight \[400, 64\] instead of \[500, 64\]"),
+    "integers_without_scales": (
+        lambda weights: weights | {"model.norm.weight": torch.ones(64, dtype=torch.int8)},
+        {},
+        r"model\.norm\.weight is stored as int8, but config\.json has no quantization_config",
+    ),
     "padding_without_a_row": (None, {"pad_token_id": 400}, r"config\.json: pad_token_id is 400, but vocab_size 400"),
 }
 
