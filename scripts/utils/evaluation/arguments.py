@@ -34,10 +34,11 @@ def refuse_beams(settings: GenerationArguments) -> None:
 def changed_flags(settings: Any, but: tuple[str, ...] = ()) -> list[str]:
     """The flags of a dataclass of arguments that differ from their defaults, without those named in `but`."""
     found = []
+    given = getattr(settings, "given", {})  # as they were asked for, where defaults are filled in afterwards
     for field in dataclasses.fields(settings):
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
-        if field.name not in but and getattr(settings, field.name) != default:
+        if field.name not in but and given.get(field.name, getattr(settings, field.name)) != default:
             found.append(f"--{field.name}")
     return found
 
