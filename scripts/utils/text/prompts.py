@@ -553,8 +553,11 @@ def encode_conversation(
 def _answer_end(template: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The added token that ends an answer's labels; None if they end in text."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    _, labels = encode_conversation(messages, template, tokenizer)
-    last = [label for label in labels if label != IGNORE_INDEX][-1]
+    try:
+        _, labels = encode_conversation(messages, template, tokenizer)
+    except InputError:  # it hides answers, or refuses such a conversation: one can answer with it, not learn
+        return None
+    last = next((label for label in reversed(labels) if label != IGNORE_INDEX), None)
     return last if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder else None
 
 

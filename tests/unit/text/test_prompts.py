@@ -358,6 +358,11 @@ def test_a_template_whose_answers_end_at_a_stop_is_not_warned_of(tokenizer, capl
     assert not caplog.records
 
 
+def test_a_template_that_hides_answers_stops_at_the_tokenizers_end(tokenizer):
+    template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    assert stop_token_ids(template, tokenizer) == [tokenizer.eos_token_id]
+
+
 def test_the_next_turns_start_is_no_end(tokenizer):
     """Where answers have no end, the token that begins the next turn was trained as one."""
     template = (
