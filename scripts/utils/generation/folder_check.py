@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.arguments import InferenceArguments
 from ..core.errors import InputError
-from ..core.files import read_json
 from ..lora.adapter_folder import read_adapter
 from ..lora.base_record import BASE_RECORD
 from ..lora.config import load_adapter_config
 from ..text.tokenizer import SentencePieceTokenizer, load_tokenizer, vocabulary_end
 from ..weights.config import load_config, local_folder
+from ..weights.generation_config import named_ends
 from ..weights.model_folder import ModelFolder, read_model, some_of
 from ..weights.names import HEAD
 from ..weights.reader import BIN_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint
@@ -134,12 +134,7 @@ def _describe_adapter(folder: Path, weights: int, rows: int, old_rows: int) -> l
 
 def _end_ids(model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """Every id that one of the three files calls an end, with the files."""
-    named: dict[int, list[str]] = {}
-    for file in ("config.json", "generation_config.json"):
-        path = model.folder / file
-        ids: Any = read_json(path).get("eos_token_id") if path.is_file() else None
-        for index in ids if isinstance(ids, list) else [ids] * (ids is not None):
-            named.setdefault(index, []).append(file)
+    named = named_ends([model.folder])
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         named.setdefault(int(tokenizer.eos_token_id), []).append("tokenizer")
     texts = {index: f" {tokenizer.convert_ids_to_tokens(index)!r}" for index in named} if tokenizer else {}

@@ -36,15 +36,23 @@ def named_end_ids(folders: Sequence[Path]) -> list[int]:
 
     Raises: InputError for what is no token id.
     """
-    ids: list[int] = []
+    return list(named_ends(folders))
+
+
+def named_ends(folders: Sequence[Path]) -> dict[int, list[str]]:
+    """The same, each with the names of the files that name it."""
+    named: dict[int, list[str]] = {}
     configs = [folder / "config.json" for folder in folders[-1:]]
     for file in [*configs, find_generation_config(folders)]:
         if file is not None and file.is_file():
             content = _read(file)
             # Models of several kinds of input have their language model's config within theirs.
             for part in (content, content.get("text_config") or {}):
-                ids += _read_ids(file, part.get("eos_token_id"))
-    return list(dict.fromkeys(ids))
+                for index in _read_ids(file, part.get("eos_token_id")):
+                    files = named.setdefault(index, [])
+                    if file.name not in files:
+                        files.append(file.name)
+    return named
 
 
 def named_sampling(folders: Sequence[Path]) -> dict[str, Any]:
