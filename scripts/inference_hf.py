@@ -160,7 +160,7 @@ def read_questions(task: TaskArguments) -> list[Question]:
     if task.data_file is None:
         return [SAMPLE_QUESTION if task.prompt is None else task.prompt]
     questions: list[Question] = []
-    bad_records, blank = BadRecords(task.on_bad_record), 0
+    bad_records, blank, answered = BadRecords(task.on_bad_record), 0, 0
     for path in list_data_files(task.data_file):
         if path.suffix.lower() == ".txt":
             before, skipped = len(questions), bad_records.skipped
@@ -172,30 +172,33 @@ def read_questions(task: TaskArguments) -> list[Question]:
         else:
             for location, record in iter_records(path, bad_records):
                 with bad_records.handled():
-                    questions.append(read_question(record, location))
+                    question, has_answer = read_question(record, location)
+                    questions.append(question)
+                    answered += has_answer
     if not questions:
         raise InputError(f"--data_file {task.data_file}: no question in it")
     logger.info("%d questions", len(questions))
     if blank:
         logger.info("%d blank lines left out", blank)
+    if answered:
+        logger.info("%d records end in an answer, which is left off: the question before it is asked", answered)
     if bad_records.skipped:
         logger.warning("%s", bad_records)
     return questions
 
 
-def read_question(record: dict[str, Any], location: str) -> Question:
-    """What a record asks; an answer that stands at its end (a held-out set has them) is left off."""
-    from utils.text.conversations import read_conversation
+def read_question(record: dict[str, Any], location: str) -> tuple[Question, bool]:
+    """What a record asks, and whether an answer at its end (held-out sets have them) was left off."""
+    from utils.text.conversations import read_prompt
 
-    conversation = read_conversation(record, location)
-    messages = list(conversation.messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or not messages[-1]["content"].strip():
+    conversation, answered = read_prompt(record, location)
+    messages = conversation.messages
+    if not messages[-1]["content"].strip():
         raise InputError(f"{location}: the question is empty")
     if conversation.tools:
-        return {"messages": messages, "tools": conversation.tools}
-    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
+        return {"messages": messages, "tools": conversation.tools}, answered
+    is_one = len(messages) == 1 and messages[0]["role"] == "user"
+    return messages[0]["content"] if is_one else messages, answered
 
 
 def encode_question(question: Question, plan: EnginePlan) -> list[int]:

@@ -8,23 +8,36 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer
 
 from support.tokenizers import CHATML, PATTERNS, make_byte_level
 from support.world_files import Piece, Record, draw_file, learn_chatml, learn_mixtral
-from support.world_folders import TEXTS, Draft, draft_folder, plant_fault
+from support.world_folders import (
+    EMBEDDING,
+    TEXTS,
+    Draft,
+    draft_adapter,
+    draft_folder,
+    plant_adapter_fault,
+    plant_fault,
+)
 from utils.core.arguments import InferenceArguments
 from utils.core.errors import InputError
 from utils.data.cache import CacheSettings
 from utils.data.samples import load_sft_samples
 from utils.generation.folder_check import FolderCheck
 from utils.generation.loading import EnginePlan, load_for_inference
+from utils.gguf.file import plan_gguf, write_gguf
+from utils.lora.inputs import MergeInputs, open_merge
+from utils.lora.streamed_model import StreamedModel
 from utils.text.prompts import CHAT_TEMPLATES
 from utils.text.tokenizer import encode_text, load_tokenizer
 
@@ -62,19 +75,63 @@ def check_folder(seed: int, folder: Path, planted: list[str]) -> None:
     if draft.rng.random() < 0.4:
         pattern = plant_fault(draft)
         planted += draft.planted[-1:]
-        refused = FolderCheck(args).refused
-        with pytest.raises(InputError, match=pattern) as error:
-            EnginePlan(args)
-        assert str(error.value) in refused, (str(error.value), refused)
+        check_refused(args, pattern)
         return
     report = FolderCheck(args)
     assert report.refused == []
     plan = EnginePlan(args)
     check_tokens(draft, plan)
+    weights = draft.weights
+    if draft.rng.random() < 0.4:
+        weights = draft_adapter(draft, folder / "adapter")
+        args = replace(args, adapter_name_or_path=str(folder / "adapter"))
+        if draft.rng.random() < 0.3:
+            pattern = plant_adapter_fault(draft, folder / "adapter")
+            planted[:] = draft.planted
+            check_refused(args, pattern)
+            return
+        planted[:] = draft.planted
+        assert FolderCheck(args).refused == []
+        plan = EnginePlan(args)
     ids = draft.encode(TEXTS[0], with_special=False)
+    expected = draft.logits(ids, weights)
     with torch.no_grad():
         logits = load_for_inference(plan.args, plan.config)(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(logits, draft.logits(ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    adapters = [args.adapter_name_or_path] if args.adapter_name_or_path else []
+    with open_merge(str(draft.folder), adapters) as inputs:
+        if adapters or draft.rng.random() < 0.2:
+            streamed = torch.from_numpy(StreamedModel(inputs, "--verify").run([ids])[0])
+            torch.testing.assert_close(streamed, expected, rtol=1e-4, atol=1e-4)
+        if draft.rng.random() < 0.3:
+            planted.append("GGUF")
+            check_gguf(draft, inputs, weights, folder / "model.gguf")
+
+
+def check_refused(args: InferenceArguments, pattern: str) -> None:
+    """One error, the same from who checks and from who would answer."""
+    refused = FolderCheck(args).refused
+    with pytest.raises(InputError, match=pattern) as error:
+        EnginePlan(args)
+    assert str(error.value) in refused, (str(error.value), refused)
+
+
+def check_gguf(draft: Draft, inputs: MergeInputs, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """The header and the embeddings, read back by the gguf package."""
+    if "a tensor of something else" in draft.planted:
+        with pytest.raises(InputError, match=r"vision\.weight has no counterpart"):
+            plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "world", inputs.folders)
+        return
+    plan = plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "world", inputs.folders)
+    write_gguf(plan, inputs.model, "F32", path)
+    reader = GGUFReader(path)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == draft.model["vocab_size"]
+    assert all(tokens[index] == text for text, (index, _) in draft.added.items())
+    for name, text in (("bos", draft.bos), ("eos", draft.eos)):
+        assert tokens[reader.fields[f"tokenizer.ggml.{name}_token_id"].contents()] == text
+    embeddings = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    assert (torch.from_numpy(embeddings.data.copy()) == weights[EMBEDDING].float()).all()
 
 
 def check_tokens(draft: Draft, plan: EnginePlan) -> None:

@@ -409,6 +409,9 @@ def write_weights(draft: Draft) -> None:
     tied = draft.model["tie_word_embeddings"]
     if tied:
         weights[HEAD] = weights[EMBEDDING]
+        if draft.chance(0.15, "tied by the config, a head of its own in the files"):  # the files count
+            weights[HEAD] = weights[EMBEDDING].flip(0)
+            draft.model["tie_word_embeddings"] = tied = False
     draft.weights = dict(weights)
     said = draft.draw(dtype=2, torch_dtype=3, no_dtype=1, null_dtype=0.5, other_dtype=0.5)
     key = "torch_dtype" if said == "torch_dtype" else "dtype"
@@ -713,3 +716,112 @@ def a_tokenizer_of_another_model(draft):
 def a_template_that_is_no_jinja(draft):
     draft.write("chat_template.jinja", draft.rng.choice(["{% for m in messages %}", "{{ bos_token", "{% end %}"]))
     return "template"
+
+
+# ---------------------------------------------------------------- adapters
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def draft_adapter(draft: Draft, folder: Path) -> dict[str, Tensor]:
+    """Write an adapter for a drafted model. Returns: the weights with it, in float32, by the papers' formulas."""
+    rng, generator = draft.rng, torch.Generator().manual_seed(draft.rng.randrange(1 << 30))
+    folder.mkdir()
+    rank, alpha = rng.choice([1, 2, 4]), rng.choice([2, 8, 3.0])
+    targets = rng.sample(LINEAR, rng.choice([1, 3, 7]))
+    use_rslora, use_dora = draft.chance(0.25, "rsLoRA"), draft.chance(0.25, "DoRA")
+    scaling = alpha / rank**0.5 if use_rslora else alpha / rank
+    merged = {name: value.float() for name, value in draft.weights.items()}
+    tensors: dict[str, Tensor] = {}
+    for name in [name for name in merged if name.split(".")[-2] in targets and name.endswith(".weight")]:
+        module, weight = name.removesuffix(".weight"), merged[name]
+        rows, columns = weight.shape
+        tensors[f"{module}.lora_A.weight"] = A = torch.randn(rank, columns, generator=generator) * 0.3
+        tensors[f"{module}.lora_B.weight"] = B = torch.randn(rows, rank, generator=generator) * 0.3
+        merged[name] = weight + scaling * B @ A
+        if use_dora:
+            magnitude = torch.rand(rows, generator=generator) + 0.5
+            tensors[f"{module}.lora_magnitude_vector"] = magnitude
+            merged[name] *= (magnitude / merged[name].norm(dim=1))[:, None]
+    config: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "/gone/base", "bias": "none"}
+    config |= {"use_rslora": use_rslora, "use_dora": use_dora}
+    whole = not draft.model["tie_word_embeddings"] and draft.chance(0.4, "modules_to_save")
+    if whole:
+        config["modules_to_save"] = ["embed_tokens", "lm_head"]
+        if draft.chance(0.5, "grown to a multiple of 128"):
+            draft.model["vocab_size"] = -(-draft.rows // 128) * 128
+        shape = (draft.model["vocab_size"], SIZES["hidden_size"])
+        for name in (EMBEDDING, HEAD):
+            tensors[name] = merged[name] = torch.randn(shape, generator=generator) * 0.5
+    _write_adapter(draft, folder, config, tensors)
+    return merged
+
+
+def _write_adapter(draft: Draft, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """In the spelling of one of PEFT's ages."""
+    age = draft.draw(peft_of_today=3, peft_0_3=2, without_prefix=1)
+    spelled = {}
+    for name, value in tensors.items():
+        if age == "peft_0_3":
+            part = "modules_to_save.default.weight" if "lora_" not in name else "default.weight"
+            name = f"{name.removesuffix('.weight')}.{part}" if name.endswith(".weight") else f"{name}.default"
+        spelled[name if age == "without_prefix" else f"base_model.model.{name}"] = value
+    if draft.chance(0.2, "buffers beside"):
+        spelled["base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    if draft.chance(0.3, "fields of today and null"):
+        config |= {
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "megatron_config": None,
+            "loftq_config": {},
+            "eva_config": None,
+        }
+        config |= {"trainable_token_indices": None, "layer_replication": None, "revision": None, "auto_mapping": None}
+        config |= {"init_lora_weights": True, "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.05}
+    else:
+        config = {name: value for name, value in config.items() if value is not False}
+    if draft.chance(0.2, "targets as a pattern"):
+        config["target_modules"] = rf".*\.({'|'.join(config['target_modules'])})"
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if draft.draw(adapter_safetensors=2, adapter_bin=1) == "adapter_bin":
+        torch.save(spelled, folder / "adapter_model.bin")
+    else:
+        save_file(spelled, folder / "adapter_model.safetensors")
+
+
+def plant_adapter_fault(draft: Draft, folder: Path) -> str:
+    """Damage a written adapter. Returns: what the error must name."""
+    config = folder / "adapter_config.json"
+    weights = next(folder.glob("adapter_model.*"))
+    match draft.draw(
+        **{f"FAULT adapter {name}": 1 for name in ("json", "fields", "truncated", "gone", "rank", "half")}
+    ):
+        case "FAULT adapter json":
+            config.write_text(draft.rng.choice([*NO_OBJECTS, "{}"]), encoding="utf-8")
+            return "adapter_config"
+        case "FAULT adapter fields":
+            wrong = {"peft_type": "PREFIX_TUNING", "r": draft.rng.choice(["4", 0, None, -1]), "lora_alpha": "much"}
+            wrong |= {
+                "layer_replication": [[0, 1]],
+                "rank_pattern": ["q_proj"],
+                "modules_to_save": 3,
+                "target_modules": 3,
+            }
+            name = draft.rng.choice(list(wrong))
+            edit_json(config, **{name: wrong[name]})
+            return "adapter_config"
+        case "FAULT adapter truncated":
+            weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+            return re.escape(weights.name)
+        case "FAULT adapter gone":
+            weights.unlink()
+            return "adapter_model"
+        case "FAULT adapter rank":
+            edit_json(config, r=7)
+            return re.escape(str(folder))
+    tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+    lost = draft.rng.choice([name for name in tensors if "lora_A" in name])
+    del tensors[lost]
+    save_file(tensors, weights) if weights.suffix == ".safetensors" else torch.save(tensors, weights)
+    return re.escape(str(folder))

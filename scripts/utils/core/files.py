@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -235,12 +235,29 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: JSON that cannot be read: {error}") from None
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object. Raises: InputError as read_json, and for any other value."""
+# Of a JSON object, by name: whether a value can be read, and what is needed.
+Fields = Mapping[str, tuple[Callable[[Any], bool], str]]
+
+
+def read_object(path: str | Path, fields: Fields | None = None) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        fields: those that are looked at; one that is absent or null can always be read.
+    Raises: InputError as read_json, for any other value, and for a field that holds what it cannot.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: need an object, got {type(value).__name__}")
+    for name, (fits, need) in (fields or {}).items():
+        if value.get(name) is not None and not fits(value[name]):
+            raise InputError(f"{path}: {name} {value[name]!r:.80}: need {need}")
     return value
+
+
+def is_list_of(kind: type) -> Callable[[Any], bool]:
+    """Whether a value is a list of such values, for read_object."""
+    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def read_text(path: str | Path) -> str:

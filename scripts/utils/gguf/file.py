@@ -156,7 +156,6 @@ def _plan_tensors(model: MergedModel, config: PreTrainedConfig) -> list[GgufTens
             problems.append(f"{source} has no counterpart in llama.cpp")
     if problems:
         raise InputError(f"this model cannot become a GGUF file: {'; '.join(problems[:5])}")
-    _check_complete(planned, config, model.tied)
     return list(planned.values())
 
 
@@ -190,36 +189,6 @@ def _append_expert(stacked: GgufTensor, expert: GgufTensor) -> GgufTensor:
 
     sources = tuple(sorted((*stacked.sources, *expert.sources), key=expert_number))
     return dataclasses.replace(stacked, shape=(len(sources), *expert.shape[1:]), sources=sources)
-
-
-def _check_complete(planned: dict[str, GgufTensor], config: PreTrainedConfig, tied: bool) -> None:
-    """Raises: InputError naming what the model lacks: whole tensors, layers, or experts."""
-    layers: dict[int, set[str]] = {}
-    for name in planned:
-        if match := re.match(r"blk\.(\d+)\.(.+)", name):
-            layers.setdefault(int(match[1]), set()).add(match[2])
-    everything = set().union(*layers.values())
-    missing = [
-        f"blk.{layer}.{name}"
-        for layer in range(config.num_hidden_layers)
-        for name in sorted(everything - layers.get(layer, set()))
-    ]
-    missing += [
-        name
-        for name in ("token_embd.weight", "output_norm.weight", *([] if tied else ["output.weight"]))
-        if name not in planned
-    ]
-    experts = getattr(config, "num_local_experts", None)
-    missing += [
-        f"experts of {tensor.name} ({tensor.shape[0]} of {experts})"
-        for tensor in planned.values()
-        if len(tensor.shape) == 3 and tensor.shape[0] != experts
-    ]
-    if missing or len(layers) > config.num_hidden_layers:
-        lacks = f"lacks {', '.join(missing[:5])}" if missing else f"has {len(layers)} layers"
-        raise InputError(
-            f"the model does not agree with its config.json ({config.num_hidden_layers} layers): it {lacks}"
-        )
 
 
 def tensor_type(tensor: GgufTensor, file_type: str, tied: bool) -> GGMLQuantizationType:

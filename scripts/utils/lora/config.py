@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import read_object
+from ..core.files import Fields, is_list_of, read_object
 from ..core.hub import find_folder
 from ..weights.names import ADAPTER_CONFIG
 
@@ -132,7 +132,7 @@ def load_adapter_config(folder: str | Path) -> AdapterConfig:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}; pass the folder PEFT saved")
-    raw = read_object(path)
+    raw = read_object(path, _FIELDS)
     if str(raw.get("peft_type", "")).upper() != "LORA":
         raise InputError(
             f"{path}: peft_type is {raw.get('peft_type')}, need LORA; use PEFT's save_as_lora to turn the adapter "
@@ -141,7 +141,7 @@ def load_adapter_config(folder: str | Path) -> AdapterConfig:
     _refuse_unsupported(path, raw)
     tokens = raw.get("trainable_token_indices") or {}
     rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    if rank is None or alpha is None:
         raise InputError(f"{path}: r is {rank} and lora_alpha {alpha}; need a positive rank and a number")
     return AdapterConfig(
         folder=folder,
@@ -160,6 +160,36 @@ def load_adapter_config(folder: str | Path) -> AdapterConfig:
         base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
         base_model_class=(raw.get("auto_mapping") or {}).get("base_model_class"),
     )
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _are_indices(value: Any) -> bool:
+    are_numbers = is_list_of(int)
+    return are_numbers(value) or _is_pattern(are_numbers)(value)
+
+
+_FIELDS: Fields = {
+    "r": (_is_rank, "a positive rank"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (_is_pattern(_is_rank), "an object of positive ranks"),
+    "alpha_pattern": (_is_pattern(_is_number), "an object of numbers"),
+    "target_modules": (lambda value: isinstance(value, str) or is_list_of(str)(value), "a pattern or list of names"),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), (is_list_of(str), "a list of names")),
+    "trainable_token_indices": (_are_indices, "a list of token ids, or one for each module"),
+    "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "a name"),
+}
 
 
 def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from ..core.errors import InputError
-from ..core.files import hash_json, read_object, write_json
+from ..core.files import Fields, hash_json, read_object, write_json
 from ..core.hub import fetch, find_folder, is_hub_id
 from .pieces import (
     CONTROL,
@@ -296,12 +296,10 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     Raises: InputError naming file and field, for what transformers would fail at or take for something else.
     """
-    files = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE)
-    settings, older, added = (read_object(folder / name) if (folder / name).is_file() else {} for name in files)
-    for file, content in ((CONFIG_FILE, settings), (SPECIALS_FILE, older)):
-        for name, (fits, need) in _FIELDS.items():
-            if content.get(name) is not None and not fits(content[name]):
-                raise InputError(f"{folder / file}: {name} {content[name]!r:.80}: need {need}")
+    files = {CONFIG_FILE: _FIELDS, SPECIALS_FILE: _FIELDS, ADDED_FILE: None}
+    settings, older, added = (
+        read_object(folder / name, fields) if (folder / name).is_file() else {} for name, fields in files.items()
+    )
     if strange := [token for token, index in added.items() if type(index) is not int or index < 0]:
         raise InputError(f"{folder / ADDED_FILE}: {strange[0]!r} has the id {added[strange[0]]!r}, need a number")
     given = {name: older.get(name) or settings.get(name) for name in SPECIAL_NAMES}
@@ -341,10 +339,10 @@ def _are_templates(value: Any) -> bool:
     )
 
 
-# Of tokenizer_config.json and special_tokens_map.json: whether a value can be read, and what is needed.
+# Of tokenizer_config.json and special_tokens_map.json.
 _TOKEN = (_is_token, "text, or an object with 'content'")
 _TOKENS = (_are_tokens, "a list of tokens, each text or an object with 'content'")
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_FIELDS: Fields = {
     **dict.fromkeys((*SPECIAL_NAMES, "sep_token", "cls_token", "mask_token"), _TOKEN),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), _TOKENS),
     "added_tokens_decoder": (_are_numbered, "an object of ids, each with an object that has 'content'"),

@@ -40,6 +40,15 @@ def test_what_is_there(model, monkeypatch):
         assert part in text, text
 
 
+def test_what_answering_refuses_is_refused_here(model):
+    (model / "generation_config.json").write_text(json.dumps({"temperature": "hot", "eos_token_id": "</s>"}))
+    (model / "chat_template.jinja").write_text("{% for m in messages %}")
+    (model / "config.json").write_text("{")
+    words = ["config.json:1: broken JSON", "temperature 'hot'", "is no jinja"]
+    refused = check(model).refused
+    assert len(refused) == 3 and all(any(word in line for line in refused) for word in words), refused
+
+
 def test_an_adapter(model, tmp_path):
     make_adapter(model, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"], target_modules=["q_proj"])
     record_base(tmp_path / "adapter", model)

@@ -42,6 +42,15 @@ def test_every_layout_gives_the_same_messages():
         assert read_conversation(record, "f:1") == read_example(record, "f:1") == Conversation(expected)
 
 
+def test_text_in_parts_is_read_as_the_server_reads_it():
+    parts = [{"type": "text", "text": "I"}, {"type": "text", "text": "X"}]
+    turns = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts}, assistant()]
+    assert read_example({"messages": turns}, "f:1") == Conversation([system(), user("I\nX"), assistant()])
+    for strange in ([*parts, {"type": "image_url"}], [{"type": "text"}], [{"type": "text", "text": 3}], ["I"], []):
+        with pytest.raises(InputError, match="f:1: messages: turn 1 needs 'role'"):
+            read_example({"messages": [{"role": "user", "content": strange}, assistant()]}, "f:1")
+
+
 # ---------------------------------------------------------------- system prompts and tools
 
 

@@ -432,6 +432,15 @@ def test_of_several_templates_the_default_and_the_one_for_tools_are_used(tmp_pat
         resolve_template(None, named)
 
 
+def test_a_template_that_is_no_jinja_is_refused_before_anything_is_asked(base_tokenizer_folder):
+    tokenizer = load_tokenizer(base_tokenizer_folder)
+    for broken in ("{% for m in messages %}\n{{ m }", {"default": CHATML, "tool_use": "{% end %}"}):
+        tokenizer.chat_template = broken
+        with pytest.raises(InputError, match=r"is no jinja: line \d"):
+            resolve_template(None, tokenizer)
+    assert resolve_template("alpaca-2", tokenizer) == CHAT_TEMPLATES["alpaca-2"]
+
+
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_system_messages_stand_at_the_beginning_and_are_joined(tokenizer, name):
     template = CHAT_TEMPLATES[name]

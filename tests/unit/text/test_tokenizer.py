@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -58,6 +59,14 @@ def merged(base_tokenizer_folder, chinese_model):
 @pytest.fixture(scope="module")
 def merged_folder(tmp_path_factory, merged):
     return write_sentencepiece(tmp_path_factory.mktemp("merged") / "merged", merged.SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def saved_folder(tmp_path_factory, merged_folder):
+    """The same with a tokenizer.json, too."""
+    folder = tmp_path_factory.mktemp("saved") / "saved"
+    save_tokenizer(load_tokenizer(merged_folder), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +261,9 @@ def test_new_pieces_are_cut_by_the_old_tokenizer_without_prefix(base_tokenizer_f
         ({"tokenizer.model": b"\x00garbage"}, "not a sentencepiece model"),
         ({"tokenizer.model": b""}, "without pieces"),
         ({"tokenizer.json": b'{"model": '}, "broken JSON"),
+        ({"tokenizer.json": b"{}"}, "need a tokenizer's 'model' with its 'vocab'"),
+        ({"tokenizer.json": b'{"model": {"vocab": {}}}'}, r"its tokenizer \(tokenizer\.json\) cannot be opened"),
+        ({"tokenizer.json": b"[]"}, "need an object, got list"),
     ],
 )
 def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path, content, message):
@@ -260,6 +272,39 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path, content, message
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"pad_token": 0}, "pad_token 0: need text, or an object with 'content'"),
+        ("tokenizer_config.json", {"additional_special_tokens": "<a>"}, "need a list of tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": {"content": "x"}}}, "need an object of ids"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "each with 'name' and 'template'"),
+        ("tokenizer_config.json", {"model_max_length": "long"}, "model_max_length 'long': need a number"),
+        ("tokenizer_config.json", [], "need an object, got list"),
+        ("special_tokens_map.json", {"eos_token": ["</s>"]}, "eos_token"),
+        ("added_tokens.json", {"<a>": "400"}, "'<a>' has the id '400', need a number"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_a_wrong_file_beside_the_tokenizer_is_named(tmp_path, saved_folder, kind, file, content, message):
+    shutil.copyfile(saved_folder / kind, tmp_path / kind)
+    (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / file)) + ".*" + re.escape(message)):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_ends_that_the_old_map_alone_names_are_found_beside_added_tokens(tmp_path, saved_folder, kind):
+    shutil.copyfile(saved_folder / kind, tmp_path / kind)
+    added = {"1": {"content": "<s>", "special": True}, "2": {"content": "</s>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
 def test_truncated_and_contradicting_files_are_refused(tmp_path, base_tokenizer_folder, merged_folder):

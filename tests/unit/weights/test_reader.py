@@ -278,6 +278,17 @@ def test_missing_files_and_indexes(tmp_path):
             open_checkpoint(tmp_path)
 
 
+def test_an_index_of_a_single_file(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert open_checkpoint(tmp_path).shapes == {"a": (2,)}
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(InputError, match="the weights stand there twice"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = saved(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
