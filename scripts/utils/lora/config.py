@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.hub import find_folder
+from ..weights.config import model_of_shapes
 from ..weights.names import ADAPTER_CONFIG
 
 # Settings of LoraConfig under which the trained model is not "base weight + change" as computed here.
@@ -47,13 +48,8 @@ def linear_modules(config: Any) -> list[str]:
     """The names of a model's linear layers without lm_head, as --target_modules spells them."""
     if config.model_type in _LINEAR_MODULES:
         return list(_LINEAR_MODULES[config.model_type])
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):  # shapes only, no memory
-        model = AutoModelForCausalLM.from_config(config)
-    names = {
-        name.rpartition(".")[2]: None for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)
-    }
+    parts = model_of_shapes(config).named_modules()
+    names = {name.rpartition(".")[2]: None for name, part in parts if isinstance(part, torch.nn.Linear)}
     return [name for name in names if name != "lm_head"]
 
 

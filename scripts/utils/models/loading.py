@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, ModelArguments
 from ..core.errors import InputError
-from ..weights.config import folder_or_hub_id, load_config
+from ..weights.config import folder_or_hub_id, load_config, model_of_shapes
 from ..weights.model_folder import (
     LANGUAGE_MODEL,
     check_padding,
@@ -149,8 +149,6 @@ def _pack_whole_blocks_only(model: PreTrainedModel) -> None:
 
 def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
     """--config_name with --config_overrides and `vocabulary` rows. Raises: InputError, also for impossible shapes."""
-    from transformers import AutoModelForCausalLM
-
     assert args.config_name is not None
     path = Path(args.config_name).expanduser()
     config = load_config(str(path.parent if path.name == "config.json" else path)) if path.exists() else None
@@ -162,8 +160,7 @@ def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
     config.vocab_size = vocabulary
     check_padding(f"--config_name {args.config_name}", config)
     try:
-        with torch.device("meta"):  # shapes only, no memory
-            AutoModelForCausalLM.from_config(config)
+        model_of_shapes(config)
     except Exception as error:  # whatever a model's code makes of sizes that do not go together
         changes = f" --config_overrides {args.config_overrides}" if args.config_overrides else ""
         raise InputError(f"--config_name {args.config_name}{changes}: {error}") from None

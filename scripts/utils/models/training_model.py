@@ -18,7 +18,7 @@ from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..lora.updates import peft_spelling
 from ..text.tokenizer import embedding_rows
-from ..weights.config import local_folder
+from ..weights.config import local_folder, model_of_shapes
 from ..weights.model_folder import read_model
 from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import open_checkpoint
@@ -117,8 +117,6 @@ def check_modules(
 
     Args: auto_class, settings: as load_model has them.
     """
-    import transformers
-
     if args.full_finetuning or args.adapter_name_or_path:
         return
     if "lm_head" in resolve_target_modules(args.target_modules, config):
@@ -128,8 +126,7 @@ def check_modules(
         return
     shaped = copy.deepcopy(config)
     shaped.update(settings)
-    with torch.device("meta"):  # names only, no memory
-        names = [name for name, _ in getattr(transformers, auto_class).from_config(shaped).named_modules()]
+    names = [name for name, _ in model_of_shapes(shaped, auto_class).named_modules()]
     # As PEFT takes them: a module's name, or the end of its path.
     if unknown := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in names)]:
         known = dict.fromkeys(path.rpartition(".")[2] for path in names)

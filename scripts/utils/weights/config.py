@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from ..core.hub import fetch, find_folder, is_hub_id
@@ -56,3 +56,19 @@ def _download_model(hub_id: str) -> str:
         if any(Path(folder).rglob(f"*.{kind}")):
             break
     return folder
+
+
+def model_of_shapes(config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """The model of a config on torch's meta device: its modules and shapes, no memory.
+
+    Args: auto_class: of transformers. Raises: InputError for a kind of model that this class does not have.
+    """
+    import torch
+    import transformers
+
+    # Not from_config: under ZeRO-3 that cuts the weights up as they are made, which weights without data do not stand.
+    model_class: Any = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise InputError(f"a model of type {config.model_type} is none that transformers' {auto_class} can make")
+    with torch.device("meta"):
+        return model_class(config)
