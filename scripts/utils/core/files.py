@@ -231,6 +231,16 @@ def read_json(path: str | Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of levels
+        raise InputError(f"{path}: JSON that cannot be read: {error}") from None
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object. Raises: InputError as read_json, and for any other value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: need an object, got {type(value).__name__}")
+    return value
 
 
 def read_text(path: str | Path) -> str:

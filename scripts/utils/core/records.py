@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 CHUNK_CHARACTERS = 1 << 20  # read at a time; a longer value makes the buffer grow
 LOOKAHEAD = 16  # characters a cut token (an escape, a literal, a number) may reach back from the end of the buffer
 SPACE = re.compile(r"[ \t\r\n]*")
+TOO_DEEP = "nested deeper than can be read"
 
 
 # ---------------------------------------------------------------- JSON, value by value
@@ -110,6 +111,8 @@ class _JsonStream:
                     self.position = error.pos
                     self.fail(error.msg)
                 self._read_more()
+            except (ValueError, RecursionError) as error:
+                self.fail(_reason(error))
             else:
                 self._count_lines(self.position)
                 self.position = end
@@ -118,6 +121,13 @@ class _JsonStream:
     def fail(self, message: str) -> NoReturn:
         self._count_lines(self.position)
         raise JsonStreamError(message, self.line, self.position - self.line_start + 1)
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """What Python's reader has against a value: broken JSON, a number of thousands of digits, or too many levels."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return TOO_DEEP if isinstance(error, RecursionError) else str(error)
 
 
 # ---------------------------------------------------------------- files and bad records
@@ -425,10 +435,10 @@ def iter_records(
     for location, record in records:
         if not isinstance(record, dict):
             bad_records.handle(f"{location}: need an object with named fields, got {type(record).__name__}")
-        elif not _is_unicode(record):
+        elif problem := _text_problem(record):
             if suffix == ".json":
                 check_encoding(path)
-            bad_records.handle(f"{location}: text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)")
+            bad_records.handle(f"{location}: {problem}")
         else:
             yield location, record
 
@@ -448,6 +458,16 @@ def spread_evenly(items: Sequence[Item], most: int | None) -> list[Item]:
     """At most so many of them, the first and then at equal distances; None: all."""
     count = len(items) if most is None else min(most, len(items))
     return [items[rank * len(items) // count] for rank in range(count)]
+
+
+def _text_problem(record: dict[str, Any]) -> str | None:
+    """What keeps the texts of a record from being used; None: nothing."""
+    try:
+        if _is_unicode(record):
+            return None
+    except RecursionError:
+        return TOO_DEEP
+    return "text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)"
 
 
 def _is_unicode(value: Any) -> bool:
@@ -470,9 +490,9 @@ def _iter_jsonl(path: Path, bad_records: BadRecords) -> Iterator[tuple[str, Any]
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 check_encoding(path)
-                bad_records.handle(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno})")
+                bad_records.handle(f"{path}:{number}: broken JSON: {_reason(error)}")
             else:
                 yield f"{path}:{number}", record
 

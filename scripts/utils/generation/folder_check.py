@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,13 +12,14 @@ from ..core.errors import InputError
 from ..lora.adapter_folder import read_adapter
 from ..lora.base_record import BASE_RECORD
 from ..lora.config import load_adapter_config
+from ..text.prompts import OWN_TEMPLATE, resolve_template
 from ..text.tokenizer import SentencePieceTokenizer, load_tokenizer, vocabulary_end
 from ..weights.config import load_config, local_folder
-from ..weights.generation_config import named_ends
+from ..weights.generation_config import named_ends, named_sampling
 from ..weights.model_folder import ModelFolder, read_model, some_of
 from ..weights.names import HEAD
 from ..weights.reader import BIN_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint
-from .loading import check_tokenizer, find_inference_files
+from .loading import answering_folders, check_tokenizer, find_inference_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -39,12 +40,13 @@ class FolderCheck:
         if files := self._try(lambda: find_inference_files(args)):
             model = self._check_model(str(files.model_name_or_path))
             tokenizer = self._try(lambda: load_tokenizer(str(files.tokenizer_name_or_path)))
+            self._check_answers(files, tokenizer)
             if model:
-                ends = self._try(lambda: _end_ids(model, tokenizer))
-                self.found.append(f"  ends of an answer: {', '.join(ends or ['none'])}")
                 self.found.append(f"  padding: {getattr(model.config, 'pad_token_id', None)}")
             if tokenizer:
                 self.found.append(f"tokenizer: {files.tokenizer_name_or_path}: {_describe_tokenizer(tokenizer)}")
+                if tokenizer.chat_template:
+                    self._try(lambda: resolve_template(OWN_TEMPLATE, tokenizer))
             if model:
                 self._check_together(files, model, tokenizer)
 
@@ -53,7 +55,8 @@ class FolderCheck:
         try:
             return step()
         except InputError as error:
-            self.refused.append(str(error))
+            if str(error) not in self.refused:
+                self.refused.append(str(error))
             return None
 
     def _check_model(self, name: str) -> ModelFolder | None:
@@ -72,6 +75,13 @@ class FolderCheck:
         tied = "tied to embed_tokens" if config.tie_word_embeddings else "of its own"
         self.found.append(f"  lm_head: {tied}, {head}")
         return model
+
+    def _check_answers(self, files: InferenceArguments, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        folders = answering_folders(files)
+        ends = self._try(lambda: _end_ids(folders, tokenizer))
+        self.found.append(f"  ends of an answer: {', '.join(ends or ['none'])}")
+        if sampling := self._try(lambda: named_sampling(folders)):
+            self.found.append(f"  sampling: {', '.join(f'{name} {value}' for name, value in sampling.items())}")
 
     def _check_together(
         self, files: InferenceArguments, model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None
@@ -132,9 +142,9 @@ def _describe_adapter(folder: Path, weights: int, rows: int, old_rows: int) -> l
     ]
 
 
-def _end_ids(model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+def _end_ids(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """Every id that one of the three files calls an end, with the files."""
-    named = named_ends([model.folder])
+    named = named_ends(folders)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         named.setdefault(int(tokenizer.eos_token_id), []).append("tokenizer")
     texts = {index: f" {tokenizer.convert_ids_to_tokens(index)!r}" for index in named} if tokenizer else {}

@@ -63,6 +63,11 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
     )
 
 
+def answering_folders(args: InferenceArguments) -> list[Path]:
+    """The folders of find_inference_files as weights.generation_config takes them."""
+    return [Path(name) for name in (args.adapter_name_or_path, args.model_name_or_path) if name is not None]
+
+
 def check_inference_request(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Find, before weights are read, whether base, adapter and tokenizer belong together; `args` has its folders.
 
@@ -189,8 +194,7 @@ class EnginePlan(Prompter):
             end_ids, self._own_sampling = list[int](), read_sampling(self._gguf.metadata)
         else:
             self.args = find_inference_files(args)
-            names = (self.args.adapter_name_or_path, self.args.model_name_or_path)
-            folders = [Path(name) for name in names if name is not None]
+            folders = answering_folders(self.args)
             end_ids, self._own_sampling = named_end_ids(folders), named_sampling(folders)
             assert self.args.tokenizer_name_or_path is not None
             tokenizer = load_tokenizer(self.args.tokenizer_name_or_path)

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import read_object
 from ..weights.config import local_folder
 from ..weights.model_folder import ModelFolder
 from ..weights.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD, SCORE
@@ -48,7 +48,7 @@ def read_adapter(name_or_path: str, base: ModelFolder, reward_model: bool = Fals
     folder = local_folder(name_or_path)
     config, checkpoint = load_adapter_config(folder), open_checkpoint(folder)
     with base.checkpoint:  # its first values are read
-        check_base(config, base.folder, base.checkpoint, read_json(base.folder / "config.json"), first=True)
+        check_base(config, base.folder, base.checkpoint, read_object(base.folder / "config.json"), first=True)
     shapes, tensors = dict(base.shapes), checkpoint.shapes
     # A tied model's files have no lm_head, which an adapter may still be for.
     if base.config.tie_word_embeddings and EMBEDDING in shapes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
-from ..core.files import read_json, write_json
+from ..core.files import read_object, write_json
 from ..text.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from ..weights.reader import Checkpoint, open_checkpoint
 from .config import AdapterConfig
@@ -46,7 +46,7 @@ def record_base(adapter: str | Path, base: str | Path) -> None:
     base = Path(base)
     if (base / "config.json").is_file():
         with open_checkpoint(base) as checkpoint:
-            description = _describe(base, checkpoint, read_json(base / "config.json"))
+            description = _describe(base, checkpoint, read_object(base / "config.json"))
         write_json(Path(adapter) / BASE_RECORD, {"folder": str(base), **description})
 
 
@@ -67,10 +67,10 @@ def check_base(
             f"adapter {adapter.folder} was trained on a {adapter.base_model_class}, {base} is a {architecture}; "
             f"pass its own base, recorded as {recorded}"
         )
-    record = read_json(adapter.folder / BASE_RECORD) if (adapter.folder / BASE_RECORD).is_file() else {}
+    record = read_object(adapter.folder / BASE_RECORD) if (adapter.folder / BASE_RECORD).is_file() else {}
     theirs = record.get("config")
     if theirs is None and adapter.base_model_name_or_path and (recorded / "config.json").is_file():
-        theirs = read_json(recorded / "config.json")
+        theirs = read_object(recorded / "config.json")
     for name in SAME_BASE:
         if theirs and name in theirs and name in config and theirs[name] != config[name]:
             raise InputError(

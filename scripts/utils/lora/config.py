@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import read_object
 from ..core.hub import find_folder
 from ..weights.config import model_of_shapes
 from ..weights.names import ADAPTER_CONFIG
@@ -128,11 +128,11 @@ def load_adapter_config(folder: str | Path) -> AdapterConfig:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is no adapter folder: it has no {ADAPTER_CONFIG}; pass the folder PEFT saved")
-    raw = read_json(path)
-    if not isinstance(raw, dict) or str(raw.get("peft_type", "")).upper() != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+    raw = read_object(path)
+    if str(raw.get("peft_type", "")).upper() != "LORA":
         raise InputError(
-            f"{path}: peft_type is {kind}, need LORA; use PEFT's save_as_lora to turn the adapter into one"
+            f"{path}: peft_type is {raw.get('peft_type')}, need LORA; use PEFT's save_as_lora to turn the adapter "
+            "into one"
         )
     _refuse_unsupported(path, raw)
     tokens = raw.get("trainable_token_indices") or {}

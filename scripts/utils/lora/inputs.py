@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import read_object
 from ..text.tokenizer import check_embedding_rows, has_tokenizer, is_padded_size, load_tokenizer
 from ..weights.config import load_config, local_folder
 from ..weights.meta_reader import is_meta_folder, meta_config, open_meta_checkpoint
@@ -73,7 +73,7 @@ def open_merge(
         parsed: Any = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     else:
         parsed = load_config(str(base_folder))  # names what is wrong with the file, knows defaults
-        config = read_json(base_folder / "config.json")
+        config = read_object(base_folder / "config.json")
     if config.get("quantization_config"):
         raise InputError(f"{base_folder} is a quantised model; pass the full-precision model it was made from")
     with contextlib.ExitStack() as stack:

@@ -18,6 +18,7 @@ from .tool_calls import read_function
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -138,7 +139,7 @@ def _read_turns(turns: Any, location: str) -> list[Message]:
 def _read_turn(turn: Any, location: str) -> Message:
     fields = turn if isinstance(turn, dict) else {}
     calls = fields.get("tool_calls") or fields.get("function_call")
-    spellings = [(fields.get(role), fields.get(text)) for role, text in TURN_FIELDS]
+    spellings = [(fields.get(role), _join_parts(fields.get(text))) for role, text in TURN_FIELDS]
     # parquet fills up the fields of the other spelling with None
     found = [(role, text) for role, text in spellings if role in ROLES and isinstance(text, str)]
     found += [(role, "") for role, text in spellings if role in ROLES and text is None and calls]
@@ -160,6 +161,15 @@ def _read_turn(turn: Any, location: str) -> Message:
     if not _is_trained(fields, message["role"], location):
         message["weight"] = 0
     return message
+
+
+def _join_parts(content: Any) -> Any:
+    """The text of content that OpenAI's clients write in parts, as the server reads it; anything else as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if not texts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        return content
+    return "\n".join(texts)
 
 
 def _is_trained(turn: dict[str, Any], role: str, location: str) -> bool:

@@ -113,14 +113,30 @@ def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> st
         )
     named = tokenizer.chat_template
     if not isinstance(named, dict):
-        return str(named)
+        return _checked(str(named), tokenizer)
     if "default" not in named:
         raise InputError(
             f"the tokenizer in {tokenizer.name_or_path} has chat templates called {', '.join(named)}, and none called "
             "default; leave the one to be used as chat_template in its tokenizer_config.json"
         )
     default, with_tools = (text and text.removesuffix("\n") for text in (named["default"], named.get("tool_use")))
-    return f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}" if with_tools else str(default)
+    text = f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}" if with_tools else str(default)
+    return _checked(text, tokenizer)
+
+
+def _checked(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template. Raises: InputError if it is no jinja."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"the chat template of the tokenizer in {tokenizer.name_or_path} is no jinja: line {error.lineno}: "
+            f"{error}; repair it, or pass --prompt_template with one of {', '.join(CHAT_TEMPLATES)}"
+        ) from None
+    return template
 
 
 # ---------------------------------------------------------------- messages -> text

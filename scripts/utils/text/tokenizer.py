@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from ..core.errors import InputError
-from ..core.files import hash_json, read_json, write_json
+from ..core.files import hash_json, read_object, write_json
 from ..core.hub import fetch, find_folder, is_hub_id
 from .pieces import (
     CONTROL,
@@ -45,12 +45,13 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZERS_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
 TOKENIZER_FILES = (
     SENTENCEPIECE_FILE,
     TOKENIZERS_FILE,
     CONFIG_FILE,
     SPECIALS_FILE,
-    "added_tokens.json",
+    ADDED_FILE,
     "chat_template.jinja",
 )
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -214,27 +215,26 @@ def _is_tiktoken(path: Path) -> bool:
 
 def _load_sentencepiece(folder: Path) -> SentencePieceTokenizer:
     proto = read_sentencepiece_model(folder / SENTENCEPIECE_FILE)
-    exported = read_json(folder / TOKENIZERS_FILE) if (folder / TOKENIZERS_FILE).is_file() else {}
-    _check_same_pieces(folder, proto, exported.get("model", {}).get("vocab", {}))
-    settings = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    map_file = folder / SPECIALS_FILE
-    named = {**settings, **(read_json(map_file) if map_file.is_file() else {})}
+    exported = _read_tokenizers_file(folder) if (folder / TOKENIZERS_FILE).is_file() else {}
+    _check_same_pieces(folder, proto, exported["model"]["vocab"] if exported else {})
+    settings, named = _read_settings(folder)
     spec = proto.trainer_spec
     numbered = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
     missing = {
         name: proto.pieces[index].piece
         for name, index in numbered.items()
-        if not named.get(name) and 0 <= index < len(proto.pieces)
+        if name not in named and 0 <= index < len(proto.pieces)
     }
     add_bos, add_eos = _added_ends(settings, exported)
-    tokenizer: SentencePieceTokenizer = SentencePieceTokenizer.from_pretrained(
-        str(folder),
-        local_files_only=True,
+    tokenizer: SentencePieceTokenizer = _open(
+        SentencePieceTokenizer,
+        folder,
         vocab_file=str(folder / SENTENCEPIECE_FILE),
         add_bos_token=add_bos,
         add_eos_token=add_eos,
         special_tokens_pattern={(1, 0): "bos", (1, 1): "bos_eos", (0, 1): "eos", (0, 0): "none"}[add_bos, add_eos],
         **missing,
+        **_left_out(settings, named),
     )
     # Control pieces, such as Mistral's brackets, are split off in templates whether a config names them or not.
     controls = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
@@ -244,8 +244,10 @@ def _load_sentencepiece(folder: Path) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _check_same_pieces(folder: Path, proto: Any, vocab: dict[str, int]) -> None:
-    for piece, index in vocab.items():
+def _check_same_pieces(folder: Path, proto: Any, vocab: dict[str, int] | list[list[Any]]) -> None:
+    # A Unigram model lists its pieces, each with its score.
+    listed = {piece: index for index, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    for piece, index in listed.items():
         if index < len(proto.pieces) and proto.pieces[index].piece != piece:
             raise InputError(
                 f"{folder}: {TOKENIZERS_FILE} has {piece!r} at id {index}, {SENTENCEPIECE_FILE} "
@@ -262,9 +264,93 @@ def _added_ends(settings: dict[str, Any], exported: dict[str, Any]) -> tuple[boo
 
 
 def _load_tokenizers(folder: Path) -> PreTrainedTokenizerFast:
-    read_json(folder / TOKENIZERS_FILE)  # a broken file is named with its line
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    _read_tokenizers_file(folder)
+    tokenizer: PreTrainedTokenizerFast = _open(PreTrainedTokenizerFast, folder, **_left_out(*_read_settings(folder)))
     return tokenizer
+
+
+def _open(tokenizer_class: Any, folder: Path, **settings: Any) -> Any:
+    try:
+        return tokenizer_class.from_pretrained(str(folder), local_files_only=True, **settings)
+    except Exception as error:  # whatever the libraries make of the files
+        files = ", ".join(name for name in TOKENIZER_FILES if (folder / name).is_file())
+        raise InputError(
+            f"{folder}: its tokenizer ({files}) cannot be opened: {error}; copy the files again"
+        ) from None
+
+
+# ---------------------------------------------------------------- the files beside a tokenizer
+
+
+def _read_tokenizers_file(folder: Path) -> dict[str, Any]:
+    """tokenizer.json. Raises: InputError for a file that is broken, or something else."""
+    content = read_object(folder / TOKENIZERS_FILE)
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise InputError(f"{folder / TOKENIZERS_FILE}: need a tokenizer's 'model' with its 'vocab'; copy it again")
+    return content
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tokenizer_config.json, the special tokens that it or special_tokens_map.json name, by name).
+
+    Raises: InputError naming file and field, for what transformers would fail at or take for something else.
+    """
+    files = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE)
+    settings, older, added = (read_object(folder / name) if (folder / name).is_file() else {} for name in files)
+    for file, content in ((CONFIG_FILE, settings), (SPECIALS_FILE, older)):
+        for name, (fits, need) in _FIELDS.items():
+            if content.get(name) is not None and not fits(content[name]):
+                raise InputError(f"{folder / file}: {name} {content[name]!r:.80}: need {need}")
+    if strange := [token for token, index in added.items() if type(index) is not int or index < 0]:
+        raise InputError(f"{folder / ADDED_FILE}: {strange[0]!r} has the id {added[strange[0]]!r}, need a number")
+    given = {name: older.get(name) or settings.get(name) for name in SPECIAL_NAMES}
+    return settings, {
+        name: value if isinstance(value, str) else value["content"] for name, value in given.items() if value
+    }
+
+
+def _left_out(settings: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
+    """The special tokens of special_tokens_map.json, where transformers does not look into that file."""
+    if "added_tokens_decoder" not in settings:
+        return {}
+    return {name: token for name, token in named.items() if not settings.get(name)}
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _are_tokens(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [None]
+    return all(map(_is_token, values))
+
+
+def _are_numbered(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        index.isdecimal() and isinstance(token, dict) and _is_token(token) for index, token in value.items()
+    )
+
+
+def _are_templates(value: Any) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str) or (isinstance(value, dict) and all(isinstance(v, str) for v in value.values()))
+    return all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+        for item in value
+    )
+
+
+# Of tokenizer_config.json and special_tokens_map.json: whether a value can be read, and what is needed.
+_TOKEN = (_is_token, "text, or an object with 'content'")
+_TOKENS = (_are_tokens, "a list of tokens, each text or an object with 'content'")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys((*SPECIAL_NAMES, "sep_token", "cls_token", "mask_token"), _TOKEN),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), _TOKENS),
+    "added_tokens_decoder": (_are_numbered, "an object of ids, each with an object that has 'content'"),
+    "chat_template": (_are_templates, "a template's text, or a list of them, each with 'name' and 'template'"),
+    "model_max_length": (lambda value: type(value) in (int, float), "a number"),
+}
 
 
 # ---------------------------------------------------------------- encoding text as text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
+from ..core.files import read_object
 from ..core.hub import fetch, find_folder, is_hub_id
 from .names import ADAPTER_CONFIG
 
@@ -28,10 +29,13 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if path is not None and not (path / "config.json").is_file():
         adapter = " (it holds an adapter: pass the base model here)" if (path / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{path} has no config.json, so it is no model folder{adapter}")
+    if path is not None:
+        read_object(path / "config.json")  # a broken file is named with its line
     try:
         return AutoConfig.from_pretrained(folder_or_hub_id(name_or_path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the model config of {name_or_path}: {error}") from None
+    except Exception as error:  # whatever the class of such a model makes of the fields
+        place = name_or_path if path is None else path / "config.json"
+        raise InputError(f"{place}: cannot be read as a model's config: {error}") from None
 
 
 def local_folder(name_or_path: str) -> Path:

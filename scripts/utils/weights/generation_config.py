@@ -6,13 +6,13 @@ counts, which is the one that merging copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import read_object
 
 GENERATION_CONFIG = "generation_config.json"
 # Where a file names one of these, it means the others as transformers takes them, not as this project does.
@@ -45,7 +45,7 @@ def named_ends(folders: Sequence[Path]) -> dict[int, list[str]]:
     configs = [folder / "config.json" for folder in folders[-1:]]
     for file in [*configs, find_generation_config(folders)]:
         if file is not None and file.is_file():
-            content = _read(file)
+            content = read_object(file)
             # Models of several kinds of input have their language model's config within theirs.
             for part in (content, content.get("text_config") or {}):
                 for index in _read_ids(file, part.get("eos_token_id")):
@@ -60,7 +60,9 @@ def named_sampling(folders: Sequence[Path]) -> dict[str, Any]:
     file = find_generation_config(folders)
     if file is None:
         return {}
-    named = {name: value for name, value in _read(file).items() if name in NEUTRAL_SAMPLING and value is not None}
+    named = {
+        name: value for name, value in read_object(file).items() if name in NEUTRAL_SAMPLING and value is not None
+    }
     for name, value in named.items():
         kind = bool if name == "do_sample" else int if name == "top_k" else float
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
@@ -73,13 +75,6 @@ def named_sampling(folders: Sequence[Path]) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     return NEUTRAL_SAMPLING | named if named else {}
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: need an object, got {type(content).__name__}")
-    return content
 
 
 def _read_ids(file: Path, value: Any) -> list[int]:

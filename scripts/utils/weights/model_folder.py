@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import InputError
-from ..core.files import read_json, write_json
+from ..core.files import read_object, write_json
 from .config import load_config, local_folder
 from .names import CLASSIFIER, EXPERT, HEAD, SCORE
 from .reader import BIN_INDEX, SAFETENSORS_INDEX, Checkpoint, open_checkpoint
@@ -125,14 +125,20 @@ def _rehearse(
         modules = {name.rpartition(".")[0] for name in state}
         state = {f"{name}.{part}": torch.empty(1, 1, device="meta") for name in modules for part in ("weight", "bias")}
     with _alone():
-        model, found = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        try:
+            model, found = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever a model's code makes of settings that do not go together
+            raise InputError(
+                f"{checkpoint.folder / 'config.json'}: no {config.model_type} model can be built of it "
+                f"({type(error).__name__}: {error})"
+            ) from None
     if quantised:
         return found["missing_keys"], set(), [], {name: tuple(v.shape) for name, v in model.state_dict().items()}
     others = [f"{name} {list(has)} instead of {list(needs)}" for name, has, needs in sorted(found["mismatched_keys"])]
@@ -191,7 +197,7 @@ def loadable_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     index_name = BIN_INDEX if files[0].suffix == ".bin" else SAFETENSORS_INDEX
     index = checkpoint.folder / index_name
     if index.is_file():
-        complete = isinstance(read_json(index).get("metadata"), dict)
+        complete = isinstance(read_object(index).get("metadata"), dict)
     else:
         complete = len(files) == 1 and "-of-" not in files[0].name
     if complete:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import read_json
+from ..core.files import read_object
 from ..core.hub import find_folder
 from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .streams import WINDOW, FileHasher
@@ -163,11 +163,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
         return adapter[:1], None
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
         if (folder / index).is_file():
-            if (folder / single).is_file():
+            names = sorted(set(_weight_map(folder / index).values()))
+            if single not in names and (folder / single).is_file():
                 raise InputError(
                     f"{folder} holds {single} and {index}: the weights stand there twice; remove the stale ones"
                 )
-            names = sorted(set(_weight_map(folder / index).values()))
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise InputError(
                     f"{folder / index} names files that are missing: {', '.join(missing)}; download them again"
@@ -187,8 +187,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index)
-    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map; download it again")
     if strange := [name for name in weight_map.values() if Path(str(name)).name != name]:

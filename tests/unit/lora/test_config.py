@@ -116,7 +116,7 @@ def test_absent_and_broken_configs(tmp_path):
     with pytest.raises(InputError, match=r"adapter_config\.json:2: broken JSON"):
         load_adapter_config(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(InputError, match="need LORA"):
+    with pytest.raises(InputError, match="need an object, got list"):
         load_adapter_config(tmp_path)
 
 
