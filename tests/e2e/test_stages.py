@@ -68,6 +68,24 @@ def test_every_way_to_store_and_to_train_goes_together(stage, way, stored, recor
                 assert found == pytest.approx(losses["float32"], abs=0.06)
 
 
+@pytest.mark.parametrize("stage", ["pt", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "dpo"))])
+def test_a_tied_head_begins_with_the_loss_of_its_copy(stage, stored, records, tmp_path):
+    """Qwen2.5-0.5B's is tied: PEFT puts a layer of its own in the head's place where embeddings are trained whole."""
+    for tied in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(stored / "float32")
+        model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        model.save_pretrained(tmp_path / f"model-{tied}")
+        save_tokenizer(load_tokenizer(stored / "float32"), tmp_path / f"model-{tied}")
+    flags = ("--precision", "fp32", "--modules_to_save", "embed_tokens,lm_head")
+    found, copied = (
+        losses_of(stage, tmp_path, f"model-{tied}", records, tmp_path / f"run-{tied}", *flags)
+        for tied in (True, False)
+    )
+    assert found[0] == pytest.approx(copied[0], rel=1e-5) and found[2] < found[0]
+
+
 def test_answers_of_ppo_are_sampled_where_modules_trained_whole_stand_in_a_base_of_16_bits(stored, records, tmp_path):
     flags = ("--precision", "bf16", "--modules_to_save", "embed_tokens,lm_head,norm")
     assert len(losses_of("ppo", stored, "bfloat16", records, tmp_path / "run", *flags)) == 3

@@ -172,6 +172,7 @@ class EnginePlan(Prompter):
     Attributes:
         args: with the folders that were found.
         template_name: of the chat template; None for plain text.
+        own_sampling: settings that the model's own files ask for, see complete_settings.
     """
 
     def __init__(
@@ -191,11 +192,11 @@ class EnginePlan(Prompter):
         self.args, self._drafts = args, None
         if self._gguf:
             tokenizer, context = self._gguf.tokenizer, self._gguf.context
-            end_ids, self._own_sampling = list[int](), read_sampling(self._gguf.metadata)
+            end_ids, self.own_sampling = list[int](), read_sampling(self._gguf.metadata)
         else:
             self.args = find_inference_files(args)
             folders = answering_folders(self.args)
-            end_ids, self._own_sampling = named_end_ids(folders), named_sampling(folders)
+            end_ids, self.own_sampling = named_end_ids(folders), named_sampling(folders)
             assert self.args.tokenizer_name_or_path is not None
             tokenizer = load_tokenizer(self.args.tokenizer_name_or_path)
             self.config: PreTrainedConfig = check_inference_request(self.args, tokenizer)
@@ -211,11 +212,11 @@ class EnginePlan(Prompter):
 
     def complete_settings(self, settings: GenerationArguments) -> GenerationArguments:
         """The settings, with the model's own where nobody asked for others; the log says which."""
-        completed = settings.with_model_defaults(self._own_sampling)
+        completed = settings.with_model_defaults(self.own_sampling)
         sources: dict[str, list[str]] = {"flags": [], "the model's own files": [], "defaults": []}
         for name in SAMPLING_DEFAULTS:
             left = name in settings.given
-            source = "flags" if not left else "the model's own files" if self._own_sampling else "defaults"
+            source = "flags" if not left else "the model's own files" if self.own_sampling else "defaults"
             sources[source].append(f"{name} {getattr(completed, name)}")
         found = [f"{', '.join(values)} ({source})" for source, values in sources.items() if values]
         logger.info("sampling: %s", "; ".join(found))

@@ -16,14 +16,14 @@ from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..lora.adapter_folder import load_with_peft, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
-from ..lora.updates import peft_spelling
+from ..lora.updates import Replace, ReplaceRows, peft_spelling
 from ..text.tokenizer import embedding_rows
 from ..weights.config import local_folder, model_of_shapes
 from ..weights.model_folder import read_model
 from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import open_checkpoint
 from .gathering import full_shape
-from .lm_loss import install_loss_head
+from .lm_loss import LossHead, install_loss_head, restore_loss_heads
 from .loading import check_loading, create_model, load_model, new_config, training_dtype
 from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The loss in chunks is computed in the head itself, which has to have the whole matrix.
+UPDATED_HEAD = (
+    "it updates lm_head by parts (low-rank, or some rows), which cannot be trained on here; merge it with "
+    "run_merge.sh, and begin a new adapter with --modules_to_save embed_tokens,lm_head"
+)
 HEADS = tuple(name.removesuffix(".weight") for name in (HEAD, SCORE))
 
 
@@ -99,7 +104,12 @@ def check_training_request(
     check_modules(lora_args, base.config)
     trained = set(split_names(lora_args.modules_to_save))
     if lora_args.adapter_name_or_path:
-        trained = set(read_adapter(lora_args.adapter_name_or_path, base).config.modules_to_save)
+        adapter = read_adapter(lora_args.adapter_name_or_path, base)
+        trained = set(adapter.config.modules_to_save)
+        of_head = any(not isinstance(update, Replace) for update in adapter.updates.get(HEAD, ()))
+        rows = any(isinstance(update, ReplaceRows) for update in adapter.updates.get(EMBEDDING, ()))
+        if of_head or (rows and base.config.tie_word_embeddings):
+            raise InputError(f"--adapter_name_or_path {lora_args.adapter_name_or_path}: {UPDATED_HEAD}")
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
         refuse_untrained_rows(tokenizer, base.config.vocab_size)
@@ -172,6 +182,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
         saved = split_names(args.modules_to_save)
         if "lm_head" in targets:
             raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
+        is_tied = bool(model.config.tie_word_embeddings)
         config = LoraConfig(
             task_type=task_type,
             r=args.lora_rank,
@@ -181,9 +192,13 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
             modules_to_save=saved or None,
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
-            ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
+            ensure_weight_tying=is_tied and not {"embed_tokens", "lm_head"}.isdisjoint(saved),
         )
         wrapped = get_peft_model(model, config)
+    restore_loss_heads(wrapped)
+    for wrapper in wrapped.modules():  # PEFT may have wrapped a head that is tied to what the adapter updates
+        if isinstance(getattr(wrapper, "base_layer", None), LossHead):
+            raise InputError(UPDATED_HEAD)
     for config in wrapped.peft_config.values():
         if isinstance(config.target_modules, set):  # whose order in adapter_config.json changes from run to run
             config.target_modules = sorted(config.target_modules)

@@ -112,7 +112,7 @@ class RequestPlanner:
         with _refusals_as_mistakes():
             negative = self.engine.encode_negative(messages, self.defaults, tools)
         form = self._call_form() if tools else None
-        shown = self.engine.hidden_tokens(f"{form.mark}{form.start}{form.before}{form.after}") if form else {}
+        shown = self.engine.hidden_tokens(form.signs) if form else {}
         several = body.parallel_tool_calls is not False
         constraint = self._constraint(body, tools, form, several) if constrained else None
         for request in requests:  # a constraint follows one answer, so each has its own

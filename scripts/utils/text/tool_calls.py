@@ -38,6 +38,11 @@ class CallForm:
     between: str = "\n"
     end: str = ""
 
+    @property
+    def signs(self) -> str:
+        """All that may stand around calls, where special tokens are to be shown."""
+        return f"{self.mark}{self.start}{self.before}{self.after}"
+
 
 OWN_FORM = CallForm()
 HERMES_FORM = CallForm("<tool_call>", before="<tool_call>\n", after="\n</tool_call>")  # Qwen's, too
