@@ -67,7 +67,7 @@ class PromptCache(TokenCache):
     """
 
     KIND = "prompts"
-    RULES = 3
+    RULES = 4
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -130,7 +130,7 @@ class PairCache(PromptCache):
     """
 
     KIND = "pairs"
-    RULES = 3
+    RULES = 4
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)

@@ -51,7 +51,7 @@ class SampleCache(TokenCache):
     """
 
     KIND = "samples"
-    RULES = 3
+    RULES = 4
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)

@@ -20,9 +20,9 @@ from utils.text.tokenizer import load_tokenizer
 # or caches of the old rules would be taken for those of the new ones.
 GOLDEN = {
     "tokens": {1: "ded75ca4281c175b", 2: "ded75ca4281c175b"},
-    "samples": {1: "c33d8c11620887b4", 2: "c33d8c11620887b4", 3: "3223706ec4f611e1"},
-    "pairs": {1: "f07ace143e5837c5", 2: "f07ace143e5837c5", 3: "54cef27ca950ccc2"},
-    "prompts": {1: "c5d580c164b1f267", 2: "c5d580c164b1f267", 3: "bca08cc70fbb0649"},
+    "samples": {1: "c33d8c11620887b4", 2: "c33d8c11620887b4", 3: "3223706ec4f611e1", 4: "3223706ec4f611e1"},
+    "pairs": {1: "f07ace143e5837c5", 2: "f07ace143e5837c5", 3: "54cef27ca950ccc2", 4: "54cef27ca950ccc2"},
+    "prompts": {1: "c5d580c164b1f267", 2: "c5d580c164b1f267", 3: "bca08cc70fbb0649", 4: "bca08cc70fbb0649"},
 }
 GOLDEN_TEXTS = ["the cat 猫", "", "  two  spaces <s>", "tab\there", "\u3000é😀"]
 CHAT = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "猫 </s>"}]
