@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NoReturn, TypeVar, cast
 
 from .errors import InputError
+from .files import json_problem
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ class _JsonStream:
                     self.position = error.pos
                     self.fail(error.msg)
                 self._read_more()
+            except (ValueError, RecursionError) as error:
+                self.fail(json_problem(error))
             else:
                 self._count_lines(self.position)
                 self.position = end
@@ -470,9 +473,9 @@ def _iter_jsonl(path: Path, bad_records: BadRecords) -> Iterator[tuple[str, Any]
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 check_encoding(path)
-                bad_records.handle(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno})")
+                bad_records.handle(f"{path}:{number}: broken JSON: {json_problem(error)}")
             else:
                 yield f"{path}:{number}", record
 
