@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +40,9 @@ class FolderCheck:
             model = self._check_model(str(files.model_name_or_path))
             tokenizer = self._try(lambda: load_tokenizer(str(files.tokenizer_name_or_path)))
             if model:
-                ends = self._try(lambda: _end_ids(model, tokenizer))
+                # As an engine asks: an adapter's own generation_config.json counts before the base's.
+                folders = [Path(name) for name in (files.adapter_name_or_path, str(model.folder)) if name]
+                ends = self._try(lambda: _end_ids(folders, tokenizer))
                 self.found.append(f"  ends of an answer: {', '.join(ends or ['none'])}")
                 self.found.append(f"  padding: {getattr(model.config, 'pad_token_id', None)}")
             if tokenizer:
@@ -132,9 +134,9 @@ def _describe_adapter(folder: Path, weights: int, rows: int, old_rows: int) -> l
     ]
 
 
-def _end_ids(model: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+def _end_ids(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """Every id that one of the three files calls an end, with the files."""
-    named = named_ends([model.folder])
+    named = named_ends(folders)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         named.setdefault(int(tokenizer.eos_token_id), []).append("tokenizer")
     texts = {index: f" {tokenizer.convert_ids_to_tokens(index)!r}" for index in named} if tokenizer else {}
