@@ -74,7 +74,7 @@ def main(
     from utils.rlhf.reference import check_reference, check_reference_model
     from utils.rlhf.rewards import load_reward_function
     from utils.text.prompts import resolve_template
-    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.flags import check_ppo_flags
     from utils.training.runs import open_run, start_run
@@ -83,10 +83,12 @@ def main(
     from utils.weights.generation_config import named_end_ids
 
     check_ppo_flags(training_args)
-    tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    if tokenizer_folder is None:
+    folder = model_args.tokenizer_name_or_path or choose_tokenizer(
+        lora_args.adapter_name_or_path, model_args.model_name_or_path
+    )
+    if folder is None:
         raise InputError("pass --model_name_or_path: the tuned model")
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(folder)
     names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
     end_ids = named_end_ids([local_folder(name) for name in names if name])
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)

@@ -21,7 +21,7 @@ from ..lora.config import load_adapter_config
 from ..models.loading import bf16_is_supported, load_model
 from ..models.rope import find_row_rotary, install_row_rotary, rope_overrides, scale_rope
 from ..text.prompts import OWN_TEMPLATE, resolve_template, template_name
-from ..text.tokenizer import check_embedding_rows, has_tokenizer, load_tokenizer
+from ..text.tokenizer import check_embedding_rows, choose_tokenizer, has_tokenizer, load_tokenizer
 from ..weights.config import local_folder
 from ..weights.generation_config import named_end_ids, named_sampling
 from ..weights.model_folder import read_model
@@ -47,19 +47,16 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
         raise InputError(
             f"--lora_model {args.adapter_name_or_path}: one adapter can be used here; merge several first"
         )
-    adapter = local_folder(args.adapter_name_or_path) if args.adapter_name_or_path else None
+    adapter = str(local_folder(args.adapter_name_or_path)) if args.adapter_name_or_path else None
     recorded = load_adapter_config(adapter).base_model_name_or_path if adapter else None
     if not (args.model_name_or_path or recorded):
         raise InputError("pass --base_model: a model folder or hub id")
-    base = local_folder(args.model_name_or_path or recorded or "")
-    tokenizer = args.tokenizer_name_or_path
-    if tokenizer is None:
-        tokenizer = str(adapter if adapter is not None and has_tokenizer(adapter) else base)
+    base = str(local_folder(args.model_name_or_path or recorded or ""))
     return dataclasses.replace(
         args,
-        model_name_or_path=str(base),
-        adapter_name_or_path=str(adapter) if adapter else None,
-        tokenizer_name_or_path=tokenizer,
+        model_name_or_path=base,
+        adapter_name_or_path=adapter,
+        tokenizer_name_or_path=args.tokenizer_name_or_path or choose_tokenizer(adapter, base),
     )
 
 
@@ -192,7 +189,7 @@ class EnginePlan(Prompter):
         self.args, self._drafts = args, None
         if self._gguf:
             tokenizer, context = self._gguf.tokenizer, self._gguf.context
-            end_ids, self.own_sampling = list[int](), read_sampling(self._gguf.metadata)
+            end_ids, self.own_sampling = list[int](), read_sampling(self._gguf.metadata, self._gguf.path.name)
         else:
             self.args = find_inference_files(args)
             folders = answering_folders(self.args)

@@ -18,6 +18,7 @@ from gguf import RopeScalingType
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..weights.generation_config import complete_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -175,15 +176,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: the GGUF header is damaged or truncated; copy the file again") from None
 
 
-def read_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of sampling that a file asks for, by the names of GenerationArguments."""
+def read_sampling(metadata: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The settings of sampling that a file asks for, by the names of GenerationArguments; none if it names none.
+
+    llama.cpp's converter writes those that generation_config.json has, so the others mean the same as there.
+    Args: place: the file, for errors.
+    """
     keys = {name: f"general.sampling.{own}" for name, own in _SAMPLING.items()}
     # They are kept in 32 bits, which makes 0.699999988 of 0.7.
-    return {
+    found = {
         name: round(metadata[key], 6) if isinstance(metadata[key], float) else metadata[key]
         for name, key in keys.items()
         if key in metadata
     }
+    return complete_sampling(found, place)
 
 
 class _Header:

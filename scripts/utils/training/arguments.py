@@ -72,8 +72,8 @@ class RunArguments(TrainingArguments):
             "overwrite_output_dir": False,
         }
         set_aside(self, MEANINGLESS, REFUSED)
-        if isinstance(self.report_to, str):
-            self.report_to = self.report_to.split(",")
+        if isinstance(self.report_to, str) or self.report_to is None:
+            self.report_to = (self.report_to or "none").split(",")
         self._choose_precision()
         if self.deepspeed:
             self.deepspeed = prepare_deepspeed(self.deepspeed)

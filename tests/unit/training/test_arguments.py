@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.training.arguments import RunArguments, check_validation, prepare_deepspeed
 
@@ -33,6 +34,12 @@ def test_layers_are_computed_again_without_the_form_that_loses_gradients(tmp_pat
     args = make_arguments(tmp_path, gradient_checkpointing=True)
     new = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     assert getattr(args, new) and getattr(args, f"{new}_kwargs") == {"use_reentrant": False}
+
+
+def test_no_tracker_is_asked_for_by_null_too(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nreport_to: null\n")
+    assert parse_args(RunArguments, argv=[str(config)])[0].report_to == []
 
 
 def test_evaluation_needs_validation_data(tmp_path):
