@@ -122,13 +122,6 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 KINDS = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3": ("qwen3", {"head_dim": 32}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {
-            **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
-            **{"head_dim": 32, "moe_intermediate_size": 64},
-        },
-    ),
     "llama3": ("llama", rope(**LLAMA3, original_max_position_embeddings=64)),
     "yarn": ("llama", rope(**YARN, attention_factor=0.9)),
 }
@@ -144,6 +137,13 @@ MORE_KINDS = {
     "mistral": ("mistral", {"sliding_window": 400}),
     "qwen2": ("qwen2", {}),
     "qwen2_yarn": ("qwen2", rope(**YARN)),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+            **{"head_dim": 32, "moe_intermediate_size": 64},
+        },
+    ),
     "qwen2_moe": (
         "qwen2_moe",
         {

@@ -2,9 +2,9 @@
 
 transformers 5 holds the experts of a layer in two stacks, which suits full training: few products, all grouped. But
 bitsandbytes quantises linear layers and leaves stacks as they are; PEFT adapts stacks by adding B A to the whole stack
-in every pass, which cannot have a dropout, and costs more than the layer itself. As linear layers, experts are
-quantised and adapted as all others are, and adapters have the layout of Chinese-Mixtral's: experts.N.w1.
-Measured by benchmarks/moe.py; docs/training has the figures.
+in every pass, which cannot have a dropout, and takes a layer's experts twice in 16 bits. As linear layers, experts
+are quantised one by one while they are read, and adapted as all other layers are, and adapters have the layout of
+Chinese-Mixtral's: experts.N.w1. Measured by benchmarks/moe.py; docs/training has the figures.
 
 Shapes: N tokens, H hidden size, E experts, k experts a token.
 """
@@ -110,7 +110,14 @@ def counted_by_router(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 class Router(nn.Linear):
-    """The layer that scores experts. As no nn.Linear itself it is never quantised: a near-tie would change experts."""
+    """The layer that scores experts. As no nn.Linear itself it is never quantised: a near-tie would change experts.
+
+    As the quantised layers around it, it takes inputs of any type: DeepSpeed runs without autocast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, H) -> (N, E)."""
+        return super().forward(input if torch.is_autocast_enabled(input.device.type) else input.to(self.weight.dtype))
 
 
 class Expert(nn.Module):

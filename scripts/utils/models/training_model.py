@@ -142,6 +142,11 @@ def check_experts(model_args: ModelArguments, lora_args: LoraArguments, base: Mo
             )
     elif adapts_experts(lora_args, base.config):
         check_linear_experts(base, f"--target_modules {lora_args.target_modules}")
+    elif lora_args.target_modules in ("all", "all-linear") and not lora_args.full_finetuning:
+        logger.warning(
+            "--target_modules all: the experts of a %s model are one tensor a layer and get no update",
+            base.config.model_type,
+        )
 
 
 def split_names(names: str | None) -> list[str]:
@@ -251,17 +256,18 @@ def convert_at_borders(wrapped: nn.Module) -> None:
             continue
         is_head = name.endswith(HEADS)  # nothing comes behind a head, and its results stay as exact as they are
         for module in wrapper.modules_to_save.values():
-            module.register_forward_pre_hook(_take_float32)
+            module.register_forward_pre_hook(_take)
             if not is_head:
-                module.register_forward_hook(partial(_give, base))
+                module.register_forward_hook(partial(_give, wrapper.original_module))
 
 
-def _take_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_convert(value, torch.float32) for value in inputs)
+# Types are read in each pass: DeepSpeed converts all weights of a model once it has it.
+def _take(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_convert(value, next(module.parameters()).dtype) for value in inputs)
 
 
-def _give(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Any) -> Any:
-    return _convert(output, dtype)
+def _give(original: nn.Module, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return _convert(output, next(original.parameters()).dtype)
 
 
 def _convert(value: Any, dtype: torch.dtype) -> Any:
