@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python} SHARED=${SHARED:-../shared/data}
 "$PYTHON" benchmarks/train_step.py
+"$PYTHON" benchmarks/moe.py
 "$PYTHON" benchmarks/ppo_step.py
 "$PYTHON" benchmarks/evaluation_cost.py
 if [[ -d $SHARED ]]; then

@@ -92,6 +92,8 @@ def main(
     names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
     end_ids = named_end_ids([local_folder(name) for name in names if name])
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
+    if lora_args.output_router_logits:
+        raise InputError("--output_router_logits: PPO adds no balancing loss; leave it out")
     reference = ppo_args.reference_model
     check_reference(lora_args, reference, "PPO")
     if lora_args.full_finetuning and not reference:
@@ -289,13 +291,15 @@ def build_critic_model(
     import dataclasses
 
     from utils.models.loading import load_model, training_dtype
-    from utils.models.training_model import attach_adapter
+    from utils.models.training_model import adapts_experts, attach_adapter
+    from utils.weights.config import load_config
 
     dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype, lora_args.full_finetuning)
     critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model, dtype=dtype)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
     # Without its head over the vocabulary, whose weights would never get a gradient.
-    model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel")
+    routed = adapts_experts(critic_lora, load_config(str(critic_args.model_name_or_path)))
+    model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel", adapts_experts=routed)
     if lora_args.full_finetuning:
         return model
     return attach_adapter(model, critic_lora, model_args.load_in_kbits, "FEATURE_EXTRACTION")

@@ -124,7 +124,9 @@ def build_model(
     import torch
 
     from utils.models.loading import training_dtype
+    from utils.models.training_model import adapts_experts
     from utils.rlhf.reward_model import load_classifier
+    from utils.weights.config import load_config
 
     device_map = None
     if model_args.load_in_kbits != 16:
@@ -132,7 +134,8 @@ def build_model(
     compute_dtype = training_args.compute_dtype
     dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
     args = replace(model_args, dtype=dtype)
-    return load_classifier(args, compute_dtype, pad_token_id, training_args.seed, device_map=device_map)
+    routed = adapts_experts(lora_args, load_config(str(model_args.model_name_or_path)))
+    return load_classifier(args, compute_dtype, pad_token_id, training_args.seed, device_map, routed)
 
 
 # ---------------------------------------------------------------- scoring

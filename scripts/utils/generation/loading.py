@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ import torch
 from ..core.arguments import SAMPLING_DEFAULTS, GenerationArguments, InferenceArguments, SpeculationArguments
 from ..core.errors import InputError
 from ..gguf.metadata import read_sampling
-from ..lora.adapter_folder import load_with_peft, read_adapter
+from ..lora.adapter_folder import load_with_peft, names_experts, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.loading import bf16_is_supported, load_model
 from ..models.rope import find_row_rotary, install_row_rotary, rope_overrides, scale_rope
 from ..text.prompts import OWN_TEMPLATE, resolve_template, template_name
 from ..text.tokenizer import check_embedding_rows, choose_tokenizer, has_tokenizer, load_tokenizer
-from ..weights.config import local_folder
+from ..weights.config import expert_count, local_folder
 from ..weights.generation_config import named_end_ids, named_sampling
 from ..weights.model_folder import read_model
 from .drafts import EarlyExitDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
@@ -117,7 +117,9 @@ def load_for_inference(
         compute_dtype = getattr(torch, args.dtype)
     elif compute_dtype == torch.float32 and torch.cuda.is_available():  # older GPUs; CPUs are slow in float16
         compute_dtype = torch.float16
-    model = load_model(args, compute_dtype, device_map, **rope_overrides(config))
+    named = [*([args.adapter_name_or_path] if args.adapter_name_or_path else []), *(adapters or {}).values()]
+    single = expert_count(config) > 0 and adapts_single_experts(named, args.load_in_kbits)
+    model = load_model(args, compute_dtype, device_map, adapts_experts=single, **rope_overrides(config))
     if args.adapter_name_or_path:
         if config.vocab_size > model.get_input_embeddings().weight.shape[0]:
             # The adapter brings the values of the new rows, so none have to be made up.
@@ -133,6 +135,22 @@ def load_for_inference(
     if adapters:
         return _wrap(model, adapters).eval()
     return model.eval()
+
+
+def adapts_single_experts(adapters: Sequence[str], kbits: int) -> bool:
+    """Whether these adapters of a mixture need its experts as linear layers.
+
+    Raises: InputError if some need them otherwise.
+    """
+    single = [name for name in adapters if names_experts(name)]
+    stacked = [name for name in adapters if not names_experts(name, True)]
+    if stacked and (single or kbits != 16):
+        asked = f"{single[0]} one by one" if single else f"{kbits} bits need them one by one"
+        raise InputError(
+            f"adapter {stacked[0]} holds a layer's experts in stacks, {asked}: merge one of them into its base first, "
+            f"with run_merge.sh"
+        )
+    return bool(single)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -14,14 +14,15 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
-from ..lora.adapter_folder import load_with_peft, read_adapter
+from ..lora.adapter_folder import load_with_peft, names_experts, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
 from ..lora.updates import Replace, ReplaceRows, peft_spelling
 from ..text.tokenizer import embedding_rows
-from ..weights.config import local_folder, model_of_shapes
-from ..weights.model_folder import read_model
-from ..weights.names import EMBEDDING, HEAD, SCORE
+from ..weights.config import expert_count, load_config, local_folder, model_of_shapes
+from ..weights.model_folder import ModelFolder, read_model
+from ..weights.names import EMBEDDING, EXPERT_PARTS, HEAD, SCORE
 from ..weights.reader import open_checkpoint
+from .experts import check_linear_experts
 from .gathering import full_shape
 from .lm_loss import LossHead, install_loss_head, restore_loss_heads
 from .loading import check_loading, create_model, load_model, new_config, training_dtype
@@ -37,6 +38,8 @@ UPDATED_HEAD = (
     "it updates lm_head by parts (low-rank, or some rows), which cannot be trained on here; merge it with "
     "run_merge.sh, and begin a new adapter with --modules_to_save embed_tokens,lm_head"
 )
+# Names of --target_modules that mean experts and routers in a mixture.
+ROUTED = {"gate", *EXPERT_PARTS[0], *EXPERT_PARTS[1]}
 HEADS = tuple(name.removesuffix(".weight") for name in (HEAD, SCORE))
 
 
@@ -61,7 +64,12 @@ def build_training_model(
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
         dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
         args = replace(model_args, dtype=dtype)
-        model = load_model(args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
+        model = load_model(
+            args,
+            compute_dtype,
+            device_map if model_args.load_in_kbits != 16 else None,
+            adapts_experts=adapts_experts(lora_args, load_config(str(model_args.model_name_or_path))),
+        )
         old_tokenizer = find_tokenizer(model_args.model_name_or_path)
         added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
         if added:
@@ -102,6 +110,7 @@ def check_training_request(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
         )
     check_modules(lora_args, base.config)
+    check_experts(model_args, lora_args, base)
     trained = set(split_names(lora_args.modules_to_save))
     if lora_args.adapter_name_or_path:
         adapter = read_adapter(lora_args.adapter_name_or_path, base)
@@ -113,6 +122,41 @@ def check_training_request(
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
         refuse_untrained_rows(tokenizer, base.config.vocab_size)
+
+
+def adapts_experts(args: LoraArguments, config: PreTrainedConfig) -> bool:
+    """Whether a mixture's experts or routers get a LoRA update of their own, and so must be linear layers."""
+    if args.full_finetuning or not expert_count(config):
+        return False
+    if args.adapter_name_or_path:
+        return names_experts(args.adapter_name_or_path)
+    targets = {name.rpartition(".")[2] for name in resolve_target_modules(args.target_modules, config)}
+    return not targets.isdisjoint(ROUTED)
+
+
+def check_experts(model_args: ModelArguments, lora_args: LoraArguments, base: ModelFolder) -> None:
+    """Raises: InputError where a mixture is to be trained in a way that its experts cannot be."""
+    if not expert_count(base.config):
+        if lora_args.output_router_logits:
+            raise InputError(
+                f"--output_router_logits: {base.folder} is a {base.config.model_type} model, which has no router; "
+                "leave it out"
+            )
+        return
+    if model_args.load_in_kbits != 16:
+        check_linear_experts(base, f"--load_in_kbits {model_args.load_in_kbits}")
+        if lora_args.adapter_name_or_path and not names_experts(lora_args.adapter_name_or_path, True):
+            raise InputError(
+                f"--adapter_name_or_path {lora_args.adapter_name_or_path} holds a layer's experts in stacks, which "
+                f"--load_in_kbits {model_args.load_in_kbits} cannot take: leave the latter out, or merge the adapter"
+            )
+    elif adapts_experts(lora_args, base.config):
+        check_linear_experts(base, f"--target_modules {lora_args.target_modules}")
+    elif lora_args.target_modules in ("all", "all-linear") and not lora_args.full_finetuning:
+        logger.warning(
+            "--target_modules all: the experts of a %s model are one tensor a layer and get no update",
+            base.config.model_type,
+        )
 
 
 def split_names(names: str | None) -> list[str]:
@@ -224,17 +268,18 @@ def convert_at_borders(wrapped: nn.Module) -> None:
             continue
         is_head = name.endswith(HEADS)  # nothing comes behind a head, and its results stay as exact as they are
         for module in wrapper.modules_to_save.values():
-            module.register_forward_pre_hook(_take_float32)
+            module.register_forward_pre_hook(_take)
             if not is_head:
-                module.register_forward_hook(partial(_give, base))
+                module.register_forward_hook(partial(_give, wrapper.original_module))
 
 
-def _take_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_convert(value, torch.float32) for value in inputs)
+# Types are read in each pass: DeepSpeed converts all weights of a model once it has it.
+def _take(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_convert(value, next(module.parameters()).dtype) for value in inputs)
 
 
-def _give(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Any) -> Any:
-    return _convert(output, dtype)
+def _give(original: nn.Module, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return _convert(output, next(original.parameters()).dtype)
 
 
 def _convert(value: Any, dtype: torch.dtype) -> Any:
@@ -283,8 +328,8 @@ def train_flops_per_token(model: nn.Module, tokens_per_row: float) -> float:
         if "embed_tokens" in name or ".original_module." in name:
             continue
         count = count_weights(parameter)
-        if getattr(config, "num_local_experts", None) and ".experts." in name:
-            count = count * config.num_experts_per_tok // config.num_local_experts
+        if ".experts." in name:
+            count = count * config.num_experts_per_tok // expert_count(config)
         trained, frozen = (trained + count, frozen) if parameter.requires_grad else (trained, frozen + count)
     if getattr(config, "tie_word_embeddings", False):
         trained += config.vocab_size * config.hidden_size

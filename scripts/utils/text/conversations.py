@@ -168,10 +168,9 @@ def _read_turn(turn: Any, location: str) -> Message:
 def _join_parts(content: Any) -> Any:
     """The text of content that OpenAI's clients write in parts, as the server reads it; anything else as it is."""
     parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if not texts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        return content
-    return "\n".join(texts)
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text"
+             and isinstance(part.get("text"), str)]  # fmt: skip
+    return "\n".join(texts) if texts and len(texts) == len(parts) else content
 
 
 def _is_trained(turn: dict[str, Any], role: str, location: str) -> bool:

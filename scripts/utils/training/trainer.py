@@ -17,6 +17,7 @@ from ..core.errors import InputError
 from ..core.files import remove
 from ..data.batches import Collator
 from ..lora.base_record import record_base
+from ..models.experts import counted_by_router
 from ..models.lm_loss import loss_targets
 from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
@@ -30,7 +31,7 @@ from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_dis
 class CausalLMTrainer(Trainer):
     """transformers' Trainer with this project's loss, checkpoints and measurements.
 
-    Batches hold input_ids, position_ids, labels and shift_labels, each (B, T); see data.batches.Collator.
+    Batches hold input_ids, position_ids, labels, shift_labels and is_token, each (B, T); see data.batches.Collator.
     """
 
     args: RunArguments
@@ -73,9 +74,8 @@ class CausalLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean negative log-likelihood a scored token, in nats; plus the router's balancing loss of a mixture."""
-        targets = inputs["shift_labels"]
-        features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        with loss_targets(model, targets):
+        targets, features = inputs["shift_labels"], _features(inputs)
+        with loss_targets(model, targets), counted_by_router(model, inputs["is_token"]):
             outputs = model(**features, use_cache=False)  # .logits: the summed loss, see models.lm_loss
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum()
         loss = outputs.logits.sum() / count
@@ -147,8 +147,7 @@ class CausalLMTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """(None, summed losses, scored tokens), one entry a row of the batch."""
         inputs = self._prepare_inputs(inputs)
-        targets = inputs["shift_labels"]
-        features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        targets, features = inputs["shift_labels"], _features(inputs)
         with torch.no_grad(), self.compute_loss_context_manager(), loss_targets(model, targets):
             losses = model(**features, use_cache=False).logits
         # Sums and counts, no means: rows differ in their number of scored tokens.
@@ -216,6 +215,11 @@ class CausalLMTrainer(Trainer):
     def draw(self, folder: Path, title: str) -> None:
         """Pictures of the finished run."""
         plot_losses(self.state.log_history, folder / "loss.png", title, self.loss_unit)
+
+
+def _features(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model gets."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "is_token")}
 
 
 def describe_model(model: nn.Module) -> str:

@@ -38,6 +38,11 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise InputError(f"{place}: cannot be read as a model's config: {error}") from None
 
 
+def expert_count(config: PreTrainedConfig) -> int:
+    """How many experts a layer has, 0 where the model is no mixture."""
+    return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+
+
 def local_folder(name_or_path: str) -> Path:
     """The folder of a model or adapter: itself, or the download of a hub id (safetensors, else .bin, else .pth).
 

@@ -181,3 +181,11 @@ def test_a_package_that_loading_needs_is_missed_before_data_is_read(tiny_model_f
     request = (ModelArguments(model_name_or_path=str(tiny_model_folder), load_in_kbits=4), ExtendArguments())
     with pytest.raises(InputError, match="needs bitsandbytes"):
         training_model.check_training_request(*request, LoraArguments(), load_tokenizer(tiny_model_folder))
+
+
+def test_a_model_converted_as_a_whole_runs_without_autocast(tiny_model_folder, tmp_path):
+    """DeepSpeed with bf16 converts all weights, here of a float16 base: what borders give must be converted too."""
+    LlamaForCausalLM.from_pretrained(tiny_model_folder).half().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    wrapped = training_model.attach_adapter(model, LoraArguments(modules_to_save="embed_tokens,lm_head"), 16)
+    assert wrapped.bfloat16()(torch.tensor([[5, 6, 7]])).logits.dtype == torch.bfloat16
