@@ -87,7 +87,7 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size)
+    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size, full_rows=True)
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
     training_run = open_run(training_args, *all_args)
     train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)

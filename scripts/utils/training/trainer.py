@@ -22,7 +22,8 @@ from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
 from ..text.tokenizer import save_tokenizer
 from ..weights.model_card import write_model_card
-from .arguments import RunArguments, peak_flops, peak_memory_gb
+from ..weights.names import is_embedding
+from .arguments import NO_EMBEDDINGS, RunArguments, peak_flops, peak_memory_gb
 from .plots import plot_losses
 from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
 
@@ -62,6 +63,39 @@ class CausalLMTrainer(Trainer):
         self.flops_per_token = train_flops_per_token(model, self._tokens_per_row())
         self.tokens_done = 0.0
         self._last_log = (time.perf_counter(), 0.0)
+
+    # ------------------------------------------------------------ optimizer
+
+    def learning_rates(self) -> dict[str, float]:
+        """{kind of weights: their learning rate}; "" is all that has no rate of its own."""
+        rates = {"": self.args.learning_rate}
+        if self.args.embedding_learning_rate is not None:
+            rates["embedding"] = self.args.embedding_learning_rate
+        return rates
+
+    def kind_of(self, name: str) -> str:
+        """The kind of a parameter, by its name in the model."""
+        return "embedding" if self.args.embedding_learning_rate is not None and is_embedding(name) else ""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with groups of their own for weights that have a learning rate of their own.
+
+        Raises: InputError if embeddings have one, and are not trained.
+        """
+        if self.optimizer is not None or list(self.learning_rates()) == [""]:
+            return super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        names = {id(each): name for name, each in (self.model if model is None else model).named_parameters()}
+        groups = optimizer.param_groups[:]
+        kinds = {id(each): self.kind_of(names[id(each)]) for group in groups for each in group["params"]}
+        if self.args.embedding_learning_rate is not None and "embedding" not in kinds.values():
+            raise InputError(NO_EMBEDDINGS.format(self.args.embedding_learning_rate))
+        optimizer.param_groups.clear()
+        for kind, rate in self.learning_rates().items():  # an order that the state in a checkpoint relies on
+            for group in groups:
+                if chosen := [each for each in group["params"] if kinds[id(each)] == kind]:
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        return optimizer
 
     # ------------------------------------------------------------ loss
 

@@ -32,6 +32,12 @@ def find_spelling(name: str, names: Container[str]) -> str | None:
     return next((other for other in spellings(name) if other in names), None)
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a module or parameter, by its name in memory or in an adapter, is of embed_tokens or lm_head."""
+    modules = {EMBEDDING.split(".")[-2], HEAD.split(".")[-2]}
+    return not modules.isdisjoint(name.split("."))
+
+
 @dataclass(frozen=True)
 class Experts:
     """The experts of one Mixtral layer: matrices of their own (experts.N.w1), or two stacks as transformers 5 has
