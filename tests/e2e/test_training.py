@@ -14,6 +14,7 @@ from support.training import assert_equal_weights, check_kills, losses
 from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
+from utils.text.tokenizer import load_tokenizer
 from utils.training.arguments import RunArguments
 
 SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "2"]
@@ -400,3 +401,45 @@ def test_an_adapter_is_trained_on_a_base_that_was_made_longer(short_model, texts
     merge.main(merge.MergeArguments(str(tmp_path / "long"), adapter, output_dir=str(tmp_path / "merged")))
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == "yarn" and config["max_position_embeddings"] == 96
+
+
+# ---------------------------------------------------------------- new rows alone
+
+
+def test_new_rows_alone_are_trained(tiny_model_folder, extended_tokenizer_folder, texts, tmp_path):
+    """One step of gradient descent: new rows move as they do beside everything else, nothing else moves at all."""
+    first = len(load_tokenizer(tiny_model_folder))
+    for name, extra in (("all", []), ("rows", ["--train_new_rows_only"])):
+        out = tmp_path / name
+        run_pt(pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", out, *ONE_STEP, *extra))
+    plain, rows = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("all", "rows"))
+    for name, weight in rows.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            base = load_file(tiny_model_folder / "model.safetensors")[name.removeprefix("base_model.model.")]
+            assert torch.equal(weight[:first], base[:first])
+            assert (plain[name][:first] - base[:first]).abs().max() > 0
+            torch.testing.assert_close(weight[first:], plain[name][first:], rtol=1e-5, atol=1e-6)
+        elif ".lora_B." in name:
+            assert weight.abs().max() == 0 and plain[name].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--modules_to_save", "norm"], "embed_tokens and lm_head are not trained"),
+        (["--tokenizer_name_or_path", "{model}"], "adds no token to the 400 of"),
+    ],
+)
+def test_new_rows_that_cannot_be_trained_alone(
+    tiny_model_folder, extended_tokenizer_folder, texts, tmp_path, flags, words
+):
+    argv = pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", tmp_path / "out")
+    with pytest.raises(InputError, match=words):
+        run_pt([*argv, "--train_new_rows_only", *(flag.format(model=tiny_model_folder) for flag in flags)])
+
+
+def test_more_steps_to_decay_than_there_are_is_refused(tiny_model_folder, texts, tmp_path):
+    argv = pt_argv(tiny_model_folder, tiny_model_folder, texts / "zh.txt", tmp_path / "out")
+    argv += ["--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "4", "--lr_scheduler_kwargs"]
+    with pytest.raises(InputError, match="are 13 steps together, the run has 12"):
+        run_pt([*argv, '{"num_decay_steps": 9}'])

@@ -94,6 +94,10 @@ class ExtendArguments(RopeArguments):
     resize_embeddings: bool = arg(
         False, help="Allow a larger vocabulary although embed_tokens and lm_head are not trained."
     )
+    train_new_rows_only: bool = arg(
+        False,
+        help="Train nothing but the rows that the tokenizer adds to embed_tokens and lm_head: a first, short stage.",
+    )
     config_name: str | None = arg(
         help="Folder or file of a model config: train from scratch (with --full_finetuning)."
     )

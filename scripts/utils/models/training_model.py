@@ -20,12 +20,19 @@ from ..lora.updates import peft_spelling
 from ..text.tokenizer import embedding_rows
 from ..weights.config import local_folder
 from ..weights.model_folder import read_model
-from ..weights.names import EMBEDDING, HEAD, SCORE
+from ..weights.names import EMBEDDING, HEAD, SCORE, is_embedding
 from ..weights.reader import open_checkpoint
 from .gathering import full_shape
 from .lm_loss import install_loss_head
 from .loading import check_loading, create_model, load_model, new_config, training_dtype
-from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
+from .new_rows import (
+    UNTRAINED,
+    check_extends,
+    extend_vocabulary,
+    find_tokenizer,
+    first_new_row,
+    refuse_untrained_rows,
+)
 from .rope import rope_overrides, scaled_config
 
 if TYPE_CHECKING:
@@ -90,6 +97,8 @@ def check_training_request(
     """
     check_loading(model_args)
     if extend_args.config_name:
+        if extend_args.train_new_rows_only:
+            raise InputError("--train_new_rows_only: in a model from scratch all rows are new; leave it out")
         if not lora_args.full_finetuning:
             raise InputError("--config_name makes a model from scratch: add --full_finetuning")
         if extend_args.rope_scaling != "none":
@@ -120,6 +129,10 @@ def check_training_request(
     trained = set(split_names(lora_args.modules_to_save))
     if lora_args.adapter_name_or_path:
         trained = set(read_adapter(lora_args.adapter_name_or_path, base).config.modules_to_save)
+    if extend_args.train_new_rows_only:
+        if not (lora_args.full_finetuning or any(map(is_embedding, trained))):
+            raise InputError(f"--train_new_rows_only: {UNTRAINED}")
+        first_new_row(model_args.model_name_or_path, tokenizer)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
         refuse_untrained_rows(tokenizer, base.config.vocab_size)

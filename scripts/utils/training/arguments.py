@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from ..core.arguments import LoraArguments, arg
+from ..core.arguments import ExtendArguments, LoraArguments, arg
 from ..core.errors import InputError, raise_problems
 from ..core.files import read_json
 from ..core.machine import peak_resident_bytes
@@ -210,8 +210,11 @@ NO_EMBEDDINGS = (
 )
 
 
-def check_embedding_rate(args: RunArguments, lora_args: LoraArguments) -> None:
-    """Raises: InputError if embeddings have a learning rate, and the flags say that they are not trained."""
+def check_embeddings(args: RunArguments, extend_args: ExtendArguments | None, lora_args: LoraArguments) -> None:
+    """Raises: InputError if embeddings have a learning rate, and the flags say that they are not trained; or if rows
+    are trained alone that are spread over processes."""
+    if extend_args is not None and extend_args.train_new_rows_only and (args.deepspeed or args.fsdp):
+        raise InputError("--train_new_rows_only: DeepSpeed and FSDP spread the rows; use torchrun without them (DDP)")
     if args.embedding_learning_rate is None or lora_args.full_finetuning or lora_args.adapter_name_or_path:
         return  # what an adapter trains its files say: the Trainer looks
     named = f"{lora_args.modules_to_save},{lora_args.target_modules}".split(",")

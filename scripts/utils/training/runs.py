@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.arguments import LoraArguments
+from ..core.arguments import ExtendArguments, LoraArguments
 from ..core.command_line import RUN_CONFIG, describe_arguments, save_run_config
 from ..core.errors import InputError
 from ..core.files import HeldFolder, atomic_file, read_json, remove, write_json
-from .arguments import RunArguments, check_embedding_rate
+from .arguments import RunArguments, check_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ def open_run(args: RunArguments, *arguments: Any) -> Run:
         is writing it; or if a flag of the run has no effect beside the other arguments.
     """
     assert args.output_dir is not None
-    for lora_args in (each for each in arguments if isinstance(each, LoraArguments)):
-        check_embedding_rate(args, lora_args)
+    kinds = {type(each): each for each in arguments}
+    if LoraArguments in kinds:
+        check_embeddings(args, kinds.get(ExtendArguments), kinds[LoraArguments])
     folder = Path(args.output_dir)
     run = Run(folder, None, describe_arguments(*arguments, args), replaces=False)
     if folder.is_file():

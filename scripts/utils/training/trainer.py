@@ -18,6 +18,7 @@ from ..core.files import remove
 from ..data.batches import Collator
 from ..lora.base_record import record_base
 from ..models.lm_loss import loss_targets
+from ..models.new_rows import rows_from
 from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
 from ..text.tokenizer import save_tokenizer
@@ -45,7 +46,10 @@ class CausalLMTrainer(Trainer):
         eval_sets: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
         collator: Collator,
+        first_trained_row: int | None = None,
     ) -> None:
+        """Args: first_trained_row: of embed_tokens and lm_head, where nothing else is trained; None: all rows."""
+        self.first_trained_row = first_trained_row
         if collator.flatten:
             args.per_device_eval_batch_size = 1  # flattened batches are one row; evaluation sums row by row
         super().__init__(
@@ -82,20 +86,40 @@ class CausalLMTrainer(Trainer):
 
         Raises: InputError if embeddings have one, and are not trained.
         """
-        if self.optimizer is not None or list(self.learning_rates()) == [""]:
-            return super().create_optimizer(model)
+        if self.optimizer is not None:
+            return self.optimizer
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        names = {id(each): name for name, each in (self.model if model is None else model).named_parameters()}
-        groups = optimizer.param_groups[:]
-        kinds = {id(each): self.kind_of(names[id(each)]) for group in groups for each in group["params"]}
-        if self.args.embedding_learning_rate is not None and "embedding" not in kinds.values():
-            raise InputError(NO_EMBEDDINGS.format(self.args.embedding_learning_rate))
-        optimizer.param_groups.clear()
-        for kind, rate in self.learning_rates().items():  # an order that the state in a checkpoint relies on
-            for group in groups:
-                if chosen := [each for each in group["params"] if kinds[id(each)] == kind]:
-                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        if len(self.learning_rates()) > 1:
+            self._split_groups(optimizer, self.model if model is None else model)
+        if self.first_trained_row is not None:
+            for group in optimizer.param_groups:  # nothing but embeddings
+                group["params"] = [rows_from(weight, self.first_trained_row) for weight in group["params"]]
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's. Raises: InputError if warmup_stable_decay has more steps to decay than there are."""
+        decay = (self.args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
+        steps = self.args.get_warmup_steps(num_training_steps) + decay
+        if decay and steps > num_training_steps:
+            raise InputError(
+                f"--lr_scheduler_kwargs: warm-up and num_decay_steps are {steps} steps together, the run has "
+                f"{num_training_steps}; lower num_decay_steps"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Give each kind of weights groups of its own, in an order that the state in a checkpoint relies on."""
+        kinds = {id(weight): self.kind_of(name) for name, weight in model.named_parameters()}
+        groups = optimizer.param_groups[:]
+        optimizer.param_groups.clear()
+        for kind, rate in self.learning_rates().items():
+            for group in groups:
+                if chosen := [weight for weight in group["params"] if kinds[id(weight)] == kind]:
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        if self.args.embedding_learning_rate is not None and not any(
+            kinds[id(weight)] == "embedding" for group in groups for weight in group["params"]
+        ):
+            raise InputError(NO_EMBEDDINGS.format(self.args.embedding_learning_rate))
 
     # ------------------------------------------------------------ loss
 

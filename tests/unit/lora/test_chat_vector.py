@@ -12,7 +12,9 @@ from support.models import save_llama
 from support.tokenizers import CHATML
 from utils.core.errors import InputError
 from utils.core.files import read_json
+from utils.lora.chat_vector import AddDifference, ChatVector
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
+from utils.weights.reader import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -42,6 +44,18 @@ def plain_sum(model, chat, base, share: float = 1.0) -> dict[str, torch.Tensor]:
         rows = min(len(tensor), len(one[name]), len(other[name]))
         tensor[:rows] += share * (one[name][:rows].float() - other[name][:rows].float())
     return total
+
+
+def test_rows_that_all_three_have_change(tmp_path):
+    for name, values in (("tuned", [[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]), ("plain", [[0.5, 0.0], [1.0, 1.0]])):
+        (tmp_path / name).mkdir()
+        save_file({"model.embed_tokens.weight": torch.tensor(values)}, tmp_path / name / "model.safetensors")
+    vector = ChatVector(*(open_checkpoint(tmp_path / name) for name in ("tuned", "plain")))
+    steps = vector.plan({"model.embed_tokens.weight": (5, 2), "lm_head.weight": (5, 2), "score.weight": (1, 2)})
+    step = AddDifference("model.embed_tokens.weight", "model.embed_tokens.weight", 2)
+    assert steps == {"model.embed_tokens.weight": step, "lm_head.weight": step}  # a tied head is the embeddings
+    assert vector.add(step, torch.ones(4, 2), 1).tolist() == [[3.0, 4.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    assert vector.add(step, torch.ones(2, 2), 3).tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 @pytest.fixture(scope="module")
