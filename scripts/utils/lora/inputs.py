@@ -122,7 +122,7 @@ def _open_chat_vector(
     opened = []
     for folder in folders:
         if output is not None:
-            _check_apart(Path(output), folder)
+            _check_apart(output, folder)
         is_meta = is_meta_folder(folder)
         theirs = meta_config(folder) if is_meta else _read_config(folder)
         for name in ("quantization_config", *SAME_BASE):
@@ -132,7 +132,7 @@ def _open_chat_vector(
                     "full-precision models of one architecture and size"
                 )
         opened.append(stack.enter_context((open_meta_checkpoint if is_meta else open_checkpoint)(folder)))
-    return ChatVector(*opened, models[2])
+    return ChatVector(opened[0], opened[1], models[2])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -153,11 +153,11 @@ def _take_chat_template(tokenizer: PreTrainedTokenizerBase, chat_model: Path, no
         notes.append(f"the chat template is the tokenizer's own, not that of {chat_model}")
 
 
-def _check_apart(target: Path, source: Path) -> None:
+def _check_apart(output: str | Path, source: Path) -> None:
     """Raises: InputError for output that would touch an input."""
-    target, source = target.resolve(), source.resolve()
+    target, source = Path(output).resolve(), source.resolve()
     if target == source or source in target.parents or target in source.parents:
-        raise InputError(f"--output_dir {target} and the input {source} overlap; pass another one")
+        raise InputError(f"--output_dir {output} and the input {source} overlap; pass another one")
 
 
 def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
@@ -166,7 +166,7 @@ def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None)
     adapter_folders = [local_folder(name) for name in adapters]
     if output is not None:
         for source in (base_folder, *adapter_folders):
-            _check_apart(Path(output), source)
+            _check_apart(output, source)
     if len({folder.resolve() for folder in adapter_folders}) < len(adapter_folders):
         raise InputError(f"--lora_model {','.join(adapters)} names an adapter twice; it would be added twice")
     return base_folder, adapter_folders

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -126,7 +126,9 @@ def check_values(args: TrainingArguments) -> None:
     }
     above_zero = ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"]
     above_zero += ["embedding_learning_rate", "save_steps", "eval_steps", "ddp_timeout"]
-    values = {name: getattr(args, name, None) for name in (*at_least, *above_zero, "seed", "data_seed")}
+    values: dict[str, Any] = {
+        name: getattr(args, name, None) for name in (*at_least, *above_zero, "seed", "data_seed")
+    }
     values = {name: value for name, value in values.items() if value is not None}
     problems = []
     for name, value in values.items():
