@@ -19,3 +19,7 @@ if [[ -d $SHARED ]]; then
 else
   echo "the other measurements need real text: set SHARED to a folder with pt/, sft/ and tokenizers/"
 fi
+if [[ -f output/demo/pretrained/config.json ]]; then  # make demo
+  "$PYTHON" benchmarks/prune_layers.py
+  "$PYTHON" benchmarks/pretraining_recipes.py
+fi

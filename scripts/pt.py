@@ -75,6 +75,7 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.batches import Collator
     from utils.models.loading import choose_attention
+    from utils.models.new_rows import freeze_all_but_new_rows
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
@@ -87,7 +88,7 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size)
+    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size, full_rows=True)
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
     training_run = open_run(training_args, *all_args)
     train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
@@ -106,8 +107,11 @@ def main(
         )
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    first_row = None
+    if extend_args.train_new_rows_only:
+        first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
-    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
     return train_and_save(trainer, training_run, "Continued pre-training", "run_sft.sh")
 
 

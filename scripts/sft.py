@@ -53,6 +53,7 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.batches import Collator
     from utils.models.loading import choose_attention
+    from utils.models.new_rows import freeze_all_but_new_rows
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -83,8 +84,11 @@ def main(
     )
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    first_row = None
+    if extend_args.train_new_rows_only:
+        first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
-    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
     return train_and_save(trainer, training_run, "Instruction tuning", "run_inference.sh")
 
 

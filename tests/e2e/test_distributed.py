@@ -238,6 +238,7 @@ def jobs_of(folder: Path, model: Path, extended: Path, material: Path, batch: in
     ppo += ["--per_device_rollout_batch_size", "2", "--max_steps", "2", "--save_steps", "1"]
     ppo += ["--reward_function", f"{material / 'reward.py'}:vowels"]
     grown = ["--tokenizer_name_or_path", extended, "--modules_to_save", "embed_tokens,lm_head", *pairs]
+    grown += ["--embedding_learning_rate", "2e-3"]
     whole = ["--full_finetuning", "True"]
     rm, rm_full = folder / "rm", folder / "rm_full"
     return [

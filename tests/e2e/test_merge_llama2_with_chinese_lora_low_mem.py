@@ -761,7 +761,7 @@ def test_a_full_disk_ends_with_one_line_and_no_output(tmp_path):
             text=True,
         )
         assert done.returncode == 2
-        assert "no space for the merged model: it needs 0.06 GB" in done.stderr
+        assert "no space for the new model: it needs 0.06 GB" in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
 

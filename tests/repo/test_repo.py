@@ -32,6 +32,7 @@ NEEDS = {
     "run_merge.sh": {"MODEL": "m", "LORA": "l"},
     "run_export_gguf.sh": {"MODEL": "m"},
     "run_quantize.sh": {"MODEL": "m"},
+    "run_prune_layers.sh": {"MODEL": "m", "KEEP": "first:4"},
     "run_compare_formats.sh": {"MODEL": "m", "TEXTS": "t"},
     "run_inference.sh": {"MODEL": "m"},
     "run_gradio_demo.sh": {"MODEL": "m"},

@@ -20,13 +20,21 @@ from ..lora.updates import Replace, ReplaceRows, peft_spelling
 from ..text.tokenizer import embedding_rows
 from ..weights.config import expert_count, load_config, local_folder, model_of_shapes
 from ..weights.model_folder import ModelFolder, read_model
-from ..weights.names import EMBEDDING, EXPERT_PARTS, HEAD, SCORE
+from ..weights.names import EMBEDDING, EXPERT_PARTS, HEAD, SCORE, is_embedding
 from ..weights.reader import open_checkpoint
 from .experts import check_linear_experts
 from .gathering import full_shape
 from .lm_loss import LossHead, install_loss_head, restore_loss_heads
 from .loading import check_loading, create_model, load_model, new_config, training_dtype
-from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
+from .new_rows import (
+    UNTRAINED,
+    check_extends,
+    extend_vocabulary,
+    find_tokenizer,
+    first_new_row,
+    refuse_untrained_rows,
+)
+from .rope import rope_overrides, scaled_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +48,7 @@ UPDATED_HEAD = (
 )
 # Names of --target_modules that mean experts and routers in a mixture.
 ROUTED = {"gate", *EXPERT_PARTS[0], *EXPERT_PARTS[1]}
+TRAINING = "training"  # as an engine: it rotates all texts alike
 HEADS = tuple(name.removesuffix(".weight") for name in (HEAD, SCORE))
 
 
@@ -64,11 +73,16 @@ def build_training_model(
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
         dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
         args = replace(model_args, dtype=dtype)
+        window = {}
+        if extend_args.rope_scaling != "none":
+            config = read_model(str(model_args.model_name_or_path)).config
+            window = rope_overrides(scaled_config(config, extend_args, TRAINING))
         model = load_model(
             args,
             compute_dtype,
             device_map if model_args.load_in_kbits != 16 else None,
             adapts_experts=adapts_experts(lora_args, load_config(str(model_args.model_name_or_path))),
+            **window,
         )
         old_tokenizer = find_tokenizer(model_args.model_name_or_path)
         added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
@@ -86,22 +100,38 @@ def check_training_request(
     lora_args: LoraArguments,
     tokenizer: PreTrainedTokenizerBase,
     length: int = 0,
+    full_rows: bool = False,
 ) -> None:
     """Find, before data is read, what would fail once weights are loaded.
 
-    Args: length: the longest row in tokens; beyond the model's window there is a warning.
+    Args:
+        length: the longest row in tokens; beyond the model's window there is a warning.
+        full_rows: all rows are that long; beyond the window that is an error.
     Raises: InputError.
     """
     check_loading(model_args)
     if extend_args.config_name:
+        if extend_args.train_new_rows_only:
+            raise InputError("--train_new_rows_only: in a model from scratch all rows are new; leave it out")
         if not lora_args.full_finetuning:
             raise InputError("--config_name makes a model from scratch: add --full_finetuning")
-        warn_beyond_window(new_config(extend_args, embedding_rows(tokenizer)), length)
+        if extend_args.rope_scaling != "none":
+            raise InputError(
+                f"--rope_scaling {extend_args.rope_scaling} makes the window of a trained model longer; a model from "
+                "scratch has the one that its config says: --config_overrides max_position_embeddings=16384"
+            )
+        _check_window(new_config(extend_args, embedding_rows(tokenizer)), length, full_rows)
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
     base = read_model(model_args.model_name_or_path)
-    warn_beyond_window(base.config, length)
+    if extend_args.rope_scaling != "none" and not lora_args.full_finetuning:
+        raise InputError(
+            f"--rope_scaling {extend_args.rope_scaling}: an adapter has no config that would carry the longer window "
+            "on; make a base with it first (merge_llama2_with_chinese_lora_low_mem.py --base_model BASE --output_dir "
+            f"LONG --rope_scaling {extend_args.rope_scaling}) and train on that, or add --full_finetuning"
+        )
+    _check_window(scaled_config(base.config, extend_args, TRAINING), length, full_rows)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
@@ -119,6 +149,10 @@ def check_training_request(
         rows = any(isinstance(update, ReplaceRows) for update in adapter.updates.get(EMBEDDING, ()))
         if of_head or (rows and base.config.tie_word_embeddings):
             raise InputError(f"--adapter_name_or_path {lora_args.adapter_name_or_path}: {UPDATED_HEAD}")
+    if extend_args.train_new_rows_only:
+        if not (lora_args.full_finetuning or any(map(is_embedding, trained))):
+            raise InputError(f"--train_new_rows_only: {UNTRAINED}")
+        first_new_row(model_args.model_name_or_path, tokenizer)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
         refuse_untrained_rows(tokenizer, base.config.vocab_size)
@@ -188,6 +222,17 @@ def check_modules(
         raise InputError(
             f"--modules_to_save {args.modules_to_save}: no module is called {', '.join(unknown)}; the model has {has}"
         )
+
+
+def _check_window(config: PreTrainedConfig, length: int, full_rows: bool) -> None:
+    """Raises: InputError where all rows are longer than the window; where some may be, it is said."""
+    window = getattr(config, "max_position_embeddings", None)
+    if full_rows and window is not None and length > window:
+        raise InputError(
+            f"--block_size {length}: the model's window has {window} tokens, by the max_position_embeddings of its "
+            f"config; lower it, or make the window longer: --rope_scaling yarn --rope_factor {-(-length // window)}"
+        )
+    warn_beyond_window(config, length)
 
 
 def warn_beyond_window(config: PreTrainedConfig, length: int) -> None:

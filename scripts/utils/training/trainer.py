@@ -19,11 +19,13 @@ from ..data.batches import Collator
 from ..lora.base_record import record_base
 from ..models.experts import counted_by_router
 from ..models.lm_loss import loss_targets
+from ..models.new_rows import rows_from
 from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
 from ..text.tokenizer import save_tokenizer
 from ..weights.model_card import write_model_card
-from .arguments import RunArguments, peak_flops, peak_memory_gb
+from ..weights.names import is_embedding
+from .arguments import NO_EMBEDDINGS, RunArguments, peak_flops, peak_memory_gb
 from .plots import plot_losses
 from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
 
@@ -45,7 +47,10 @@ class CausalLMTrainer(Trainer):
         eval_sets: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
         collator: Collator,
+        first_trained_row: int | None = None,
     ) -> None:
+        """Args: first_trained_row: of embed_tokens and lm_head, where nothing else is trained; None: all rows."""
+        self.first_trained_row = first_trained_row
         if collator.flatten:
             args.per_device_eval_batch_size = 1  # flattened batches are one row; evaluation sums row by row
         super().__init__(
@@ -63,6 +68,59 @@ class CausalLMTrainer(Trainer):
         self.flops_per_token = train_flops_per_token(model, self._tokens_per_row())
         self.tokens_done = 0.0
         self._last_log = (time.perf_counter(), 0.0)
+
+    # ------------------------------------------------------------ optimizer
+
+    def learning_rates(self) -> dict[str, float]:
+        """{kind of weights: their learning rate}; "" is all that has no rate of its own."""
+        rates = {"": self.args.learning_rate}
+        if self.args.embedding_learning_rate is not None:
+            rates["embedding"] = self.args.embedding_learning_rate
+        return rates
+
+    def kind_of(self, name: str) -> str:
+        """The kind of a parameter, by its name in the model."""
+        return "embedding" if self.args.embedding_learning_rate is not None and is_embedding(name) else ""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with groups of their own for weights that have a learning rate of their own.
+
+        Raises: InputError if embeddings have one, and are not trained.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if len(self.learning_rates()) > 1:
+            self._split_groups(optimizer, self.model if model is None else model)
+        if self.first_trained_row is not None:
+            for group in optimizer.param_groups:  # nothing but embeddings
+                group["params"] = [rows_from(weight, self.first_trained_row) for weight in group["params"]]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's. Raises: InputError if warmup_stable_decay has more steps to decay than there are."""
+        decay = (self.args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
+        steps = self.args.get_warmup_steps(num_training_steps) + decay
+        if decay and steps > num_training_steps:
+            raise InputError(
+                f"--lr_scheduler_kwargs: warm-up and num_decay_steps are {steps} steps together, the run has "
+                f"{num_training_steps}; lower num_decay_steps"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Give each kind of weights groups of its own, in an order that the state in a checkpoint relies on."""
+        kinds = {id(weight): self.kind_of(name) for name, weight in model.named_parameters()}
+        groups = optimizer.param_groups[:]
+        optimizer.param_groups.clear()
+        for kind, rate in self.learning_rates().items():
+            for group in groups:
+                if chosen := [weight for weight in group["params"] if kinds[id(weight)] == kind]:
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        if self.args.embedding_learning_rate is not None and not any(
+            kinds[id(weight)] == "embedding" for group in groups for weight in group["params"]
+        ):
+            raise InputError(NO_EMBEDDINGS.format(self.args.embedding_learning_rate))
 
     # ------------------------------------------------------------ loss
 

@@ -39,6 +39,12 @@ def expert_part(name: str) -> str:
     return dict(zip(EXPERT_PARTS[1], EXPERT_PARTS[0], strict=True)).get(name, name)
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a module or parameter, by its name in memory or in an adapter, is of embed_tokens or lm_head."""
+    modules = {EMBEDDING.split(".")[-2], HEAD.split(".")[-2]}
+    return not modules.isdisjoint(name.split("."))
+
+
 @dataclass(frozen=True)
 class Experts:
     """The experts of one layer: matrices of their own (experts.N.w1), or two stacks as transformers 5 has them in

@@ -1,13 +1,15 @@
 """RunArguments: precision, activation checkpointing under both names, and DeepSpeed configs made to fit."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from utils.core.arguments import ExtendArguments, LoraArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
-from utils.training.arguments import RunArguments, check_validation, prepare_deepspeed
+from utils.training.arguments import RunArguments, check_embeddings, check_validation, prepare_deepspeed
 
 
 def make_arguments(tmp_path, **given):
@@ -78,3 +80,12 @@ def test_deepspeed_configs_of_the_forerunners_are_mended(caplog):
     assert config["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert ("fp16" in config) == torch.cuda.is_available() and "min_loss_scale" in caplog.text
     assert given["zero_optimization"] == {"stage": 3} and given["fp16"]["min_loss_scale"] == 1e-10, "a copy is mended"
+
+
+def test_new_rows_cannot_be_trained_alone_where_they_are_spread():
+    extend, lora = ExtendArguments(train_new_rows_only=True), LoraArguments()
+    args = SimpleNamespace(deepspeed=None, fsdp=None, embedding_learning_rate=None)
+    check_embeddings(args, extend, lora)
+    for engine in ("deepspeed", "fsdp"):
+        with pytest.raises(InputError, match="DeepSpeed and FSDP spread the rows"):
+            check_embeddings(SimpleNamespace(**vars(args) | {engine: {"zero": 2}}), extend, lora)
