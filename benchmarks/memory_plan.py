@@ -1,8 +1,8 @@
 """Planned against measured memory of training runs: families x full, LoRA, 4 bits x lengths x stages, on a CPU.
 
-  python benchmarks/memory_plan.py --shared ../shared/data        (26 runs of a few steps, about half an hour)
+  python benchmarks/memory_plan.py --shared ../shared/data        (26 runs of two steps, about a quarter of an hour)
   python benchmarks/memory_plan.py --published                    (plans beside figures that others published)
-Each run is a process of its own: the training script with random weights of 60 to 200 million parameters in few
+Each run is a process of its own: the training script with random weights of 60 to 120 million parameters in few
 layers, so that the model and not the interpreter is what is measured. Planned and measured are what the run itself
 says at its end: the plan is made before the model is loaded, measured is what the resident memory grew by since then.
 Runs have MALLOC_MMAP_THRESHOLD_ of 1 MiB: glibc's own keeps freed blocks of up to 32 MiB, a tenth to a fifth more.
@@ -11,32 +11,40 @@ Runs have MALLOC_MMAP_THRESHOLD_ of 1 MiB: glibc's own keeps freed blocks of up 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+}
 STEPS = 2  # at the second one the optimizer's states are there
 SHAPE = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 4096}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", **SHAPE, "intermediate_size": 2816, "num_hidden_layers": 6},
-    "mistral": {"model_type": "mistral", **SHAPE, "intermediate_size": 3584, "num_hidden_layers": 5,
+    "llama": {"model_type": "llama", **SHAPE, "intermediate_size": 2816, "num_hidden_layers": 4},
+    "mistral": {"model_type": "mistral", **SHAPE, "intermediate_size": 3584, "num_hidden_layers": 3,
                 "num_key_value_heads": 4, "sliding_window": None},
-    "qwen2": {"model_type": "qwen2", **SHAPE, "intermediate_size": 4864, "num_hidden_layers": 4,
-              "num_key_value_heads": 2, "vocab_size": 96000, "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", **SHAPE, "intermediate_size": 3072, "num_hidden_layers": 6,
+    "qwen2": {"model_type": "qwen2", **SHAPE, "intermediate_size": 4864, "num_hidden_layers": 3,
+              "num_key_value_heads": 2, "vocab_size": 64000, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **SHAPE, "intermediate_size": 3072, "num_hidden_layers": 4,
               "num_key_value_heads": 8, "head_dim": 128},
-    "gemma3": {"model_type": "gemma3_text", **SHAPE, "intermediate_size": 4096, "num_hidden_layers": 6,
-               "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 64000, "tie_word_embeddings": True},
+    "gemma3": {"model_type": "gemma3_text", **SHAPE, "intermediate_size": 4096, "num_hidden_layers": 4,
+               "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 48000, "tie_word_embeddings": True},
     "deep": {"model_type": "llama", **SHAPE, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
-             "intermediate_size": 1408, "num_hidden_layers": 24},
+             "intermediate_size": 1408, "num_hidden_layers": 16},
 }  # fmt: skip
 LORA = ["--lora_rank", "64", "--lora_dropout", "0.05", "--target_modules", "all"]
 KINDS = {
@@ -67,32 +75,32 @@ class Case:
 
 CHECKPOINTING = "--gradient_checkpointing"
 CASES = [
-    Case("llama", "pt", "full", 1, 256),
-    Case("llama", "pt", "full", 1, 512, CHECKPOINTING),
+    Case("llama", "pt", "full", 1, 128),
     Case("llama", "pt", "LoRA", 1, 256),
-    Case("llama", "pt", "LoRA", 1, 1024),
-    Case("llama", "pt", "LoRA + embeddings", 1, 256, f"{CHECKPOINTING} --gradient_accumulation_steps 2"),
-    Case("llama", "pt", "4-bit", 1, 512),
+    Case("llama", "pt", "LoRA", 1, 512),
+    Case("llama", "pt", "4-bit", 1, 256),
     Case("llama", "sft", "4-bit + embeddings", 1, 256, CHECKPOINTING),
-    Case("mistral", "pt", "full", 2, 128, "--gradient_accumulation_steps 2"),
-    Case("mistral", "sft", "LoRA", 1, 512),
-    Case("mistral", "sft", "4-bit", 2, 256),
-    Case("qwen2", "pt", "full", 1, 256),
-    Case("qwen2", "sft", "LoRA", 1, 512),
-    Case("qwen2", "dpo", "LoRA", 1, 512),
-    Case("qwen2", "pt", "4-bit", 1, 512, CHECKPOINTING),
-    Case("qwen3", "pt", "LoRA", 1, 512),
-    Case("qwen3", "sft", "full", 1, 256),
-    Case("qwen3", "rm", "LoRA", 1, 512),
-    Case("qwen3", "dpo", "full", 1, 256),
-    Case("gemma3", "pt", "LoRA", 1, 512),
+    Case("qwen2", "pt", "full", 1, 128),
+    Case("qwen2", "sft", "LoRA", 1, 256),
+    Case("qwen3", "dpo", "LoRA", 1, 256),
+    Case("qwen3", "rm", "LoRA", 1, 256),
+    Case("qwen3", "sft", "full", 1, 128),
+    Case("gemma3", "pt", "LoRA", 1, 256),
     Case("gemma3", "sft", "full", 1, 128),
-    Case("gemma3", "pt", "4-bit", 1, 512),
-    Case("deep", "pt", "LoRA", 1, 1024),
-    Case("deep", "pt", "full", 1, 256, "--optim adamw_torch"),
+    Case("mistral", "pt", "full", 2, 64, "--gradient_accumulation_steps 2"),
+    Case("mistral", "sft", "4-bit", 2, 128),
+    Case("deep", "pt", "LoRA", 1, 512),
+    Case("deep", "pt", "full", 1, 256),
+    Case("llama", "pt", "LoRA + embeddings", 1, 128, f"{CHECKPOINTING} --gradient_accumulation_steps 2"),
+    Case("llama", "pt", "full", 1, 256, CHECKPOINTING),
+    Case("mistral", "sft", "LoRA", 1, 256),
+    Case("qwen2", "pt", "4-bit", 1, 256, CHECKPOINTING),
+    Case("qwen3", "pt", "LoRA", 2, 128),
+    Case("gemma3", "pt", "4-bit", 1, 256),
+    Case("qwen3", "dpo", "full", 1, 128),
+    Case("llama", "rm", "full", 1, 128),
     Case("llama", "ppo", "LoRA", 2, 128),
-    Case("llama", "rm", "full", 1, 256),
-    Case("llama", "pt", "LoRA", 4, 256, "--attn_implementation eager"),
+    Case("llama", "pt", "LoRA", 2, 128, "--attn_implementation eager"),
 ]
 
 
@@ -131,6 +139,13 @@ def main() -> None:
         return compare_published()
     if args.shared is None:
         parser.error("pass --shared")
+    if not ENVIRONMENT.items() <= os.environ.items():
+        os.execve(
+            sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT}
+        )  # malloc reads it at start
+    sys.path.insert(0, str(ROOT / "scripts"))
+    for name in ("utils.planning.request", "utils.rlhf.ppo_trainer", "utils.rlhf.reward_trainer", "bitsandbytes"):
+        importlib.import_module(name)
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for number in range(len(CASES)) if args.cases is None else args.cases:
@@ -228,36 +243,60 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure(case: Case, work: Path, shared: Path) -> dict[str, Any]:
-    """Run a case's script; planned and measured in 1e9 bytes."""
+    """Run a case's script in a process of its own; planned and measured in 1e9 bytes."""
     tokenizer = shared / "tokenizers" / "llama2_32000"
     model = work / case.family
     if not model.is_dir():
-        code = (
-            "import sys; sys.path.insert(0, sys.argv[1]); import memory_plan; memory_plan.write_model(*sys.argv[2:])"
-        )
-        subprocess.run([sys.executable, "-c", code, str(ROOT / "benchmarks"), case.family, str(model)], check=True)
+        in_a_process(lambda: write_model(case.family, model), work / "model.log")
     data = write_data(case, work, shared)
     output = work / f"run-{time.time_ns()}"
     flags = [
         *("--model_name_or_path", model, "--tokenizer_name_or_path", tokenizer, "--train_data", data),
         *("--output_dir", output, "--max_steps", STEPS, "--per_device_train_batch_size", case.rows),
         *("--save_strategy", "no", "--logging_steps", 1, "--learning_rate", "1e-5", "--disable_tqdm", "True"),
+        *("--preprocessing_num_workers", 1),
         *("--gradient_accumulation_steps", 1, *KINDS[case.kind], *lengths(case), *case.extra.split()),
     ]
-    command = [sys.executable, str(ROOT / "scripts" / f"{case.stage}.py"), *map(str, flags)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-    if result.returncode != 0:
-        return {"name": case.name, "error": result.stderr.strip().splitlines()[-1][:200]}
+    log = work / f"{output.name}.log"
+    ended = in_a_process(lambda: run_script(case.stage, list(map(str, flags))), log)
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if not ended:
+        return {"name": case.name, "error": said[-1][:200]}
     figures = json.loads((output / "all_results.json").read_text())
     if "planned_memory_gb" not in figures:
-        said = [text for text in result.stderr.splitlines() if "not planned" in text]
-        return {"name": case.name, "error": (said or ["no plan"])[0][:300]}
+        return {"name": case.name, "error": next(text for text in said if "not planned" in text)[:300]}
     return {
         "name": case.name,
         "planned": figures["planned_memory_gb"],
         "measured": figures["measured_memory_gb"],
         "seconds": figures["seconds"],
     }
+
+
+def in_a_process(work: Callable[[], Any], log: Path) -> bool:
+    """Whether a fork of this process does it well; the libraries that it imported are there, and nothing else."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+
+def run_script(stage: str, flags: list[str]) -> None:
+    """A training script's main."""
+    from utils.core.command_line import parse_args
+    from utils.planning.request import STAGES
+    from utils.training.arguments import RunArguments
+
+    logging.basicConfig(level=logging.INFO)
+    importlib.import_module(stage).main(*parse_args(*STAGES[stage], RunArguments, argv=flags))
 
 
 def lengths(case: Case) -> list[Any]:
@@ -311,7 +350,7 @@ def write_data(case: Case, work: Path, shared: Path) -> Path:
     return path
 
 
-def write_model(family: str, folder: str) -> None:
+def write_model(family: str, folder: Path) -> None:
     """A model with random weights in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -121,7 +121,7 @@ class Ledger(TorchDispatchMode):
         elif packet is torch.ops.aten._local_scalar_dense:  # asked by masks: "are these rows nothing special?"
             return False
         elif packet is torch.ops.aten.bincount:  # tokens of each expert: as many for all
-            result = _even_counts(args[0].numel(), (kwargs or {}).get("minlength", 1))
+            result = _even_counts(args[0].numel(), args[2] if len(args) > 2 else (kwargs or {})["minlength"])
         elif packet is torch.ops.aten._grouped_mm:  # its own rule knows bfloat16 alone
             result = _grouped_product(*args[:3])
         else:

@@ -10,7 +10,7 @@ from utils.core.arguments import LoraArguments, ModelArguments
 from utils.models.lm_loss import install_loss_head, loss_targets
 from utils.models.training_model import attach_adapter
 from utils.planning.ledger import EVALUATION, FORWARD
-from utils.planning.stages import Job, PackedLinear, build, count_weights, footprint
+from utils.planning.stages import Job, PackedLinear, _rehearse, build, count_weights, footprint
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"num_hidden_layers": 2, "vocab_size": 512}
@@ -84,11 +84,8 @@ def test_trained_embeddings_are_copies_in_float32():
 
 
 def test_deep_models_are_rehearsed_with_few_layers():
-    config = LlamaConfig(**SIZES | {"num_hidden_layers": 9})
-    deep = job(config=config, checkpointing=True)
-    from utils.planning.stages import _rehearse
-
-    assert footprint(deep) == _rehearse(deep, 9)
+    deep = job(config=LlamaConfig(**SIZES | {"num_hidden_layers": 6}), lora=FULL, checkpointing=True)
+    assert footprint(deep) == _rehearse(deep, 6)
 
 
 @pytest.mark.parametrize(("bits", "double"), [(4, True), (4, False), (8, True)])
@@ -139,8 +136,8 @@ def test_a_gpu_keeps_no_attention_matrix_but_eager_does():
 
 @pytest.mark.parametrize("critic", ["head", "adapter", "model", "group"])
 def test_ppo_has_its_critic(critic):
-    step = footprint(job("ppo", critic=critic))
-    plain = footprint(job())
+    lora = LoraArguments(target_modules="q_proj", lora_dropout=0.0)
+    step, plain = footprint(job("ppo", lora=lora, critic=critic)), footprint(job(lora=lora))
     extra = step.num_trained - plain.num_trained
     adapter = plain.num_trained
     head = LLAMA.hidden_size + 1
