@@ -90,7 +90,7 @@ def main(command: Sequence[str], plan_args: PlanArguments) -> dict[str, Any]:
     from utils.planning.request import STAGES, PlannedRun, read_request
     from utils.training.memory import calibration, device_name, read_records, records_file
 
-    stage = command[0].rpartition("/")[2].removesuffix(".py") if command else ""
+    stage: Any = command[0].rpartition("/")[2].removesuffix(".py") if command else ""
     if stage not in STAGES:
         raise InputError(f"{stage or 'no stage'}: name the stage first, one of {', '.join(STAGES)}, then its flags")
     *arguments, run_args = parse_args(*STAGES[stage], PlannedRun, argv=command[1:])

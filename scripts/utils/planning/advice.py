@@ -106,7 +106,8 @@ def suggest(setting: Setting, accumulation: int, gpu_memory: float, footprints: 
 
     Args: accumulation: the command's --gradient_accumulation_steps; the product with the micro-batch stays.
     """
-    base, found = speed(setting), []
+    base = speed(setting)
+    found: list[Suggestion] = []
     job = setting.job
     packs = [(False, "")]
     if not job.lora_args.full_finetuning and job.model_args.load_in_kbits == 16:
