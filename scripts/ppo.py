@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,10 @@ from utils.core.arguments import (
     ExtendArguments,
     LoraArguments,
     ModelArguments,
-    arg,
 )
 from utils.core.command_line import run
 from utils.core.errors import InputError
-from utils.rlhf.arguments import PPOArguments, RolloutArguments
+from utils.rlhf.arguments import PPOArguments, RewardArguments, RolloutArguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,24 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ppo")
 
 
-@dataclass
-class RewardArguments:
-    """What is rewarded: a reward model, a function, or both weighted."""
-
-    reward_model: str | None = arg(help="Folder of a reward model made by rm.py, complete or an adapter.")
-    reward_model_weight: float = arg(1.0, help="Its scores are multiplied by this.")
-    reward_function: str | None = arg(
-        help="file.py:name, a function (prompts, answers) -> rewards, lists of the same length."
-    )
-    reward_function_weight: float = arg(1.0, help="Its rewards are multiplied by this.")
-    end_bonus: float = arg(0.0, help="Added to the reward of an answer that ends by itself.")
-    missing_end_penalty: float = arg(0.0, help="Taken off the reward of an answer that is cut at --max_new_tokens.")
-
-    def __post_init__(self) -> None:
-        if not (self.reward_model or self.reward_function):
-            raise InputError("pass --reward_model (a folder made by rm.py), --reward_function file.py:name, or both")
-
-
 def main(
     model_args: ModelArguments,
     lora_args: LoraArguments,
@@ -69,6 +49,7 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.sources import RECORD_FILES, Sources
     from utils.models.training_model import check_training_request
+    from utils.planning.request import plan_run
     from utils.rlhf.objectives import AdaptiveKL, FixedKL
     from utils.rlhf.ppo_trainer import METRICS, PPOTrainer
     from utils.rlhf.reference import check_reference, check_reference_model
@@ -115,6 +96,7 @@ def main(
     inputs = {"data": sources.keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start_run(training_run, inputs, training_args.process_index == 0)
 
+    planned = plan_run("ppo", all_args, training_args)
     model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
     rewards = build_rewards(model, model_args, reward_args, function, rollout_args, tokenizer, training_args)
     logger.info("%s", describe_model(model))
@@ -136,7 +118,7 @@ def main(
         tuning_set=tuning_set,
         end_ids=end_ids,
     )
-    return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
+    return train_and_save(trainer, training_run, "PPO", "run_inference.sh", planned)
 
 
 # ---------------------------------------------------------------- checks before anything slow

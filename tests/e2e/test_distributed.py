@@ -47,7 +47,7 @@ def run_script(name: str, argv: list[str], fsdp: dict | None = None, stop_after:
     script = importlib.import_module(name)
     own = {
         "sft": lambda: (shared[0], arguments.ExtendArguments, *shared[1:], script.TuningArguments),
-        "rm": lambda: (*shared, script.RewardArguments),
+        "rm": lambda: (*shared, script.RewardModelArguments),
         "dpo": lambda: (*shared, script.PreferenceArguments),
         "ppo": lambda: (*shared, script.RolloutArguments, script.RewardArguments, script.PPOArguments),
     }[name]()

@@ -26,6 +26,7 @@ from ..text.tokenizer import save_tokenizer
 from ..weights.model_card import write_model_card
 from ..weights.names import is_embedding
 from .arguments import NO_EMBEDDINGS, RunArguments, peak_flops, peak_memory_gb
+from .memory import PlannedMemory
 from .plots import plot_losses
 from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
 
@@ -286,10 +287,14 @@ def describe_model(model: nn.Module) -> str:
     return f"{total:,} parameters, {trainable:,} trained ({trainable / total:.2%})"
 
 
-def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher: str) -> dict[str, Any]:
+def train_and_save(
+    trainer: CausalLMTrainer, run: Run, title: str, next_launcher: str, planned: PlannedMemory | None = None
+) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
 
-    Args: next_launcher: what a fully trained model goes into next; an adapter is merged first.
+    Args:
+        next_launcher: what a fully trained model goes into next; an adapter is merged first.
+        planned: what is compared with the memory that was taken.
     Returns: the metrics, as in all_results.json.
     """
     args, folder = trainer.args, run.folder
@@ -308,6 +313,8 @@ def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher
         metrics |= {
             name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name
         }
+    if planned is not None:
+        metrics |= planned.compare(folder, metrics["tokens_per_second"], args.world_size)
     with named_disk_errors(folder):
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()

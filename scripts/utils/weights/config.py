@@ -12,6 +12,7 @@ from ..core.hub import fetch, find_folder, is_hub_id
 from .names import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 
@@ -67,10 +68,15 @@ def _download_model(hub_id: str) -> str:
     return folder
 
 
-def model_of_shapes(config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM") -> Any:
+def model_of_shapes(
+    config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM", dtype: torch.dtype | None = None
+) -> Any:
     """The model of a config on torch's meta device: its modules and shapes, no memory.
 
-    Args: auto_class: of transformers. Raises: InputError for a kind of model that this class does not have.
+    Args:
+        auto_class: of transformers.
+        dtype: of its weights; torch's default otherwise.
+    Raises: InputError for a kind of model that this class does not have.
     """
     import torch
     import transformers
@@ -79,5 +85,10 @@ def model_of_shapes(config: PreTrainedConfig, auto_class: str = "AutoModelForCau
     model_class: Any = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
     if model_class is None:
         raise InputError(f"a model of type {config.model_type} is none that transformers' {auto_class} can make")
-    with torch.device("meta"):
-        return model_class(config)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or usual)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    finally:
+        torch.set_default_dtype(usual)
