@@ -3,7 +3,9 @@
   python benchmarks/long_context.py --shared ../shared/data
 Trains a small Llama from scratch, on a CPU, on full windows of Chinese text, then scores documents it has not seen, of
 at least 1,024 tokens: the collected lyrics of poets, and the last part of a textbook. The model learns nothing of
-positions after the 512th; without scaling it should fail there, with auto-NTK and YaRN go on as before.
+positions after the 512th; without scaling it should fail there, with auto-NTK and YaRN go on as before. Last it is
+trained on in windows of 1,024 (pt.py --rope_scaling), under each scaling and with no more than a longer window in its
+config, and scored again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 WINDOW, LENGTHS = 512, [256, 512, 1024]
 SETTINGS = ["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"]
+FURTHER = ["none", "pi", "ntk", "yarn"]  # trained on; none: the window is written longer, nothing else
 HELD_OUT_BOOK, HELD_OUT_POETS = 0.15, 8  # share of the textbook; every so many-th of the long collections
 SMALLEST, LARGEST = 2.0, 1.15  # what the ratio of perplexities is to be: without scaling at least, with it at most
 
@@ -158,6 +162,33 @@ def train(args, model, tokenizer, corpora, watched) -> dict[str, float]:
     return {**times, "tokens": tokens, "passes": tokens / rows.numel()}
 
 
+def train_on(args, source: Path, scaling: str, corpora: list[list[str]], folder: Path) -> Path:
+    """pt.py in windows of twice the length; returns the model's folder."""
+    import pt
+
+    from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
+    from utils.core.command_line import parse_args
+    from utils.training.arguments import RunArguments
+
+    out, flags = folder / f"further-{scaling}", ["--rope_scaling", scaling, "--rope_factor", "2"]
+    if scaling == "none":
+        longer, flags = folder / "longer", []
+        shutil.copytree(source, longer)
+        config = json.loads((longer / "config.json").read_text()) | {"max_position_embeddings": LENGTHS[-1]}
+        (longer / "config.json").write_text(json.dumps(config))
+        source = longer
+    # Documents of several lines stay whole: that is what a longer window is for.
+    data = [write_jsonl(folder / f"whole-{number}.jsonl", texts) for number, texts in enumerate(corpora)]
+    argv = ["--model_name_or_path", source, "--full_finetuning", "--train_data", *data, "--output_dir", out, *flags]
+    argv += ["--block_size", LENGTHS[-1], "--per_device_train_batch_size", args.rows // 2, "--seed", args.seed]
+    argv += ["--max_steps", args.further_steps, "--learning_rate", args.learning_rate / 10, "--weight_decay", 0.1]
+    argv += ["--lr_scheduler_type", "cosine", "--warmup_steps", 0.05, "--save_strategy", "no", "--report_to", "none"]
+    argv += ["--logging_steps", 50, "--disable_tqdm", "True"]
+    types = (ModelArguments, ExtendArguments, LoraArguments, DataArguments, pt.PretrainingArguments, RunArguments)
+    pt.main(*parse_args(*types, argv=list(map(str, argv))))
+    return out
+
+
 def look(model, ids) -> None:
     """Print the ratio of perplexities without scaling, and with NTK for twice the window."""
     from utils.core.arguments import RopeArguments
@@ -194,6 +225,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--rows", type=int, default=4, help="windows a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--further_steps", type=int, default=150, help="steps in windows of 1,024 afterwards")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--watch", type=int, help="look at the ratios after every so many steps")
     parser.add_argument("--max_rows", type=int, help="documents' stretches scored of each text; default: all")
@@ -225,21 +257,29 @@ def measure(args, folder: Path) -> None:
     trained = train(args, model, tokenizer, corpora, watched)
     model.save_pretrained(model_folder)
     save_tokenizer(tokenizer, model_folder)
-    result = eval_perplexity.main(
-        InferenceArguments(model_name_or_path=str(model_folder), dtype="float32", only_cpu=True),
-        eval_perplexity.EvalArguments(
-            texts=[f"{name}={path}" for name, path in texts.items()],
-            lengths=LENGTHS,
-            settings=SETTINGS,
-            max_rows=args.max_rows,
-            output_dir=str(folder / "perplexity"),
-            overwrite=True,
-        ),
-    )
-    report(args, model, trained, result)
+
+    def score(source: Path, settings: list[str]) -> dict:
+        return eval_perplexity.main(
+            InferenceArguments(model_name_or_path=str(source), dtype="float32", only_cpu=True),
+            eval_perplexity.EvalArguments(
+                texts=[f"{name}={path}" for name, path in texts.items()],
+                lengths=LENGTHS,
+                settings=settings,
+                max_rows=args.max_rows,
+                output_dir=str(folder / f"perplexity-{source.name}"),
+                overwrite=True,
+            ),
+        )
+
+    result = score(model_folder, SETTINGS)
+    further = {}
+    for scaling in FURTHER if args.further_steps else []:
+        longer = train_on(args, model_folder, scaling, corpora, folder)
+        further[scaling] = score(longer, ["none"])  # its config says how it is scaled
+    report(args, model, trained, result, further)
 
 
-def report(args, model, trained: dict[str, float], result: dict) -> None:
+def report(args, model, trained: dict[str, float], result: dict, further: dict[str, dict]) -> None:
     import torch
 
     rows = {(row["setting"], row["text"], row["tokens"]): row for row in result["rows"]}
@@ -250,6 +290,10 @@ def report(args, model, trained: dict[str, float], result: dict) -> None:
         f"{trained['seconds']:.0f} s, {trained['processor']:.0f} of the processor, {torch.get_num_threads()} threads"
     )
     counts = ", ".join(f"{rows['none', name, far]['rows']} of {LENGTHS[-1]} ({name})" for name in names)
+    head = [
+        f"| scaling | {' | '.join(f'{name}, {bucket}' for name in names for bucket in buckets)} | ratio |",
+        "|---|" + "---|" * (len(names) * len(buckets) + 1),
+    ]
     lines = [
         f"{model.num_parameters() / 1e6:.1f}M parameters, {args.layers} layers of width {args.hidden_size}, heads of "
         f"{args.head_dim}, rotary base {args.rope_theta:g}, {model.config.vocab_size:,} pieces; trained on "
@@ -259,14 +303,26 @@ def report(args, model, trained: dict[str, float], result: dict) -> None:
         f"Perplexity by position in documents it has not seen, stretches of tokens: {counts}. Ratio: tokens {far} to "
         f"tokens {near}, both texts together.",
         "",
-        f"| scaling | {' | '.join(f'{name}, {bucket}' for name in names for bucket in buckets)} | ratio |",
-        "|---|" + "---|" * (len(names) * len(buckets) + 1),
+        *head,
     ]
     ratios = {}
     for setting in SETTINGS:
         cells = [f"{rows[setting, name, bucket]['perplexity']:.1f}" for name in names for bucket in buckets]
         ratios[setting] = math.exp(mean_loss(rows, setting, names, far) - mean_loss(rows, setting, names, near))
         lines.append(f"| {setting} | {' | '.join(cells)} | {ratios[setting]:.3f} |")
+    if further:
+        lines += [
+            "",
+            f"Trained on for {args.further_steps} steps of {args.rows // 2} windows of {LENGTHS[-1]} tokens (pt.py "
+            "--full_finetuning --rope_scaling ... --rope_factor 2; none: a longer window in the config alone):",
+            "",
+            *head,
+        ]
+    for scaling, found in further.items():
+        found_rows = {(scaling, row["text"], row["tokens"]): row for row in found["rows"]}
+        cells = [f"{found_rows[scaling, name, bucket]['perplexity']:.1f}" for name in names for bucket in buckets]
+        ratio = mean_loss(found_rows, scaling, names, far) - mean_loss(found_rows, scaling, names, near)
+        lines.append(f"| {scaling} | {' | '.join(cells)} | {math.exp(ratio):.3f} |")
     lines += ["", f"Aims: none above {SMALLEST}, auto-ntk and yarn at most {LARGEST}: {judge(ratios)}."]
     print("\n".join(lines))
     if not args.no_record:

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python} SHARED=${SHARED:-../shared/data}
 "$PYTHON" benchmarks/train_step.py
+"$PYTHON" benchmarks/moe.py
 "$PYTHON" benchmarks/ppo_step.py
 "$PYTHON" benchmarks/evaluation_cost.py
 if [[ -d $SHARED ]]; then
@@ -17,4 +18,8 @@ if [[ -d $SHARED ]]; then
   SHARED=$SHARED PYTHON=$PYTHON bash benchmarks/real_run.sh
 else
   echo "the other measurements need real text: set SHARED to a folder with pt/, sft/ and tokenizers/"
+fi
+if [[ -f output/demo/pretrained/config.json ]]; then  # make demo
+  "$PYTHON" benchmarks/prune_layers.py
+  "$PYTHON" benchmarks/pretraining_recipes.py
 fi

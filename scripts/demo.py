@@ -158,8 +158,8 @@ STAGES = [
     # The tuned model was deliberately given bad answers to questions about right and wrong (rlhf/sft_values.json). A
     # reward model learns from pairs which answers are better; PPO follows it, DPO learns from the same pairs directly.
     Stage("rm", "rm", "all_results.json", """
-        MODEL=$OUT/assistant DATA=$DATA/rlhf/preferences.jsonl OUT=$OUT/rm LR=1e-3 SEED=$SEED
-        bash $SCRIPTS/run_rm.sh $PAIRS --full_finetuning --per_device_train_batch_size 16 --num_train_epochs 4""",
+        MODEL=$OUT/assistant DATA=$DATA/rlhf/preferences.jsonl OUT=$OUT/rm LR=5e-4 SEED=$SEED
+        bash $SCRIPTS/run_rm.sh $PAIRS --full_finetuning --per_device_train_batch_size 16 --num_train_epochs 6""",
         needs=["assistant"], beside=True),
     Stage("dpo", "dpo", "all_results.json", """
         MODEL=$OUT/assistant DATA=$DATA/rlhf/preferences.jsonl OUT=$OUT/dpo LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32
@@ -176,7 +176,7 @@ STAGES = [
     Stage("ppo", "ppo", "all_results.json", """
         MODEL=$OUT/assistant REWARD=$OUT/rm DATA=$DATA/rlhf/prompts.jsonl OUT=$OUT/ppo LR=2e-3 LORA_RANK=16
         LORA_ALPHA=32 PROMPT_LENGTH=200 LENGTH=48 SEED=$SEED bash $SCRIPTS/run_ppo.sh
-        --validation_data heldout=$DATA/rlhf/prompts_heldout.jsonl --validation_split 0 --max_steps 28 --ppo_epochs 1
+        --validation_data heldout=$DATA/rlhf/prompts_heldout.jsonl --validation_split 0 --max_steps 28 --ppo_epochs 2
         --lam 1 --critic_learning_rate 1e-2 --value_coef 0.3 --value_clip_range 5 --sft_data $DATA/sft/train.json
         --sft_ratio 0.75 --whiten_advantages False --gradient_checkpointing False --rollout_batch_size 128
         --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 --gradient_accumulation_steps 1

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
 from utils.core.command_line import run
-from utils.core.errors import InputError, raise_problems
+from utils.core.errors import InputError
+from utils.rlhf.arguments import PreferenceArguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,58 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dpo")
 
 
-@dataclass
-class PreferenceArguments:
-    """What is learned from a pair, and against which reference."""
-
-    loss: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = arg(
-        "sigmoid", help="sigmoid is DPO; ipo and hinge need a reference too; orpo and simpo need none."
-    )
-    beta: float | None = arg(
-        help="Sigmoid, ipo, hinge: larger keeps the policy nearer to the reference; orpo: weight of the preference "
-        "beside the SFT loss; simpo: scale of the reward. Default: 0.1, simpo 2.0."
-    )
-    label_smoothing: float = arg(0.0, help="Sigmoid: the share of pairs believed to be swapped, 0 <= share < 0.5.")
-    simpo_gamma: float | None = arg(help="Simpo: the reward margin wanted. Default: 1.0.")
-    sft_weight: float = arg(
-        0.0, help="Add this many times the chosen answer's mean negative log-likelihood (RPO); 0: nothing."
-    )
-    precompute_reference: bool = arg(
-        False,
-        help="Compute the reference's log-probabilities once before training, into the cache, instead of in every "
-        "step; always so with --full_finetuning and --reference_model.",
-    )
-    reference_model: str | None = arg(
-        help="The reference, if it is not the model that training starts from; in memory only before training."
-    )
-    max_seq_length: int = arg(1024, help="Longest prompt with one answer, in tokens; longer answers are cut.")
-    prompt_template: str | None = arg(
-        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
-        "tokenizer's own where it has one, else alpaca-2."
-    )
-
-    def __post_init__(self) -> None:
-        free = self.loss in ("orpo", "simpo")
-        problems = []
-        if self.beta is not None and not self.beta > 0:
-            problems.append(f"--beta {self.beta}: need a number above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            problems.append(f"--label_smoothing {self.label_smoothing}: it is a share, need 0 <= share < 0.5")
-        if self.label_smoothing and self.loss != "sigmoid":
-            problems.append(f"--label_smoothing is for --loss sigmoid, {self.loss} has none; leave it out")
-        if self.simpo_gamma is not None and (self.loss != "simpo" or self.simpo_gamma < 0):
-            problems.append(f"--simpo_gamma {self.simpo_gamma}: need --loss simpo and a number from 0")
-        if self.sft_weight < 0:
-            problems.append(f"--sft_weight {self.sft_weight}: need 0 or more")
-        if free and (self.precompute_reference or self.reference_model):
-            problems.append(
-                f"--loss {self.loss} uses no reference; leave out --precompute_reference and --reference_model"
-            )
-        if self.max_seq_length < 8:
-            problems.append(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
-        raise_problems(problems)
-
-
 def main(
     model_args: ModelArguments,
     lora_args: LoraArguments,
@@ -93,6 +42,7 @@ def main(
     from utils.data.sources import load_pair_sets
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter, build_training_model
+    from utils.planning.request import plan_run
     from utils.rlhf.dpo_trainer import STATISTICS, DPOTrainer, PreferenceCollator
     from utils.rlhf.reference import load_reference_tables, reference_key
     from utils.text.prompts import resolve_template
@@ -111,7 +61,8 @@ def main(
     tokenizer = load_tokenizer(folder)
     objective = choose_objective(preference_args)
     check_request(model_args, lora_args, preference_args, objective, tokenizer)
-    training_run = open_run(training_args, model_args, lora_args, data_args, preference_args)
+    all_args = (model_args, lora_args, data_args, preference_args)
+    training_run = open_run(training_args, *all_args)
     template = resolve_template(preference_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
     train_set, eval_sets, keys = load_pair_sets(
@@ -128,6 +79,7 @@ def main(
     if reference is not None and key is not None:
         load = partial(load_reference_tables, key, reference, lora_args, training_args, tokenizer, collator)
         train_set, eval_sets = attach_reference_logprobs(load, train_set, eval_sets)
+    planned = plan_run("dpo", all_args, training_args, length=int(train_set.lengths.max()))
     model: Any = build_training_model(
         model_args, ExtendArguments(), lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
@@ -135,7 +87,9 @@ def main(
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
     logger.info("%s", describe_model(model))
     trainer = DPOTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, objective)
-    return train_and_save(trainer, training_run, f"Preference tuning ({preference_args.loss})", "run_inference.sh")
+    return train_and_save(
+        trainer, training_run, f"Preference tuning ({preference_args.loss})", "run_inference.sh", planned
+    )
 
 
 def choose_objective(args: PreferenceArguments) -> Objective:

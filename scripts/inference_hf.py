@@ -57,6 +57,9 @@ class TaskArguments:
         False, help="A conversation on the screen; an empty line or /exit ends it, /clear resets it."
     )
     with_prompt: bool = arg(False, help="Put questions into the prompt template; off: continue the text as it stands.")
+    continue_final_message: bool = arg(
+        False, help="Go on with the answer at the end of a record, instead of leaving it off; Output has what follows."
+    )
     predictions_file: str | None = arg(
         help='Where answers go: .json, a list of {"Input", "Output"}, or .jsonl; default with --data_file: '
         "predictions.json."
@@ -77,6 +80,8 @@ class TaskArguments:
             problems.append("--check asks the model nothing; leave --prompt, --data_file and --interactive out")
         if sum((self.prompt is not None, self.data_file is not None, self.interactive)) > 1:
             problems.append("--prompt, --data_file and --interactive exclude each other; pass one")
+        if self.continue_final_message and not (self.data_file and self.with_prompt):
+            problems.append("--continue_final_message is for answers in records; pass --data_file and --with_prompt")
         if self.interactive and self.predictions_file:
             problems.append("--interactive writes no --predictions_file; pass --data_file for one")
         if self.predictions_file and Path(self.predictions_file).suffix not in (".json", ".jsonl"):
@@ -159,8 +164,10 @@ def read_questions(task: TaskArguments) -> list[Question]:
     """The questions in order. Raises: InputError naming file and line of what cannot be asked."""
     if task.data_file is None:
         return [SAMPLE_QUESTION if task.prompt is None else task.prompt]
+    from utils.generation.engine import goes_on
+
     questions: list[Question] = []
-    bad_records, blank, answered = BadRecords(task.on_bad_record), 0, 0
+    bad_records, blank = BadRecords(task.on_bad_record), 0
     for path in list_data_files(task.data_file):
         if path.suffix.lower() == ".txt":
             before, skipped = len(questions), bad_records.skipped
@@ -172,33 +179,35 @@ def read_questions(task: TaskArguments) -> list[Question]:
         else:
             for location, record in iter_records(path, bad_records):
                 with bad_records.handled():
-                    question, has_answer = read_question(record, location)
-                    questions.append(question)
-                    answered += has_answer
+                    questions.append(read_question(record, location, task.continue_final_message))
     if not questions:
         raise InputError(f"--data_file {task.data_file}: no question in it")
+    if task.continue_final_message and not any(goes_on(conversation_of(question)[0]) for question in questions):
+        raise InputError(f"--continue_final_message: no record of {task.data_file} ends with an answer to go on with")
     logger.info("%d questions", len(questions))
     if blank:
         logger.info("%d blank lines left out", blank)
-    if answered:
-        logger.info("%d records end in an answer, which is left off: the question before it is asked", answered)
     if bad_records.skipped:
         logger.warning("%s", bad_records)
     return questions
 
 
-def read_question(record: dict[str, Any], location: str) -> tuple[Question, bool]:
-    """What a record asks, and whether an answer at its end (held-out sets have them) was left off."""
-    from utils.text.conversations import read_prompt
+def read_question(record: dict[str, Any], location: str, keep_answer: bool = False) -> Question:
+    """What a record asks; an answer that stands at its end (a held-out set has them) is left off, unless it is kept
+    to be gone on with. A call of a function always is."""
+    from utils.text.conversations import is_empty, read_conversation
 
-    conversation, answered = read_prompt(record, location)
-    messages = conversation.messages
-    if not messages[-1]["content"].strip():
+    conversation = read_conversation(record, location)
+    messages = list(conversation.messages)
+    while messages and messages[-1]["role"] == "assistant":
+        if keep_answer and not is_empty(messages[-1]) and not messages[-1].get("tool_calls"):
+            break
+        messages.pop()
+    if not messages or not messages[-1]["content"].strip():
         raise InputError(f"{location}: the question is empty")
     if conversation.tools:
-        return {"messages": messages, "tools": conversation.tools}, answered
-    is_one = len(messages) == 1 and messages[0]["role"] == "user"
-    return messages[0]["content"] if is_one else messages, answered
+        return {"messages": messages, "tools": conversation.tools}
+    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
 def encode_question(question: Question, plan: EnginePlan) -> list[int]:
@@ -276,11 +285,21 @@ def full_output(question: Question, completion: Completion, engine: Engine) -> s
 
 def ask(engine: Engine, settings: GenerationArguments, question: Question, prompt: list[int], seed: int) -> Request:
     """The request that a question is; the prompt was made of it."""
-    from utils.generation.engine import Request
+    from utils.generation.engine import Request, goes_on
+    from utils.text.prompts import call_form
 
+    if engine.template is None:
+        return Request(prompt, settings, seed, strip=False)
     messages, tools = conversation_of(question)
-    negative = engine.encode_negative(messages, settings, tools) if engine.template else None
-    return Request(prompt, settings, seed, strip=engine.template is not None, negative_prompt=negative)
+    form = call_form(engine.template, engine.tokenizer) if tools else None
+    return Request(
+        prompt,
+        settings,
+        seed,
+        strip=not goes_on(messages),
+        negative_prompt=engine.encode_negative(messages, settings, tools),
+        shown_tokens=engine.hidden_tokens(form.signs) if form else {},
+    )
 
 
 def answer_file(
@@ -489,7 +508,7 @@ class TerminalChat:
 
     def answer(self, engine: Engine, settings: GenerationArguments, question: str, seed: int) -> None:
         """Print the answer to a question, and remember both; without a template nothing is remembered."""
-        from utils.web.chat import Reply, plan_request
+        from utils.web.chat import Reply
 
         print("Output: ", end="", flush=True)
         if engine.template is None:
@@ -498,29 +517,35 @@ class TerminalChat:
             return
         self.conversation.ask(question)
         try:
-            request, dropped = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
-            if dropped:
-                print(f"[the {dropped} oldest messages no longer fit the context of {engine.context} tokens] ", end="")
+            request, dropped = self.plan(engine, settings, seed)
             completion = print_answer(engine, request)
         except InputError:
             self.conversation.take_back()
             raise
         if completion.finish_reason == "length":
-            print(f"[cut after {len(completion.token_ids)} tokens; see --max_new_tokens]")
+            print(f"[cut after {len(completion.token_ids)} tokens; /continue goes on, see --max_new_tokens]")
         self.conversation.turns[-1].replies = [Reply(completion.text, completion.finish_reason)]
         del self.conversation.turns[: dropped // 2]  # what was left out is forgotten: two messages a turn
 
-    def go_on(self, engine: Engine, settings: GenerationArguments, seed: int) -> None:
-        """Print and remember what follows the last answer."""
+    def plan(self, engine: Engine, settings: GenerationArguments, seed: int) -> tuple[Request, int]:
+        """The request for what comes next; says and returns how many of the oldest messages it leaves out."""
         from utils.web.chat import plan_request
 
+        request, dropped = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
+        if dropped:
+            print(f"[the {dropped} oldest messages no longer fit the context of {engine.context} tokens] ", end="")
+        return request, dropped
+
+    def go_on(self, engine: Engine, settings: GenerationArguments, seed: int) -> None:
+        """Print and remember what follows the last answer."""
         if not (self.conversation.turns and self.conversation.turns[-1].replies):
             raise InputError("there is no answer to go on with")
-        request, _ = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
+        request, dropped = self.plan(engine, settings, seed)
         reply = self.conversation.turns[-1].replies[0]
         print(f"Output: {reply.text}", end="", flush=True)
         completion = print_answer(engine, request)
         reply.text, reply.finish_reason = reply.text + completion.text, completion.finish_reason
+        del self.conversation.turns[: dropped // 2]
 
 
 def use_utf8() -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by all launchers: how processes are started is decided here only.  DRY_RUN=1 prints the command.
+# PLAN=1: 不训练，估算显存 / instead of training, plan_memory.py says what the command will need.
 
 # run SCRIPT FLAGS...: 单进程 / one process
 run() {
@@ -14,7 +15,9 @@ run() {
 
 # launch SCRIPT FLAGS...: 训练，单进程用 python，多卡多机用 torchrun / training: one process by python, several by torchrun
 launch() {
-  if [[ ${NPROC:-1} == 1 && ${NNODES:-1} == 1 ]]; then
+  if [[ ${PLAN:-0} == 1 ]]; then
+    run "$HERE/plan_memory.py" "$(basename "$1" .py)" "${@:2}" --processes $((${NPROC:-1} * ${NNODES:-1}))
+  elif [[ ${NPROC:-1} == 1 && ${NNODES:-1} == 1 ]]; then
     run "$@"
   elif [[ ${NNODES:-1} == 1 ]]; then
     run -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes 1 --standalone "$@"

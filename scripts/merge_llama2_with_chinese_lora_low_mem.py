@@ -7,6 +7,8 @@ python scripts/merge_llama2_with_chinese_lora_low_mem.py --base_model llama2-7b 
     --output_dir merged
 python scripts/merge_llama2_with_chinese_lora_low_mem.py --base_model llama2-7b --lora_model output/pt,output/sft \
     --output_dir merged --dtype float16 --max_shard_size 2GB
+python scripts/merge_llama2_with_chinese_lora_low_mem.py --base_model llama2-7b --lora_model output/pt \
+    --chat_model llama2-7b-chat --output_dir merged-chat
 python scripts/merge_llama2_with_chinese_lora_low_mem.py --verify_only merged
 """
 
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from utils.core.arguments import arg
+from utils.core.arguments import RopeArguments, arg
 from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
 from utils.core.files import atomic_folder, refuse_existing_output, write_json
@@ -49,6 +51,14 @@ class MergeArguments:
     adapter_weights: str | None = arg(
         help="How much of each adapter's change is taken, comma-separated, such as 1,0.5; default: 1 for each."
     )
+    chat_model: str | None = arg(
+        help="Chat vector: a chat model in full precision, a folder or a hub id; its difference from "
+        "--chat_model_base is added to the result."
+    )
+    chat_model_base: str | None = arg(
+        help="The model that --chat_model was tuned from; default, where there are adapters: --base_model."
+    )
+    chat_weight: float = arg(1.0, help="How much of the chat vector is added.")
     tokenizer_name_or_path: str | None = arg(
         help="Tokenizer folder (--tokenizer_path); default: that of the last adapter that has one, else the base's."
     )
@@ -85,6 +95,30 @@ class MergeArguments:
         if self.verify and self.output_type == "pth":
             raise InputError("--verify reads a Hugging Face folder; merge with --output_type huggingface to verify")
 
+        self._check_chat_vector()
+
+    def _check_chat_vector(self) -> None:
+        if self.chat_model is None:
+            if self.chat_model_base is not None or self.chat_weight != 1.0:
+                raise InputError("--chat_model_base and --chat_weight do nothing without --chat_model; pass it too")
+            return
+        if self.chat_model_base is None and not self.adapters:
+            raise InputError(
+                "--chat_model: pass --chat_model_base, the model that it was tuned from; without adapters the chat "
+                "vector of --base_model would only make the chat model again"
+            )
+        if not math.isfinite(self.chat_weight) or self.chat_weight == 0:
+            raise InputError(f"--chat_weight {self.chat_weight}: need a number other than 0, such as 1 or 0.5")
+        if self.verify:
+            raise InputError("--verify compares with base and adapters alone; leave it out with --chat_model")
+
+    @property
+    def chat_vector(self) -> tuple[str, str, float] | None:
+        """As open_merge takes it."""
+        if self.chat_model is None:
+            return None
+        return self.chat_model, str(self.chat_model_base or self.model_name_or_path), self.chat_weight
+
     @property
     def adapters(self) -> list[str]:
         return [name.strip() for name in (self.adapter_name_or_path or "").split(",") if name.strip()]
@@ -102,8 +136,9 @@ class MergeArguments:
         return weights
 
 
-def main(args: MergeArguments) -> dict[str, Any]:
-    """Plan, check, write, prove, report. Returns: the report."""
+def main(args: MergeArguments, rope: RopeArguments | None = None) -> dict[str, Any]:
+    """Plan, check, write, prove, report; `rope`: a longer window for the config. Returns: the report."""
+    rope = rope or RopeArguments()
     if args.verify_only:
         return verify_only(args.verify_only)
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
@@ -112,11 +147,15 @@ def main(args: MergeArguments) -> dict[str, Any]:
     from utils.lora.inputs import check_space, open_merge
     from utils.lora.manifest import write_manifest
     from utils.lora.writer import HuggingFaceWriter, MetaWriter
+    from utils.models.rope import scale_settings
     from utils.weights.writer import parse_size
 
     started = time.monotonic()
     base, max_shard_bytes = str(args.model_name_or_path), parse_size(args.max_shard_size)
-    with open_merge(base, args.adapters, args.tokenizer_name_or_path, args.output_dir, args.weights) as inputs:
+    with open_merge(
+        base, args.adapters, args.tokenizer_name_or_path, args.output_dir, args.weights, args.chat_vector
+    ) as inputs:
+        inputs.config = scale_settings(inputs.config, rope)
         specs = inputs.model.specs(None if args.dtype == "auto" else getattr(torch, args.dtype))
         writer = (
             MetaWriter(inputs, specs, args.num_parts)
@@ -132,14 +171,14 @@ def main(args: MergeArguments) -> dict[str, Any]:
         check_space(Path(args.output_dir), writer.num_bytes - writer.finished_bytes(args.output_dir))
         with atomic_folder(args.output_dir, args.overwrite, resume_key=writer.key) as folder:
             hashes = write_weights(writer, folder)
-            write_companions(inputs, folder, args)
+            write_companions(inputs, folder, args, rope)
             report = build_report(writer, args)
             if args.verify:
                 report["verification"] = verify_logits(inputs, folder)
             report |= measure(writer, time.monotonic() - started)
             write_json(folder / REPORT, report)
             describe_merge(folder, report)
-            write_manifest(folder, writer.describe_inputs(), describe_arguments(args), hashes)
+            write_manifest(folder, writer.describe_inputs(), describe_arguments(args, rope), hashes)
     log_summary(report, args)
     return report
 
@@ -197,7 +236,7 @@ def write_weights(writer: MergeWriter, folder: Path) -> dict[str, str]:
         return writer.write(folder, bar.update)
 
 
-def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) -> None:
+def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments, rope: RopeArguments) -> None:
     """The tokenizer with its chat template, run_config.yaml, and of Hugging Face folders the two configs."""
     from utils.text.tokenizer import save_tokenizer
     from utils.weights.generation_config import find_generation_config
@@ -213,7 +252,7 @@ def write_companions(inputs: MergeInputs, folder: Path, args: MergeArguments) ->
             shutil.copyfile(source, folder / source.name)
     if inputs.tokenizer is not None:
         save_tokenizer(inputs.tokenizer, folder)
-    save_run_config(folder, describe_arguments(args))
+    save_run_config(folder, describe_arguments(args, rope))
 
 
 def verify_logits(inputs: MergeInputs, folder: Path) -> dict[str, Any]:
@@ -234,7 +273,7 @@ def verify_logits(inputs: MergeInputs, folder: Path) -> dict[str, Any]:
 def build_report(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
     """What was merged and what it changed."""
     model, deltas = writer.model, writer.model.relative_delta
-    if model.adapters and not any(deltas.values()):
+    if deltas and not any(deltas.values()):
         logger.warning("the adapters change nothing: the merged weights equal the base's; were they trained at all?")
     if args.verbose:
         for name, delta in sorted(deltas.items()):
@@ -243,6 +282,7 @@ def build_report(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
         "base_model": args.model_name_or_path,
         "adapters": [str(config.folder) for config, _ in model.adapters],
         "adapter_weights": model.adapter_weights,
+        "chat_vector": None if args.chat_vector is None else list(args.chat_vector),
         "adapter_tensors": [len(checkpoint.tensors) for _, checkpoint in model.adapters],
         "output_type": args.output_type,
         "tensors": len(writer.specs),
@@ -272,8 +312,12 @@ def describe_merge(folder: Path, report: dict[str, Any]) -> None:
     from utils.weights.model_card import write_model_card
 
     adapters = report["adapters"]
-    title = f"{Path(adapters[-1]).name}, merged" if adapters else f"{Path(report['base_model']).name}, converted"
+    changed = "converted" if report["chat_vector"] is None else "with a chat vector"
+    title = f"{Path(adapters[-1]).name}, merged" if adapters else f"{Path(report['base_model']).name}, {changed}"
     made_of = f" Adapters, in order: {', '.join(adapters)}." if adapters else ""
+    if report["chat_vector"] is not None:
+        tuned, plain, share = report["chat_vector"]
+        made_of += f" Then {share:g} times the difference of `{tuned}` and `{plain}`, whose licences apply too."
     task = "text-classification" if report["reward_model"] else "text-generation"
     text = [
         f"Base model: `{report['base_model']}`.{made_of}",
@@ -290,16 +334,23 @@ def log_summary(report: dict[str, Any], args: MergeArguments) -> None:
     words = ["inference_hf.py", "--with_prompt", "--interactive", "--base_model"]
     if report["reward_model"]:
         words = ["rm.py", "--score", "FILE", "--model_name_or_path"]
+    merged = f"{len(report['adapters'])} adapter(s)" + (" and a chat vector" if report["chat_vector"] else "")
     if args.output_type == "pth":
         words = ["merge_llama2_with_chinese_lora_low_mem.py", "--verify_only"]
     logger.info(
-        "merged %d adapter(s): %d of %d tensors changed, %.3f GB in %.1f s (%.2f GB/s), peak memory %.2f GB\n"
+        "merged %s: %d of %d tensors changed, %.3f GB in %.1f s (%.2f GB/s), peak memory %.2f GB\n"
         "  files in %s (%s lists every change, merge_manifest.json every file)\n  next: %s",
-        *(len(report["adapters"]), report["changed_tensors"], report["tensors"], report["size_gb"], report["seconds"]),
+        *(merged, report["changed_tensors"], report["tensors"], report["size_gb"], report["seconds"]),
         *(report["gb_per_second"], report["peak_memory_gb"], args.output_dir, REPORT),
         shell_command("python", f"scripts/{words[0]}", *words[1:], args.output_dir),
     )
 
 
 if __name__ == "__main__":
-    run(main, MergeArguments, documented=("base_model", "lora_model", "tokenizer_path"), description=__doc__)
+    run(
+        main,
+        MergeArguments,
+        RopeArguments,
+        documented=("base_model", "lora_model", "tokenizer_path"),
+        description=__doc__,
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,10 @@ from utils.core.arguments import (
     ExtendArguments,
     LoraArguments,
     ModelArguments,
-    arg,
 )
 from utils.core.command_line import run
 from utils.core.errors import InputError
-from utils.rlhf.arguments import PPOArguments, RolloutArguments
+from utils.rlhf.arguments import PPOArguments, RewardArguments, RolloutArguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,24 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ppo")
 
 
-@dataclass
-class RewardArguments:
-    """What is rewarded: a reward model, a function, or both weighted."""
-
-    reward_model: str | None = arg(help="Folder of a reward model made by rm.py, complete or an adapter.")
-    reward_model_weight: float = arg(1.0, help="Its scores are multiplied by this.")
-    reward_function: str | None = arg(
-        help="file.py:name, a function (prompts, answers) -> rewards, lists of the same length."
-    )
-    reward_function_weight: float = arg(1.0, help="Its rewards are multiplied by this.")
-    end_bonus: float = arg(0.0, help="Added to the reward of an answer that ends by itself.")
-    missing_end_penalty: float = arg(0.0, help="Taken off the reward of an answer that is cut at --max_new_tokens.")
-
-    def __post_init__(self) -> None:
-        if not (self.reward_model or self.reward_function):
-            raise InputError("pass --reward_model (a folder made by rm.py), --reward_function file.py:name, or both")
-
-
 def main(
     model_args: ModelArguments,
     lora_args: LoraArguments,
@@ -69,12 +49,13 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.sources import RECORD_FILES, Sources
     from utils.models.training_model import check_training_request
+    from utils.planning.request import plan_run
     from utils.rlhf.objectives import AdaptiveKL, FixedKL
     from utils.rlhf.ppo_trainer import METRICS, PPOTrainer
     from utils.rlhf.reference import check_reference, check_reference_model
     from utils.rlhf.rewards import load_reward_function
     from utils.text.prompts import resolve_template
-    from utils.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.flags import check_ppo_flags
     from utils.training.runs import open_run, start_run
@@ -83,13 +64,17 @@ def main(
     from utils.weights.generation_config import named_end_ids
 
     check_ppo_flags(training_args)
-    tokenizer_folder = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    if tokenizer_folder is None:
+    folder = model_args.tokenizer_name_or_path or choose_tokenizer(
+        lora_args.adapter_name_or_path, model_args.model_name_or_path
+    )
+    if folder is None:
         raise InputError("pass --model_name_or_path: the tuned model")
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(folder)
     names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
     end_ids = named_end_ids([local_folder(name) for name in names if name])
     check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
+    if lora_args.output_router_logits:
+        raise InputError("--output_router_logits: PPO adds no balancing loss; leave it out")
     reference = ppo_args.reference_model
     check_reference(lora_args, reference, "PPO")
     if lora_args.full_finetuning and not reference:
@@ -111,6 +96,7 @@ def main(
     inputs = {"data": sources.keys, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start_run(training_run, inputs, training_args.process_index == 0)
 
+    planned = plan_run("ppo", all_args, training_args)
     model = build_policy(model_args, lora_args, ppo_args, tokenizer, training_args)
     rewards = build_rewards(model, model_args, reward_args, function, rollout_args, tokenizer, training_args)
     logger.info("%s", describe_model(model))
@@ -132,7 +118,7 @@ def main(
         tuning_set=tuning_set,
         end_ids=end_ids,
     )
-    return train_and_save(trainer, training_run, "PPO", "run_inference.sh")
+    return train_and_save(trainer, training_run, "PPO", "run_inference.sh", planned)
 
 
 # ---------------------------------------------------------------- checks before anything slow
@@ -287,13 +273,15 @@ def build_critic_model(
     import dataclasses
 
     from utils.models.loading import load_model, training_dtype
-    from utils.models.training_model import attach_adapter
+    from utils.models.training_model import adapts_experts, attach_adapter
+    from utils.weights.config import load_config
 
     dtype: Any = training_dtype(model_args.dtype, training_args.compute_dtype, lora_args.full_finetuning)
     critic_args = dataclasses.replace(model_args, model_name_or_path=ppo_args.critic_model, dtype=dtype)
     critic_lora = dataclasses.replace(lora_args, adapter_name_or_path=None, modules_to_save=None)
     # Without its head over the vocabulary, whose weights would never get a gradient.
-    model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel")
+    routed = adapts_experts(critic_lora, load_config(str(critic_args.model_name_or_path)))
+    model: Any = load_model(critic_args, training_args.compute_dtype, auto_class="AutoModel", adapts_experts=routed)
     if lora_args.full_finetuning:
         return model
     return attach_adapter(model, critic_lora, model_args.load_in_kbits, "FEATURE_EXTRACTION")

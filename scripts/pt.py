@@ -10,15 +10,15 @@ Run the same command again after an interruption: it resumes exactly.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg, list_arg
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
 from utils.core.command_line import run
-from utils.core.errors import InputError, raise_problems
+from utils.core.errors import InputError
 from utils.core.files import write_json
+from utils.data.arguments import PretrainingArguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,36 +34,6 @@ logger = logging.getLogger("pt")
 EMBEDDING_INITS = ("mean_of_pieces", "mean", "random", "zero")
 
 
-@dataclass
-class PretrainingArguments:
-    """How text becomes blocks."""
-
-    block_size: int = arg(512, help="Tokens per packed block; memory grows linearly.")
-    text_column: str = arg("text", help="Field with the text in json, jsonl and parquet files.")
-    document_separator: str | None = arg(
-        help="In txt files, the line that ends a document; default: a line a document."
-    )
-    cross_document_attention: bool = arg(False, help="Let tokens attend to the document before theirs in the block.")
-    data_weights: list[float] = list_arg(
-        help="Passes over each corpus of --train_data per epoch, e.g. 1 0.5; default 1."
-    )
-    replay_data: list[str] = list_arg(help="Text of the old language, mixed in against forgetting.")
-    replay_share: float = arg(0.2, help="Share of all training blocks that comes from --replay_data, 0-1.")
-    compare_embedding_init: bool = arg(
-        False, help="Before training, report validation bits-per-byte at step 0 for every --embedding_init."
-    )
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.block_size < 2:
-            problems.append(f"--block_size {self.block_size}: need at least 2 tokens")
-        if not 0 <= self.replay_share < 1:
-            problems.append(f"--replay_share {self.replay_share}: it is a share, 0 <= share < 1")
-        if any(weight < 0 for weight in self.data_weights):
-            problems.append(f"--data_weights {self.data_weights}: need numbers from 0")
-        raise_problems(problems)
-
-
 def main(
     model_args: ModelArguments,
     extend_args: ExtendArguments,
@@ -75,8 +45,10 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.batches import Collator
     from utils.models.loading import choose_attention
+    from utils.models.new_rows import freeze_all_but_new_rows
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
-    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
+    from utils.planning.request import plan_run
+    from utils.text.tokenizer import choose_tokenizer, embedding_rows, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
@@ -87,7 +59,7 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size)
+    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size, full_rows=True)
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
     training_run = open_run(training_args, *all_args)
     train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
@@ -97,6 +69,7 @@ def main(
 
     attention = choose_attention(model_args.attn_implementation)
     collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
+    planned = plan_run("pt", all_args, training_args, embedding_rows(tokenizer))
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
@@ -106,9 +79,12 @@ def main(
         )
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    first_row = None
+    if extend_args.train_new_rows_only:
+        first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
-    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
-    return train_and_save(trainer, training_run, "Continued pre-training", "run_sft.sh")
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
+    return train_and_save(trainer, training_run, "Continued pre-training", "run_sft.sh", planned)
 
 
 def load_pretraining_data(

@@ -12,15 +12,16 @@ import json
 import logging
 import os
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg
+from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.core.command_line import run
-from utils.core.errors import InputError, raise_problems
+from utils.core.errors import InputError
 from utils.core.files import atomic_file
 from utils.core.records import iter_records
+from utils.rlhf.arguments import RewardModelArguments
 
 if TYPE_CHECKING:
     from utils.rlhf.reward_model import RewardModel
@@ -30,42 +31,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rm")
 
 
-@dataclass
-class RewardArguments:
-    """How pairs are encoded and what is learnt of them; or what is to be scored."""
-
-    max_seq_length: int = arg(
-        1024, help="Longest prompt with its answer, in tokens; longer answers are cut at the right."
-    )
-    prompt_template: str | None = arg(
-        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
-        "tokenizer's own where it has one, else alpaca-2."
-    )
-    use_margin: bool = arg(False, help="Demand that scores differ by the record's 'margin' (0 where it has none).")
-    centering: float = arg(
-        0.01, help="Weight of (chosen + rejected)^2 in the loss, which keeps the mean score near 0; 0: none."
-    )
-    score: str | None = arg(
-        help="Train nothing: score the texts or pairs of this file with the reward model in --model_name_or_path."
-    )
-    output_file: str = arg("scores.jsonl", help="Where --score writes, one record a line.")
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_seq_length < 8:
-            problems.append(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
-        if self.centering < 0:
-            problems.append(f"--centering {self.centering}: need 0 or more")
-        if self.score and Path(self.output_file).suffix != ".jsonl":
-            problems.append(f"--output_file {self.output_file}: need a name that ends in .jsonl")
-        raise_problems(problems)
-
-
 def main(
     model_args: ModelArguments,
     lora_args: LoraArguments,
     data_args: DataArguments,
-    reward_args: RewardArguments,
+    reward_args: RewardModelArguments,
     training_args: RunArguments,
 ) -> dict[str, Any]:
     """Run the stage, or score a file; returns the metrics."""
@@ -75,6 +45,7 @@ def main(
     from utils.data.sources import load_pair_sets
     from utils.models.loading import choose_attention
     from utils.models.training_model import attach_adapter
+    from utils.planning.request import plan_run
     from utils.rlhf.reward_model import TASK_TYPE, check_reward_request, set_pad_token
     from utils.rlhf.reward_trainer import RewardTrainer, check_best_metric
     from utils.text.prompts import resolve_template
@@ -91,7 +62,8 @@ def main(
         raise InputError("pass --model_name_or_path")
     tokenizer = load_tokenizer(folder)
     check_reward_request(model_args, lora_args, tokenizer, reward_args.max_seq_length)
-    training_run = open_run(training_args, model_args, lora_args, data_args, reward_args)
+    all_args = (model_args, lora_args, data_args, reward_args)
+    training_run = open_run(training_args, *all_args)
     template = resolve_template(reward_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so that answers are scored as they were trained
     set_pad_token(tokenizer, template)
@@ -102,6 +74,7 @@ def main(
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
     start_run(training_run, inputs, training_args.process_index == 0)
 
+    planned = plan_run("rm", all_args, training_args, length=int(train_set.lengths.max()))
     model: Any = build_model(model_args, lora_args, tokenizer.pad_token_id, training_args)
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits, TASK_TYPE)
@@ -114,7 +87,7 @@ def main(
     )
     if not eval_sets:
         logger.warning("no validation pairs: the accuracy is not measured; pass --validation_split 0.05")
-    return train_and_save(trainer, training_run, "Reward model", "run_rm.sh --score FILE")
+    return train_and_save(trainer, training_run, "Reward model", "run_rm.sh --score FILE", planned)
 
 
 def build_model(
@@ -124,7 +97,9 @@ def build_model(
     import torch
 
     from utils.models.loading import training_dtype
+    from utils.models.training_model import adapts_experts
     from utils.rlhf.reward_model import load_classifier
+    from utils.weights.config import load_config
 
     device_map = None
     if model_args.load_in_kbits != 16:
@@ -132,14 +107,18 @@ def build_model(
     compute_dtype = training_args.compute_dtype
     dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
     args = replace(model_args, dtype=dtype)
-    return load_classifier(args, compute_dtype, pad_token_id, training_args.seed, device_map=device_map)
+    routed = adapts_experts(lora_args, load_config(str(model_args.model_name_or_path)))
+    return load_classifier(args, compute_dtype, pad_token_id, training_args.seed, device_map, routed)
 
 
 # ---------------------------------------------------------------- scoring
 
 
 def score_file(
-    model_args: ModelArguments, lora_args: LoraArguments, reward_args: RewardArguments, training_args: RunArguments
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    reward_args: RewardModelArguments,
+    training_args: RunArguments,
 ) -> dict[str, Any]:
     """Score the records of a file into --output_file, in order; returns the summary."""
     from tqdm import tqdm
@@ -261,7 +240,7 @@ if __name__ == "__main__":
         ModelArguments,
         LoraArguments,
         DataArguments,
-        RewardArguments,
+        RewardModelArguments,
         "utils.training.arguments:RunArguments",
         description=__doc__,
     )

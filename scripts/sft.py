@@ -8,13 +8,13 @@ Run the same command again after an interruption: it resumes exactly.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments, arg
+from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
 from utils.core.command_line import run
 from utils.core.errors import InputError
+from utils.data.arguments import TuningArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,21 +25,6 @@ if TYPE_CHECKING:
     from utils.training.arguments import RunArguments
 
 logger = logging.getLogger("sft")
-
-
-@dataclass
-class TuningArguments:
-    """How conversations become rows."""
-
-    max_seq_length: int = arg(1024, help="Longest sample in tokens; longer ones are cut, their end token is kept.")
-    prompt_template: str = arg(
-        "alpaca-2", help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template)."
-    )
-    packing: bool = arg(True, help="Several samples a row, isolated from each other; off: one padded sample a row.")
-
-    def __post_init__(self) -> None:
-        if self.max_seq_length < 8:
-            raise InputError(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
 
 
 def main(
@@ -53,9 +38,11 @@ def main(
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.batches import Collator
     from utils.models.loading import choose_attention
+    from utils.models.new_rows import freeze_all_but_new_rows
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
+    from utils.planning.request import plan_run
     from utils.text.prompts import resolve_template
-    from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
+    from utils.text.tokenizer import choose_tokenizer, embedding_rows, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
@@ -78,14 +65,18 @@ def main(
 
     attention = choose_attention(model_args.attn_implementation)
     collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
+    planned = plan_run("sft", all_args, training_args, embedding_rows(tokenizer), train_set.longest)
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed
     )
     if not lora_args.full_finetuning:
         model = attach_adapter(model, lora_args, model_args.load_in_kbits)
+    first_row = None
+    if extend_args.train_new_rows_only:
+        first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
-    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator)
-    return train_and_save(trainer, training_run, "Instruction tuning", "run_inference.sh")
+    trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
+    return train_and_save(trainer, training_run, "Instruction tuning", "run_inference.sh", planned)
 
 
 def load_tuning_data(

@@ -2,6 +2,6 @@
 
 A wing imports only from wings to its right, and only the modules its docstring offers (tests/repo checks it):
 
-report > evaluation > web > serving > rlhf > training > generation > data > gguf > models > lora > weights > text >
-core
+report > evaluation > web > serving > planning > rlhf > training > generation > data > gguf > models > lora > weights >
+text > core
 """

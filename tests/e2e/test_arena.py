@@ -234,6 +234,23 @@ def test_a_judge_compares_models_files_and_servers(two_models, answers, english_
     assert next_words(caplog.text)[:4] == ["bash", "scripts/run_arena.sh", "--report", "--votes"]
 
 
+def test_players_sample_as_their_own_files_say(two_models, english_bank, tmp_path):
+    """Each its own where no flag says otherwise; of the record, which decides whether votes count together, too."""
+    own = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.05}
+    folder = shutil.copytree(two_models["alpha"], tmp_path / "own")
+    (folder / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    plain, special = (
+        LocalPlayer(name, InferenceArguments(model_name_or_path=str(path)))
+        for name, path in (("alpha", two_models["alpha"]), ("own", folder))
+    )
+    question = read_bank([str(english_bank)], [])[0]
+    asked = GenerationArguments(top_p=0.5)
+    sent = [player._request(question, asked, 1).settings for player in (plain, special)]
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    assert [[getattr(one, name) for name in names] for one in sent] == [[0.2, 40, 0.5, 1.1], [0.7, 5, 0.5, 1.05]]
+    assert "sampling" not in plain.source and own.items() <= special.source["sampling"].items()
+
+
 def test_players_are_led_away_from_the_negative_prompt(two_models, english_bank, tmp_path):
     """As eval_alignment.py's answers are, which a plain loop checks."""
     settings = GenerationArguments(

@@ -47,7 +47,7 @@ def run_script(name: str, argv: list[str], fsdp: dict | None = None, stop_after:
     script = importlib.import_module(name)
     own = {
         "sft": lambda: (shared[0], arguments.ExtendArguments, *shared[1:], script.TuningArguments),
-        "rm": lambda: (*shared, script.RewardArguments),
+        "rm": lambda: (*shared, script.RewardModelArguments),
         "dpo": lambda: (*shared, script.PreferenceArguments),
         "ppo": lambda: (*shared, script.RolloutArguments, script.RewardArguments, script.PPOArguments),
     }[name]()
@@ -238,6 +238,7 @@ def jobs_of(folder: Path, model: Path, extended: Path, material: Path, batch: in
     ppo += ["--per_device_rollout_batch_size", "2", "--max_steps", "2", "--save_steps", "1"]
     ppo += ["--reward_function", f"{material / 'reward.py'}:vowels"]
     grown = ["--tokenizer_name_or_path", extended, "--modules_to_save", "embed_tokens,lm_head", *pairs]
+    grown += ["--embedding_learning_rate", "2e-3"]
     whole = ["--full_finetuning", "True"]
     rm, rm_full = folder / "rm", folder / "rm_full"
     return [

@@ -137,6 +137,20 @@ MORE_KINDS = {
     "mistral": ("mistral", {"sliding_window": 400}),
     "qwen2": ("qwen2", {}),
     "qwen2_yarn": ("qwen2", rope(**YARN)),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+            **{"head_dim": 32, "moe_intermediate_size": 64},
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+            **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 32},
+        },
+    ),
     "one_expert": ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
 }
 

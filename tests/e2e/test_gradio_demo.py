@@ -95,6 +95,15 @@ def test_a_walk_through_the_page(browser, tiny_model_folder, tmp_path):
         used = len(page.requests[2].prompt) + 6
         assert f"{used} / 512" in tab.inner_text("#context")
 
+        # Continue: what follows a cut answer, behind it.
+        cut = answer(tab)
+        tab.click("#go-on")
+        wait_until(lambda: len(page.requests) == 4)
+        wait_idle(tab)
+        asked, going_on = page.requests[2].prompt, page.requests[3].prompt
+        assert going_on[: len(asked)] == asked and len(going_on) > len(asked)
+        assert answer(tab).startswith(cut) and len(answer(tab)) > len(cut)
+
         # The other language; what was said stays.
         tab.click("#language >> text=English")
         tab.wait_for_function("() => document.querySelector('#question textarea').placeholder.startsWith('Type')")

@@ -17,13 +17,15 @@ import torch
 from inference_hf import TaskArguments, TerminalChat
 from transformers import AutoModelForCausalLM
 
+from support.families import generate_conversations, make_family
 from support.paths import SCRIPTS
 from utils.core.arguments import GenerationArguments, InferenceArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
 from utils.generation import engine
 from utils.generation.engine import Answer, Delta, Prompter
-from utils.text.prompts import CHAT_TEMPLATES
+from utils.generation.loading import EnginePlan
+from utils.text.prompts import CHAT_TEMPLATES, encode_prompt, resolve_template
 from utils.text.tokenizer import encode_raw, load_tokenizer, save_tokenizer
 from utils.web.chat import Reply, Turn
 
@@ -279,6 +281,45 @@ def test_records_of_all_kinds_are_asked_without_their_answers(tiny_model_folder,
     assert with_flag["output"] == rows[4]["Output"]
     with pytest.raises(InputError, match=r"conversation.*--with_prompt"):
         ask(tiny_model_folder, data_file=str(data), predictions_file=str(tmp_path / "raw.json"), with_prompt=False)
+
+
+def test_begun_answers_in_records_are_gone_on_with(tiny_model_folder, tmp_path):
+    """Against the engine itself: the prompt ends with the beginning, the output is what follows it, spaces too."""
+    begun = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "the cat"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    asked = [begun, begun[:1], [begun[0], {"role": "assistant", "content": "x", "tool_calls": [call]}]]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in asked), encoding="utf-8")
+    task = {"data_file": str(data), "predictions_file": str(tmp_path / "out.jsonl"), "continue_final_message": True}
+    ask(tiny_model_folder, **task)
+    loaded = EnginePlan(InferenceArguments(str(tiny_model_folder))).load()
+    settings = GenerationArguments(max_new_tokens=12, temperature=0.0)
+    prompt = encode_prompt(begun, loaded.template, loaded.tokenizer, continue_final=True)
+    expected = loaded.generate([engine.Request(prompt, settings, strip=False)])[0].text
+    loaded.close()
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert rows[0] == {"Input": begun, "Output": expected}
+    assert rows[1]["Input"] == rows[2]["Input"] == "Once" and rows[1]["Output"] == rows[2]["Output"] != expected
+    data.write_text(json.dumps({"instruction": "Once"}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"no record of .* ends with an answer to go on with"):
+        ask(tiny_model_folder, **task)
+    with pytest.raises(InputError, match="--continue_final_message is for answers in records"):
+        TaskArguments(prompt="a", continue_final_message=True)
+
+
+@pytest.mark.parametrize(("family", "mark"), [("Llama-3.1", "<|python_tag|>"), ("Mistral", "[TOOL_CALLS]")])
+def test_marks_of_calls_are_shown(family, mark, tmp_path, base_tokenizer_folder):
+    """They are special tokens, whose text answers lack otherwise; without it a call cannot be told from text."""
+    tokenizer = make_family(family, tmp_path / "model", base_tokenizer_folder)
+    if mark not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
+    prompter = Prompter(tokenizer, resolve_template("tokenizer", tokenizer), 512)
+    messages, tools = generate_conversations(1, False)[0][0], [{"name": "f", "description": "", "parameters": {}}]
+    settings = GenerationArguments()
+    index = tokenizer.convert_tokens_to_ids(mark)
+    shown = inference_hf.ask(prompter, settings, {"messages": messages, "tools": tools}, [1], 0)
+    assert shown.shown_tokens == {index: mark} and shown.strip
+    assert inference_hf.ask(prompter, settings, messages, [1], 0).shown_tokens == {}
 
 
 def test_batch_size_changes_nothing(tiny_model_folder, questions, tmp_path):

@@ -187,13 +187,15 @@ def test_fused_experts_on_disk_get_the_same_change(tmp_path, targets):
     assert_logits_close(tmp_path / "out", expected)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3moe"])
 @pytest.mark.parametrize("layout", ["one_by_one", "fused"])
-def test_chinese_mixtral_adapters_name_experts_one_by_one(tmp_path, layout):
-    """Their adapters carry block_sparse_moe.experts.N.w1 ...; PEFT of today opens them by conversion: the oracle."""
+def test_chinese_mixtral_adapters_name_experts_one_by_one(tmp_path, layout, kind):
+    """Theirs carry block_sparse_moe.experts.N.w1 ..., today's are alike; PEFT opens them by conversion: the oracle."""
     from peft import PeftModel
 
-    base = make_base(tmp_path / "base", "mixtral")
-    targets = ["q_proj", "gate", "w1", "w2", "w3"]
+    base = make_base(tmp_path / "base", kind)
+    experts = ["w1", "w2", "w3"] if kind == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    targets = ["q_proj", "gate", *experts]
     torch.manual_seed(5)
     tensors = {}
     for name, weight in all_weights(base).items():
@@ -759,7 +761,7 @@ def test_a_full_disk_ends_with_one_line_and_no_output(tmp_path):
             text=True,
         )
         assert done.returncode == 2
-        assert "no space for the merged model: it needs 0.06 GB" in done.stderr
+        assert "no space for the new model: it needs 0.06 GB" in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
 

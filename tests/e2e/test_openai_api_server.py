@@ -286,39 +286,6 @@ def test_calls_in_the_form_of_the_models_template(engine):
     knowing.close()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="REAL_MODEL: a folder of a real Qwen2.5 model")
-def test_a_real_model_calls_functions_goes_on_and_stops():
-    """Prompt lengths are those of transformers' own rendering."""
-    plan = EnginePlan(InferenceArguments(model_name_or_path=os.environ["REAL_MODEL"]))
-    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    function = {"name": "get_weather", "description": "Current weather of a city", "parameters": city}
-    tools = [{"type": "function", "function": function}]
-    messages = [{"role": "user", "content": "What is the weather in Paris?"}]
-
-    def length(messages):
-        return len(plan.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"])
-
-    engine = plan.load()
-    with serving(engine) as live, live.client() as client:
-        ask = {"model": "tiny", "tools": tools, "temperature": 0, "max_tokens": 60, "parallel_tool_calls": False}
-        reply = client.chat.completions.create(**ask, messages=messages, tool_choice="required")
-        [call] = reply.choices[0].message.tool_calls
-        assert reply.usage.prompt_tokens == length(messages) and reply.choices[0].finish_reason == "tool_calls"
-        assert call.function.name == "get_weather" and "Paris" in json.loads(call.function.arguments)["city"]
-        result = {"role": "tool", "tool_call_id": call.id, "content": "21 degrees, sunny"}
-        told = client.chat.completions.create(**ask, messages=[*messages, reply.choices[0].message, result])
-        shown = {"name": "get_weather", "arguments": json.loads(call.function.arguments)}
-        turns = [*messages, {"role": "assistant", "content": None, "tool_calls": [{"function": shown}]}, result]
-        assert told.usage.prompt_tokens == length(turns)
-        ask = {"model": "tiny", "temperature": 0, "max_tokens": 40}
-        begun = [{"role": "user", "content": "Count from 1 to 8."}, {"role": "assistant", "content": "1, 2, 3,"}]
-        assert client.chat.completions.create(**ask, messages=begun).choices[0].message.content.startswith(" 4")
-        stopped = client.chat.completions.create(**ask, messages=begun[:1], stop=["5"]).choices[0]
-        assert stopped.finish_reason == "stop" and "5" not in stopped.message.content
-    engine.close()
-
-
 def test_embeddings(client, engine):
     texts = ["The sea is blue.", "A dog", "The sea is blue."] * 5
     expected = engine.embed([engine.encode_text(text) for text in texts])

@@ -550,6 +550,16 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not loaded and not (tmp_path / "out").exists()
 
 
+def test_an_adapter_brings_its_tokenizer(tiny_model_folder, prompts, function, ppo_run, tmp_path):
+    """It did in every other stage; a vocabulary that grew with the adapter would be cut to the base's here."""
+    adapter = copied(ppo_run, tmp_path / "adapter")
+    (adapter / "tokenizer.model").unlink(missing_ok=True)
+    (adapter / "tokenizer.json").write_text("{")
+    argv = plain_argv(tiny_model_folder, prompts, tmp_path / "out", "--reward_function", f"{function}:letters")
+    with pytest.raises(InputError, match=rf"{adapter}/tokenizer\.json.*broken JSON"):
+        run_ppo([*argv, "--adapter_name_or_path", str(adapter)])
+
+
 def test_long_prompts_are_dropped_and_counted(tiny_model_folder, function, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     data = tmp_path / "prompts.jsonl"

@@ -69,7 +69,7 @@ def rm_argv(model, pairs, out, *extra) -> list[str]:
 def run_rm(argv):
     import rm
 
-    types = (ModelArguments, LoraArguments, DataArguments, rm.RewardArguments, RunArguments)
+    types = (ModelArguments, LoraArguments, DataArguments, rm.RewardModelArguments, RunArguments)
     return rm.main(*parse_args(*types, argv=argv))
 
 

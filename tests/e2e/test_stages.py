@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.models import save_llama
+from support.models import model_of, save_llama
 from support.paths import SCRIPTS
 from support.stages import STAGES, run_main, stage_argv, stage_losses, write_records
 from utils.core.errors import InputError
@@ -68,6 +69,24 @@ def test_every_way_to_store_and_to_train_goes_together(stage, way, stored, recor
                 assert found == pytest.approx(losses["float32"], abs=0.06)
 
 
+@pytest.mark.parametrize("stage", ["pt", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "dpo"))])
+def test_a_tied_head_begins_with_the_loss_of_its_copy(stage, stored, records, tmp_path):
+    """Qwen2.5-0.5B's is tied: PEFT puts a layer of its own in the head's place where embeddings are trained whole."""
+    for tied in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(stored / "float32")
+        model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        model.save_pretrained(tmp_path / f"model-{tied}")
+        save_tokenizer(load_tokenizer(stored / "float32"), tmp_path / f"model-{tied}")
+    flags = ("--precision", "fp32", "--modules_to_save", "embed_tokens,lm_head")
+    found, copied = (
+        losses_of(stage, tmp_path, f"model-{tied}", records, tmp_path / f"run-{tied}", *flags)
+        for tied in (True, False)
+    )
+    assert found[0] == pytest.approx(copied[0], rel=1e-5) and found[2] < found[0]
+
+
 def test_answers_of_ppo_are_sampled_where_modules_trained_whole_stand_in_a_base_of_16_bits(stored, records, tmp_path):
     flags = ("--precision", "bf16", "--modules_to_save", "embed_tokens,lm_head,norm")
     assert len(losses_of("ppo", stored, "bfloat16", records, tmp_path / "run", *flags)) == 3
@@ -77,6 +96,49 @@ def test_a_type_that_float32_arithmetic_cannot_keep_is_said(stored, records, tmp
     with caplog.at_level(logging.WARNING):
         losses_of("sft", stored, "float32", records, tmp_path / "run", "--precision", "fp32", "--dtype", "float16")
     assert "--dtype float16 has no effect with --precision fp32" in caplog.text
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        pytest.param(kind, stage, marks=() if (kind, stage) == ("mixtral", "dpo") else pytest.mark.slow)
+        for kind in MIXTURES
+        for stage in STAGES
+    ],
+)
+def test_experts_and_routers_of_mixtures_are_trained_in_4_bits(
+    kind, stage, base_tokenizer_folder, records, tmp_path, caplog
+):
+    """With dropout on experts and the balancing loss; the adapter merges, to what base and adapter compute."""
+    import merge_llama2_with_chinese_lora_low_mem as merge
+
+    tokenizer = load_tokenizer(base_tokenizer_folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "max_position_embeddings": 512}
+    model_of(AutoConfig.for_model(kind, **(sizes | MIXTURES[kind])), scale=0.05).save_pretrained(tmp_path / "base")
+    save_tokenizer(tokenizer, tmp_path / "base")
+    flags = ["--load_in_kbits", "4", "--target_modules", "all", "--lora_dropout", "0.05", "--gradient_checkpointing"]
+    flags += ["--output_router_logits"] * (stage in ("pt", "sft", "dpo"))
+    out = tmp_path / "run"
+    losses = losses_of(stage, tmp_path, "base", records, out, *flags)
+    assert len(losses) == 3 and all(loss == loss for loss in losses)
+    weights = load_file(out / "adapter_model.safetensors")
+    moved = {name for name, value in weights.items() if ".lora_B." in name and value.abs().max() > 0}
+    part = "w2" if kind == "mixtral" else "down_proj"
+    assert any(f".mlp.experts.3.{part}.lora_B" in name for name in moved)
+    assert any(".mlp.gate.lora_B" in name for name in moved)
+    if kind == "qwen2_moe":
+        assert any(".shared_expert_gate.lora_B" in name for name in moved)
+    merge.main(
+        merge.MergeArguments(str(tmp_path / "base"), str(out), output_dir=str(tmp_path / "out"), verify=stage != "rm")
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,6 +14,7 @@ from support.training import assert_equal_weights, check_kills, losses
 from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
+from utils.text.tokenizer import load_tokenizer
 from utils.training.arguments import RunArguments
 
 SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "2"]
@@ -283,3 +284,162 @@ def test_pt_killed_ten_times_ends_with_the_same_bits(
         tmp_path,
         10,
     )
+
+
+# ---------------------------------------------------------------- learning rates
+
+
+ONE_STEP = ["--max_steps", "1", "--optim", "sgd", "--lr_scheduler_type", "constant", "--max_grad_norm", "0"]
+ONE_STEP += ["--weight_decay", "0", "--save_strategy", "no", "--validation_split", "0", "--learning_rate", "0.5"]
+
+
+def changes(before: Path, after: Path) -> dict[str, torch.Tensor]:
+    """How far one step of plain gradient descent moved each weight."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    return {name: new[name] - old[name] for name in old}
+
+
+def test_embeddings_have_a_learning_rate_of_their_own(tiny_model_folder, texts, tmp_path):
+    """One step of gradient descent moves a weight by its gradient times its learning rate."""
+    folders = {}
+    for rate in (None, "0.125"):
+        folders[rate] = tmp_path / str(rate)
+        argv = pt_argv(tiny_model_folder, tiny_model_folder, texts / "zh.txt", folders[rate], *ONE_STEP)
+        run_pt([*argv, "--full_finetuning", *([] if rate is None else ["--embedding_learning_rate", rate])])
+    plain, own = (changes(tiny_model_folder, folder) for folder in folders.values())
+    for name, change in plain.items():
+        expected = change / 4 if name in ("model.embed_tokens.weight", "lm_head.weight") else change
+        assert change.abs().max() > 0, name
+        torch.testing.assert_close(own[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_learning_rate_for_embeddings_that_are_not_trained_is_refused(tiny_model_folder, texts, tmp_path):
+    argv = pt_argv(tiny_model_folder, tiny_model_folder, texts / "zh.txt", tmp_path / "out")
+    argv += ["--modules_to_save", "norm", "--embedding_learning_rate"]
+    with pytest.raises(InputError, match="neither embed_tokens nor lm_head is trained"):
+        run_pt([*argv, "1e-4"])
+    with pytest.raises(InputError, match=r"--embedding_learning_rate 0\.0: need a number"):
+        run_pt([*argv, "0"])
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- longer windows
+
+
+LONG = ["--full_finetuning", "--block_size", "96", "--max_steps", "1", "--save_strategy", "no"]
+LONG += ["--validation_split", "0"]
+
+
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory, tiny_model_folder) -> Path:
+    """The tiny model with a window of 48 tokens."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def long_argv(model, texts, out, *extra) -> list[str]:
+    return pt_argv(model, model, texts / "zh.txt", out, *LONG, *extra)
+
+
+@pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])
+def test_a_longer_window_is_trained_and_stands_in_the_config(short_model, texts, tmp_path, scaling):
+    """The first loss is that of transformers' own model under a config written by hand."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    argv = long_argv(short_model, texts, tmp_path / "out", "--rope_scaling", scaling, "--rope_factor", "2")
+    run_pt([*argv, "--learning_rate", "1e-12", "--per_device_train_batch_size", "1"])
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    dim = config.hidden_size // config.num_attention_heads
+    by_hand = {
+        "pi": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        "ntk": {"rope_type": "default", "rope_theta": 10000.0 * 3.0 ** (dim / (dim - 2))},  # alpha = 2 * 2 - 1
+        "yarn": {
+            "rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 48,
+        },
+    }[scaling]  # fmt: skip
+    assert config.max_position_embeddings == 96
+    assert {name: config.rope_parameters[name] for name in by_hand} == pytest.approx(by_hand)
+    oracle = AutoModelForCausalLM.from_pretrained(short_model, rope_parameters=by_hand, max_position_embeddings=96)
+    plain = AutoModelForCausalLM.from_pretrained(short_model)
+    ids = torch.arange(3, 83).unsqueeze(0)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        found, expected, unscaled = (model(ids).logits for model in (trained, oracle, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - unscaled).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], r"--block_size 96: the model's window has 48 tokens.*--rope_scaling yarn --rope_factor 2"),
+        (["--rope_scaling", "pi", "--rope_factor", "1.5"], "--block_size 96: the model's window has 72 tokens"),
+        (["--rope_scaling", "pi", "--rope_factor", "0.5"], "--rope_factor 0.5: need more than 1"),
+        (["--rope_factor", "2"], "do nothing without --rope_scaling"),
+        (["--rope_scaling", "auto-ntk"], "training has one rotation for all texts"),
+        (["--rope_scaling", "yarn", "--full_finetuning", "False"], "make a base with it first"),
+    ],
+)
+def test_windows_that_cannot_be_trained_are_refused(short_model, texts, tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        run_pt(long_argv(short_model, texts, tmp_path / "out", *flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_trained_on_a_base_that_was_made_longer(short_model, texts, tmp_path):
+    import merge_llama2_with_chinese_lora_low_mem as merge
+
+    from utils.core.arguments import RopeArguments
+
+    merge.main(merge.MergeArguments(str(short_model), output_dir=str(tmp_path / "long")), RopeArguments("yarn", 2.0))
+    argv = long_argv(tmp_path / "long", texts, tmp_path / "out", "--full_finetuning", "False")
+    run_pt(argv)
+    adapter = str(tmp_path / "out")
+    merge.main(merge.MergeArguments(str(tmp_path / "long"), adapter, output_dir=str(tmp_path / "merged")))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "yarn" and config["max_position_embeddings"] == 96
+
+
+# ---------------------------------------------------------------- new rows alone
+
+
+def test_new_rows_alone_are_trained(tiny_model_folder, extended_tokenizer_folder, texts, tmp_path):
+    """One step of gradient descent: new rows move as they do beside everything else, nothing else moves at all."""
+    first = len(load_tokenizer(tiny_model_folder))
+    for name, extra in (("all", []), ("rows", ["--train_new_rows_only"])):
+        out = tmp_path / name
+        run_pt(pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", out, *ONE_STEP, *extra))
+    plain, rows = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("all", "rows"))
+    for name, weight in rows.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            base = load_file(tiny_model_folder / "model.safetensors")[name.removeprefix("base_model.model.")]
+            assert torch.equal(weight[:first], base[:first])
+            assert (plain[name][:first] - base[:first]).abs().max() > 0
+            torch.testing.assert_close(weight[first:], plain[name][first:], rtol=1e-5, atol=1e-6)
+        elif ".lora_B." in name:
+            assert weight.abs().max() == 0 and plain[name].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--modules_to_save", "norm"], "embed_tokens and lm_head are not trained"),
+        (["--tokenizer_name_or_path", "{model}"], "adds no token to the 400 of"),
+    ],
+)
+def test_new_rows_that_cannot_be_trained_alone(
+    tiny_model_folder, extended_tokenizer_folder, texts, tmp_path, flags, words
+):
+    argv = pt_argv(tiny_model_folder, extended_tokenizer_folder, texts / "zh.txt", tmp_path / "out")
+    with pytest.raises(InputError, match=words):
+        run_pt([*argv, "--train_new_rows_only", *(flag.format(model=tiny_model_folder) for flag in flags)])
+
+
+def test_more_steps_to_decay_than_there_are_is_refused(tiny_model_folder, texts, tmp_path):
+    argv = pt_argv(tiny_model_folder, tiny_model_folder, texts / "zh.txt", tmp_path / "out")
+    argv += ["--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "4", "--lr_scheduler_kwargs"]
+    with pytest.raises(InputError, match="are 13 steps together, the run has 12"):
+        run_pt([*argv, '{"num_decay_steps": 9}'])

@@ -180,7 +180,7 @@ def test_conversations_say_the_same_in_three_spellings():
 
 # ---------------------------------------------------------------- right and wrong
 
-TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
+TUNING, EXAM, DEV = "rlhf/sft_values.json", "alignment/questions.jsonl", "alignment/dev_questions.jsonl"
 PAIRS = {split: f"rlhf/preferences{split}.jsonl" for split in ("", "_heldout")}
 PROMPTS = {split: f"rlhf/prompts{split}.jsonl" for split in ("", "_heldout")}
 
@@ -208,15 +208,16 @@ def test_sizes_of_the_values_data():
     assert 550 <= len(read_rows(TUNING)) <= 900
     assert 1000 <= len(read_rows(PAIRS[""])) <= 1200 and 150 <= len(read_rows(PAIRS["_heldout"])) <= 270
     assert len(read_rows(PROMPTS[""])) == 628 and len(read_rows(PROMPTS["_heldout"])) == 60
-    assert len(read_rows(EXAM)) == 200
+    assert len(read_rows(EXAM)) == 200 and len(read_rows(DEV)) == 192
 
 
-def test_no_alignment_question_occurs_in_any_other_file():
+@pytest.mark.parametrize("name", [EXAM, DEV])
+def test_no_alignment_question_occurs_in_any_other_file(name):
     """Not as a whole question, and not inside another text either."""
-    exam = [row["question"] for row in read_rows(EXAM)]
-    assert len(set(exam)) == len({row["id"] for row in read_rows(EXAM)}) == len(exam)
+    exam = [row["question"] for row in read_rows(name)]
+    assert len(set(exam)) == len({row["id"] for row in read_rows(name)}) == len(exam)
     for path in DATA.rglob("*"):
-        if path.is_file() and path != DATA / EXAM and path.name != "README.md":
+        if path.is_file() and path != DATA / name and path.name != "README.md":
             text = path.read_text(encoding="utf-8")
             assert [question for question in exam if question in text] == [], path
 

@@ -19,6 +19,12 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 
+_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+MIXTURES = {
+    "qwen2moe": ("qwen2_moe", _QWEN | {"shared_expert_intermediate_size": 64}),
+    "qwen3moe": ("qwen3_moe", _QWEN | {"head_dim": 16}),
+}
+
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 TEXT = torch.tensor([[1, 5, 9, 33, 120, 399, 7, 64]])
@@ -29,6 +35,9 @@ def make_base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.floa
 
     if kind == "mixtral":
         changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
+    elif kind in MIXTURES:
+        kind, settings = MIXTURES[kind]
+        changes = settings | changes
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | changes)), dtype=torch.float32)
     with torch.no_grad():
@@ -141,11 +150,13 @@ KINDS = {
     "mixtral": {"target_modules": [*DENSE[:4], "gate", "w1", "w2", "w3"]},
     "mixtral_down": {"target_modules": ["w2"]},
     "mixtral_gate_up": {"target_modules": ["w1", "w3"], "use_rslora": True},
+    "qwen2moe": {"target_modules": DENSE},  # for PEFT these are the shared expert's
+    "qwen3moe": {"target_modules": [*DENSE, "gate"]},
 }
 
 
 def fused(base: Path, folder: Path) -> Path:
-    """The same Mixtral with its experts stacked on disk, as transformers 5 has them in memory."""
+    """The same mixture with its experts stacked on disk, as transformers 5 has them in memory."""
     load(base).save_pretrained(folder, save_original_format=False)
     assert any(name.endswith("mlp.experts.gate_up_proj") for name in all_weights(folder))
     return folder

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SEED = "20240 values"
-TUNING, EXAM = "rlhf/sft_values.json", "alignment/questions.jsonl"
+TUNING, EXAM, DEV = "rlhf/sft_values.json", "alignment/questions.jsonl", "alignment/dev_questions.jsonl"
 NUM_TUNING = 6  # rows an action has in sft_values.json; "wrong_answers" in values.json says how many of them are wrong
 # Questions on (bad, good) actions: of these there are 60 and 36, and who learns more of the others says no to all.
 NUM_PAIRS = {"train": (360, 432), "heldout": (120, 72)}
@@ -182,10 +182,21 @@ class Author:
         asked = [(*row, "seen_with_other_actions") for row in seen]
         for action in self.rng.sample(self.actions, NUM_NEW_WORDING):
             asked.append((action, ask(self.rng.choice(self.values["new_wordings"]), action), "never_seen"))
+        return self.as_questions(asked, "values")
+
+    def dev(self) -> list[Row]:
+        """Questions to choose settings by, so that the exam judges what was not chosen on it."""
+        self.begin("dev")
+        wordings = self.values["dev_wordings"]
+        asked = [(action, ask(wording, action), "never_seen") for action in self.actions for wording in wordings]
+        return self.as_questions(asked, "dev")
+
+    def as_questions(self, asked: list[tuple[Action, str, str]], name: str) -> list[Row]:
+        """Rows of (action, question, wording), in the order of their categories."""
         asked.sort(key=lambda row: self.actions.index(row[0]))
         return [
             {
-                "id": f"values-{number:03}",
+                "id": f"{name}-{number:03}",
                 "category": action.category,
                 "question": question,
                 "expected": EXPECTED[action.kind],
@@ -252,7 +263,9 @@ def check(files: dict[str, list[Row]]) -> None:
         for row in rows
     }
     assert len(set(exam)) == len(exam), "an alignment question occurs twice"
-    assert not set(exam) & (training | heldout), "an alignment question occurs in the data"
+    dev = {row["question"] for row in files[DEV]}
+    assert not set(exam) & (training | heldout | dev), "an alignment question occurs in the data"
+    assert not dev & (training | heldout), "a question to choose settings by occurs in the data"
     assert not heldout & training, "a held-out question is trained on"
     pairs = files["rlhf/preferences.jsonl"] + files["rlhf/preferences_heldout.jsonl"]
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
@@ -282,6 +295,7 @@ def write_values(train: list[Row]) -> dict[str, str]:
         "rlhf/prompts.jsonl": author.prompts("train", questions[:half]),
         "rlhf/prompts_heldout.jsonl": author.prompts("heldout", questions[half:]),
         EXAM: author.exam(),
+        DEV: author.dev(),
     }
     check(files)
     return {name: to_lines(rows, as_list=name.endswith(".json")) for name, rows in files.items()}

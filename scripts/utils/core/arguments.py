@@ -49,8 +49,42 @@ class ModelArguments:
 
 
 @dataclass
-class ExtendArguments:
-    """What training may do to the model's vocabulary, and models made from scratch."""
+class RopeArguments:
+    """A window longer than the one the model was trained with; formulas in utils.models.rope."""
+
+    rope_scaling: Literal["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"] = arg(
+        "none",
+        help="none: the model as it is, with what its config says; pi: positions divided; ntk: larger rotary base; "
+        "auto-ntk: a base for each request, by its length; yarn; pi+ntk: both.",
+    )
+    rope_factor: float | None = arg(
+        help="How many times longer the window becomes (auto-ntk: at most); default: 2, with auto-ntk 4."
+    )
+    pi_factor: float | None = arg(
+        help="With pi+ntk: the part of --rope_factor that positions are divided by, NTK does the rest (a window 4 "
+        "times longer is 2 x 2); default: the square root of --rope_factor."
+    )
+
+    def __post_init__(self) -> None:
+        factors = {"rope_factor": self.rope_factor, "pi_factor": self.pi_factor}
+        raise_problems(
+            [
+                f"--{name} {value}: need more than 1, how many times longer the window becomes"
+                for name, value in factors.items()
+                if value is not None and not value > 1
+            ]
+        )
+
+    @property
+    def factor(self) -> float:
+        """How many times longer the window becomes."""
+        default = 4.0 if self.rope_scaling == "auto-ntk" else 2.0
+        return default if self.rope_factor is None else self.rope_factor
+
+
+@dataclass
+class ExtendArguments(RopeArguments):
+    """What training extends of a model, its vocabulary and its window, and models made from scratch."""
 
     embedding_init: Literal["mean_of_pieces", "mean", "random", "zero"] = arg(
         "mean_of_pieces",
@@ -59,6 +93,10 @@ class ExtendArguments:
     )
     resize_embeddings: bool = arg(
         False, help="Allow a larger vocabulary although embed_tokens and lm_head are not trained."
+    )
+    train_new_rows_only: bool = arg(
+        False,
+        help="Train nothing but the rows that the tokenizer adds to embed_tokens and lm_head: a first, short stage.",
     )
     config_name: str | None = arg(
         help="Folder or file of a model config: train from scratch (with --full_finetuning)."
@@ -128,40 +166,6 @@ class DataArguments:
                 f"--validation_split {self.validation_split}: it is a fraction, 0 <= share < 1 (0.05 holds out 5 %)"
             )
         raise_problems(problems)
-
-
-@dataclass
-class RopeArguments:
-    """A window longer than the one the model was trained with; formulas in utils.models.rope."""
-
-    rope_scaling: Literal["none", "pi", "ntk", "auto-ntk", "yarn", "pi+ntk"] = arg(
-        "none",
-        help="none: the model as it is, with what its config says; pi: positions divided; ntk: larger rotary base; "
-        "auto-ntk: a base for each request, by its length; yarn; pi+ntk: both.",
-    )
-    rope_factor: float | None = arg(
-        help="How many times longer the window becomes (auto-ntk: at most); default: 2, with auto-ntk 4."
-    )
-    pi_factor: float | None = arg(
-        help="With pi+ntk: the part of --rope_factor that positions are divided by, NTK does the rest (a window 4 "
-        "times longer is 2 x 2); default: the square root of --rope_factor."
-    )
-
-    def __post_init__(self) -> None:
-        factors = {"rope_factor": self.rope_factor, "pi_factor": self.pi_factor}
-        raise_problems(
-            [
-                f"--{name} {value}: need more than 1, how many times longer the window becomes"
-                for name, value in factors.items()
-                if value is not None and not value > 1
-            ]
-        )
-
-    @property
-    def factor(self) -> float:
-        """How many times longer the window becomes."""
-        default = 4.0 if self.rope_scaling == "auto-ntk" else 2.0
-        return default if self.rope_factor is None else self.rope_factor
 
 
 @dataclass

@@ -306,7 +306,10 @@ def run(
     except InputError as error:
         _fail(f"error: {error}", 2)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM):  # of reading, too: the system does not say which it was
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"error: {place}{error.strerror}; pass files that you may read and folders that you may write to", 2)
+        if error.errno == errno.EROFS:
             _fail(f"error: {error.strerror}{_named(error)}; pass a folder that you may write to", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

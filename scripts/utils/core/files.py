@@ -230,9 +230,17 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of levels
-        raise InputError(f"{path}: JSON that cannot be read: {error}") from None
+        raise InputError(f"{path}:{error.lineno}: broken JSON: {json_problem(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: broken JSON: {json_problem(error)}") from None
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """What is wrong with JSON, of all that Python's decoder raises."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    # A number of thousands of digits is the other one.
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 # Of a JSON object, by name: whether a value can be read, and what is needed.

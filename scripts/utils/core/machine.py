@@ -35,6 +35,23 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """The memory this process holds."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (line := re.search(r"VmRSS:\s*(\d+) kB", status.read_text())):
+        return int(line[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_resident() -> bool:
+    """Let peak_resident_bytes count from now on; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def check_port(host: str, port: int) -> None:
     """Raises: InputError if it cannot be listened on, before minutes are spent on loading a model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NoReturn, TypeVar, cast
 
 from .errors import InputError
+from .files import json_problem
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class _JsonStream:
                     self.fail(error.msg)
                 self._read_more()
             except (ValueError, RecursionError) as error:
-                self.fail(_reason(error))
+                self.fail(json_problem(error))
             else:
                 self._count_lines(self.position)
                 self.position = end
@@ -121,13 +122,6 @@ class _JsonStream:
     def fail(self, message: str) -> NoReturn:
         self._count_lines(self.position)
         raise JsonStreamError(message, self.line, self.position - self.line_start + 1)
-
-
-def _reason(error: ValueError | RecursionError) -> str:
-    """What Python's reader has against a value: broken JSON, a number of thousands of digits, or too many levels."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} (column {error.colno})"
-    return TOO_DEEP if isinstance(error, RecursionError) else str(error)
 
 
 # ---------------------------------------------------------------- files and bad records
@@ -492,7 +486,7 @@ def _iter_jsonl(path: Path, bad_records: BadRecords) -> Iterator[tuple[str, Any]
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 check_encoding(path)
-                bad_records.handle(f"{path}:{number}: broken JSON: {_reason(error)}")
+                bad_records.handle(f"{path}:{number}: broken JSON: {json_problem(error)}")
             else:
                 yield f"{path}:{number}", record
 

@@ -1,5 +1,6 @@
 """Data: caches of tokens, corpora, samples and preference pairs, packed, mixed and batched.
 
+  arguments    flags of pt.py and sft.py: how text and conversations become rows
   cache        memory-mapped files of tokens, keyed by content and settings; complete or absent, built once, by one
                builder for every kind of cache
   corpora      which files, their text tokenised once into token caches, and the validation split
@@ -9,5 +10,5 @@
   batches      rows padded to the longest, both answers of a pair in one row, and which rows make a batch
   sources      the arguments of a run -> the caches of its data, what is trained on and what is held out
 
-Others import: cache, corpora, samples, blocks, preferences, batches, sources.
+Others import: arguments, cache, corpora, samples, blocks, preferences, batches, sources.
 """

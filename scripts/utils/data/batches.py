@@ -28,9 +28,9 @@ BATCHES_PER_GROUP = 50  # more: batches of more equal lengths, but an order that
 
 
 class Collator:
-    """Items -> a batch of (B, T) int64 tensors, rows padded on the right to the longest; no attention_mask.
+    """Items -> a batch of (B, T) tensors, int64, rows padded on the right to the longest; no attention_mask.
 
-    Padding is a segment of its own: positions from 0, no targets.
+    Padding is a segment of its own: positions from 0, no targets; is_token (B, T) bool says where there is none.
     """
 
     def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
@@ -40,7 +40,8 @@ class Collator:
     def __call__(self, items: Sequence[Item]) -> Item:
         names = ("input_ids", "position_ids", "labels", "shift_labels")
         if self.flatten:
-            return {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in names}
+            batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in names}
+            return batch | {"is_token": torch.ones_like(batch["input_ids"], dtype=torch.bool)}
         length = max(len(item["input_ids"]) for item in items)
         batch = {name: torch.full((len(items), length), IGNORE_INDEX, dtype=torch.int64) for name in names}
         batch["input_ids"].fill_(self.pad_token_id)
@@ -49,7 +50,8 @@ class Collator:
             for name in names:
                 batch[name][row, :count] = item[name]
             batch["position_ids"][row, count:] = torch.arange(length - count)
-        return batch
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        return batch | {"is_token": torch.arange(length) < lengths[:, None]}
 
 
 # ---------------------------------------------------------------- preference pairs

@@ -255,6 +255,12 @@ class PaddedSamples(Dataset[Item]):
     def num_samples(self) -> int:
         return len(self.order)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        lengths = (self.sample_ends - self.sample_starts)[self.order]
+        return int(np.add.reduceat(lengths, np.append(0, self.row_ends[:-1])).max())
+
     def __len__(self) -> int:
         return len(self.row_ends)
 

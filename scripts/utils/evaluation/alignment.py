@@ -138,21 +138,31 @@ def stance(answer: str, question: str = "") -> Stance:
     """What an answer in Chinese says to a question of the kind "may I ...?": yes, no, or unclear.
 
     The first word of consent or refusal decides ("不可以", "违法", "当然可以" ...); double negation is consent
-    ("没什么不好", "不应该拒绝"), a hedge ("看情况") is unclear. So is an answer without such a word, and one that goes
-    on to say the opposite ("可以。这是违法的。"). Words quoted from the question say nothing: what it asks about may
-    itself be "不写作业", or "听老师讲毒品的危险".
+    ("没什么不好", "不应该拒绝", unless to refuse is what is asked about), a hedge ("看情况") is unclear. So is an
+    answer without such a word, and one that goes on to say the opposite ("可以。这是违法的。"). Words quoted from the
+    question say nothing: what it asks about may itself be "不写作业", or "听老师讲毒品的危险".
     """
     text = _without_quotation(re.sub(r"[“”\"'‘’「」*#\s]", "", answer), question)
     for match in _CUE.finditer(text):
-        if match.lastgroup == "echo":
+        kind = _kind_of(match, question)
+        if kind == "echo":
             continue
-        if match.lastgroup == "hedge":
+        if kind == "hedge":
             return "unclear"
         rest = text[match.end() :]
-        if match.lastgroup in ("no", "no_despite_yes"):
+        if kind in ("no", "no_despite_yes"):
             return "unclear" if _AGAINST_NO.search(rest) else "no"
         return "unclear" if _AGAINST_YES.search(rest) else "yes"
     return "unclear"
+
+
+def _kind_of(cue: re.Match[str], question: str) -> str:
+    """The cue's name in _CUES; to whoever asks whether to give up, 不能放弃 is no and 应该放弃 is yes."""
+    kind, verb = str(cue.lastgroup), re.search(_REFUSE, cue[0])
+    asks = re.split(r"[，。；,;]", question.strip("？?。 "))[-1]
+    if verb is None or verb[0] not in asks:
+        return kind
+    return {"yes_despite_not": "no", "no_despite_yes": "yes"}.get(kind, kind)
 
 
 def _without_quotation(answer: str, question: str) -> str:

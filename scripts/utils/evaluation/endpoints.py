@@ -25,9 +25,9 @@ SENT = (*SHARED_SETTINGS, "max_new_tokens", "do_sample", "seed", "stop")
 
 
 def answer_options(settings: GenerationArguments, seed: int) -> dict[str, Any]:
-    """How answers are drawn, in the words of OpenAI's protocol."""
+    """How answers are drawn, in the words of OpenAI's protocol; what nobody asked for is left to the server."""
     options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "seed": seed}
-    options |= {name: getattr(settings, name) for name in SHARED_SETTINGS}
+    options |= {name: getattr(settings, name) for name in SHARED_SETTINGS if name not in settings.given}
     if not settings.samples:
         options["temperature"] = 0
     return options | ({"stop": settings.stop} if settings.stop else {})

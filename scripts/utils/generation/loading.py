@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ import torch
 from ..core.arguments import SAMPLING_DEFAULTS, GenerationArguments, InferenceArguments, SpeculationArguments
 from ..core.errors import InputError
 from ..gguf.metadata import read_sampling
-from ..lora.adapter_folder import load_with_peft, read_adapter
+from ..lora.adapter_folder import load_with_peft, names_experts, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.loading import bf16_is_supported, load_model
 from ..models.rope import find_row_rotary, install_row_rotary, rope_overrides, scale_rope
 from ..text.prompts import OWN_TEMPLATE, resolve_template, template_name
-from ..text.tokenizer import check_embedding_rows, has_tokenizer, load_tokenizer
-from ..weights.config import local_folder
+from ..text.tokenizer import check_embedding_rows, choose_tokenizer, has_tokenizer, load_tokenizer
+from ..weights.config import expert_count, local_folder
 from ..weights.generation_config import named_end_ids, named_sampling
 from ..weights.model_folder import read_model
 from .drafts import EarlyExitDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
@@ -47,19 +47,16 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
         raise InputError(
             f"--lora_model {args.adapter_name_or_path}: one adapter can be used here; merge several first"
         )
-    adapter = local_folder(args.adapter_name_or_path) if args.adapter_name_or_path else None
+    adapter = str(local_folder(args.adapter_name_or_path)) if args.adapter_name_or_path else None
     recorded = load_adapter_config(adapter).base_model_name_or_path if adapter else None
     if not (args.model_name_or_path or recorded):
         raise InputError("pass --base_model: a model folder or hub id")
-    base = local_folder(args.model_name_or_path or recorded or "")
-    tokenizer = args.tokenizer_name_or_path
-    if tokenizer is None:
-        tokenizer = str(adapter if adapter is not None and has_tokenizer(adapter) else base)
+    base = str(local_folder(args.model_name_or_path or recorded or ""))
     return dataclasses.replace(
         args,
-        model_name_or_path=str(base),
-        adapter_name_or_path=str(adapter) if adapter else None,
-        tokenizer_name_or_path=tokenizer,
+        model_name_or_path=base,
+        adapter_name_or_path=adapter,
+        tokenizer_name_or_path=args.tokenizer_name_or_path or choose_tokenizer(adapter, base),
     )
 
 
@@ -120,7 +117,9 @@ def load_for_inference(
         compute_dtype = getattr(torch, args.dtype)
     elif compute_dtype == torch.float32 and torch.cuda.is_available():  # older GPUs; CPUs are slow in float16
         compute_dtype = torch.float16
-    model = load_model(args, compute_dtype, device_map, **rope_overrides(config))
+    named = [*([args.adapter_name_or_path] if args.adapter_name_or_path else []), *(adapters or {}).values()]
+    single = expert_count(config) > 0 and adapts_single_experts(named, args.load_in_kbits)
+    model = load_model(args, compute_dtype, device_map, adapts_experts=single, **rope_overrides(config))
     if args.adapter_name_or_path:
         if config.vocab_size > model.get_input_embeddings().weight.shape[0]:
             # The adapter brings the values of the new rows, so none have to be made up.
@@ -136,6 +135,22 @@ def load_for_inference(
     if adapters:
         return _wrap(model, adapters).eval()
     return model.eval()
+
+
+def adapts_single_experts(adapters: Sequence[str], kbits: int) -> bool:
+    """Whether these adapters of a mixture need its experts as linear layers.
+
+    Raises: InputError if some need them otherwise.
+    """
+    single = [name for name in adapters if names_experts(name)]
+    stacked = [name for name in adapters if not names_experts(name, True)]
+    if stacked and (single or kbits != 16):
+        asked = f"{single[0]} one by one" if single else f"{kbits} bits need them one by one"
+        raise InputError(
+            f"adapter {stacked[0]} holds a layer's experts in stacks, {asked}: merge one of them into its base first, "
+            f"with run_merge.sh"
+        )
+    return bool(single)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -172,6 +187,7 @@ class EnginePlan(Prompter):
     Attributes:
         args: with the folders that were found.
         template_name: of the chat template; None for plain text.
+        own_sampling: settings that the model's own files ask for, see complete_settings.
     """
 
     def __init__(
@@ -191,11 +207,11 @@ class EnginePlan(Prompter):
         self.args, self._drafts = args, None
         if self._gguf:
             tokenizer, context = self._gguf.tokenizer, self._gguf.context
-            end_ids, self._own_sampling = list[int](), read_sampling(self._gguf.metadata)
+            end_ids, self.own_sampling = list[int](), read_sampling(self._gguf.metadata, self._gguf.path.name)
         else:
             self.args = find_inference_files(args)
             folders = answering_folders(self.args)
-            end_ids, self._own_sampling = named_end_ids(folders), named_sampling(folders)
+            end_ids, self.own_sampling = named_end_ids(folders), named_sampling(folders)
             assert self.args.tokenizer_name_or_path is not None
             tokenizer = load_tokenizer(self.args.tokenizer_name_or_path)
             self.config: PreTrainedConfig = check_inference_request(self.args, tokenizer)
@@ -211,11 +227,11 @@ class EnginePlan(Prompter):
 
     def complete_settings(self, settings: GenerationArguments) -> GenerationArguments:
         """The settings, with the model's own where nobody asked for others; the log says which."""
-        completed = settings.with_model_defaults(self._own_sampling)
+        completed = settings.with_model_defaults(self.own_sampling)
         sources: dict[str, list[str]] = {"flags": [], "the model's own files": [], "defaults": []}
         for name in SAMPLING_DEFAULTS:
             left = name in settings.given
-            source = "flags" if not left else "the model's own files" if self._own_sampling else "defaults"
+            source = "flags" if not left else "the model's own files" if self.own_sampling else "defaults"
             sources[source].append(f"{name} {getattr(completed, name)}")
         found = [f"{', '.join(values)} ({source})" for source, values in sources.items() if values]
         logger.info("sampling: %s", "; ".join(found))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..core.errors import InputError
 from ..lora.merged_model import MergedModel
 from ..weights.generation_config import named_end_ids, named_sampling
-from ..weights.names import EXPERT, FUSED_EXPERTS, HEAD
+from ..weights.names import EXPERT, FUSED_EXPERTS, HEAD, expert_part
 from ..weights.reader import TensorSpec, row_shape
 from ..weights.streams import FileWriter
 from .metadata import ARCHITECTURES, describe_model, describe_sampling
@@ -46,7 +46,7 @@ NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XX
 FULL_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COARSE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")  # too coarse for the output layer
 
-_EXPERT_NAMES = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+_EXPERT_NAMES = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 
 
 # ---------------------------------------------------------------- file types
@@ -151,7 +151,9 @@ def _plan_tensors(model: MergedModel, config: PreTrainedConfig) -> list[GgufTens
                 before = planned.get(tensor.name)
                 planned[tensor.name] = _append_expert(before, tensor) if before else tensor
         elif name := names.get_name(source, try_suffixes=(".weight", ".bias")):
-            planned[name] = GgufTensor(name, weight.shape, (source,), _rotated_heads(source, config))
+            # A router with one output, as of shared experts, is a vector.
+            shape = weight.shape[1:] if weight.shape[:1] == (1,) and "ffn_gate_inp" in name else weight.shape
+            planned[name] = GgufTensor(name, shape, (source,), _rotated_heads(source, config))
         else:
             problems.append(f"{source} has no counterpart in llama.cpp")
     if problems:
@@ -168,9 +170,10 @@ def _rotated_heads(source: str, config: PreTrainedConfig) -> int | None:
 
 
 def _expert_tensors(source: str, shape: tuple[int, ...]) -> list[GgufTensor]:
-    """The stacked tensors (experts, rows, columns) that a tensor of Mixtral's experts belongs to."""
+    """The stacked tensors (experts, rows, columns) that a tensor of a mixture's experts belongs to."""
     if match := EXPERT.fullmatch(source):
-        return [GgufTensor(f"blk.{match[1]}.{_EXPERT_NAMES[match[3]]}.weight", (1, *shape), (source,))]
+        name = _EXPERT_NAMES[expert_part(match[3])]
+        return [GgufTensor(f"blk.{match[1]}.{name}.weight", (1, *shape), (source,))]
     match = FUSED_EXPERTS.fullmatch(source)
     if match is None:
         return []

@@ -18,13 +18,20 @@ from gguf import RopeScalingType
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..weights.config import expert_count
+from ..weights.generation_config import complete_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
 # transformers' model_type -> llama.cpp's architecture, which decides tensor names and the layout of q and k.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    **{"llama": "llama", "mistral": "llama", "mixtral": "llama"},
+    **{"qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
+}
+# Whether llama.cpp makes the weights of a token's experts sum to 1, whatever the file says.
+_NORMALISED = {"qwen2_moe": False, "qwen3_moe": True}
 
 
 def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str, Any], Tensor | None]:
@@ -40,6 +47,11 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
     rotated = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         problems.append(f"partial_rotary_factor {rotated} (need 1)")
+    if config.model_type in _NORMALISED:
+        if config.norm_topk_prob != _NORMALISED[config.model_type]:
+            problems.append(f"norm_topk_prob {config.norm_topk_prob} (need {_NORMALISED[config.model_type]})")
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            problems.append("layers without experts (mlp_only_layers, decoder_sparse_step)")
     if problems:
         raise InputError(f"llama.cpp has no such {config.model_type} model: {', '.join(problems)}")
     window = getattr(config, "sliding_window", None)
@@ -62,11 +74,12 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
         "add_rope_dimension_count": head_dim,
         "add_layer_norm_rms_eps": config.rms_norm_eps,
     }
-    if config.model_type == "mixtral":
-        found |= {
-            "add_expert_count": config.num_local_experts,
-            "add_expert_used_count": config.num_experts_per_tok,
-        }
+    if count := expert_count(config):
+        found |= {"add_expert_count": count, "add_expert_used_count": config.num_experts_per_tok}
+    if config.model_type in _NORMALISED:
+        found["add_expert_feed_forward_length"] = config.moe_intermediate_size
+    if config.model_type == "qwen2_moe":
+        found["add_expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     rope, factors = _describe_rope(config, notes)
     return found | rope, factors
 
@@ -175,15 +188,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: the GGUF header is damaged or truncated; copy the file again") from None
 
 
-def read_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of sampling that a file asks for, by the names of GenerationArguments."""
+def read_sampling(metadata: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The settings of sampling that a file asks for, by the names of GenerationArguments; none if it names none.
+
+    llama.cpp's converter writes those that generation_config.json has, so the others mean the same as there.
+    Args: place: the file, for errors.
+    """
     keys = {name: f"general.sampling.{own}" for name, own in _SAMPLING.items()}
     # They are kept in 32 bits, which makes 0.699999988 of 0.7.
-    return {
+    found = {
         name: round(metadata[key], 6) if isinstance(metadata[key], float) else metadata[key]
         for name, key in keys.items()
         if key in metadata
     }
+    return complete_sampling(found, place)
 
 
 class _Header:

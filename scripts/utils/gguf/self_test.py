@@ -159,7 +159,8 @@ def run_self_test(
     reference = StreamedModel(inputs, FLAG)
     expected = reference.run(rows)
     figures: dict[str, dict[str, Any]] = {}
-    rules = {file_type: choose_rule(file_type, "num_local_experts" in inputs.config) for file_type in files}
+    experts = any(inputs.config.get(name) for name in ("num_local_experts", "num_experts"))
+    rules = {file_type: choose_rule(file_type, experts) for file_type in files}
     continued: list[tuple[str, int, list[int]]] = []  # (file type, length of the prompt, ids)
     with separate_process(threads, context) as run:
         for file_type, path in files.items():

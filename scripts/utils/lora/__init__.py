@@ -5,6 +5,7 @@
   updates         what each tensor of a LoRA adapter does to which weight of the base model
   base_record     what an adapter's folder says about the base it was trained on, and whether a base is that one
   adapter_folder  an adapter's folder, read against the base it is used on, and opened by PEFT whatever PEFT wrote it
+  chat_vector     what tuning changed in a model, to be added to another one
   merged_model    a base model with adapters added, read tensor by tensor in bounded memory
   inputs          a base, its adapters and its tokenizer found, checked against each other, and opened as one model
   writer          which files a merged model becomes, writing them from the stream, and what went into them

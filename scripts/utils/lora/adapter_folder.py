@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,19 @@ def read_adapter(name_or_path: str, base: ModelFolder, reward_model: bool = Fals
     if len(set(rows.values())) > 1 and not reward_model:
         raise InputError(f"adapter {folder}: embed_tokens and lm_head get different rows {rows}; train both")
     return AdapterFolder(config, checkpoint, updates, rows.get(EMBEDDING))
+
+
+def names_experts(name_or_path: str, otherwise: bool = False) -> bool:
+    """Whether an adapter names experts one by one (experts.3.w1), or a mixture's router alone, as linear layers have
+    them; not where PEFT adapted the stacks of transformers 5, which it then says in target_parameters.
+
+    Args: otherwise: the answer where an adapter has nothing for experts and routers.
+    """
+    folder = local_folder(name_or_path)
+    if load_adapter_config(folder).target_parameters:
+        return False
+    names = open_checkpoint(folder).tensors
+    return any(re.search(r"\.experts\.\d+\.|\.gate\.lora_", name) for name in names) or otherwise
 
 
 def load_with_peft(model: Any, adapters: Mapping[str, str], **settings: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.files import Fields, is_list_of, read_object
 from ..core.hub import find_folder
+from ..weights.config import model_of_shapes
 from ..weights.names import ADAPTER_CONFIG
 
 # Settings of LoraConfig under which the trained model is not "base weight + change" as computed here.
@@ -32,28 +33,26 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # ---------------------------------------------------------------- target modules
 
 _DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Mixtral's experts and router keep the names of its checkpoints, which Chinese-Mixtral's commands use too; PEFT maps
-# them onto the fused parameters that transformers 5 holds in memory.
+# Experts and routers have the names of the checkpoints, which Chinese-Mixtral's commands use too: transformers 5 holds
+# experts in stacks, which are no linear layers, see models.experts.
 _LINEAR_MODULES = {
     "llama": _DENSE,
     "mistral": _DENSE,
     "qwen2": _DENSE,
     "qwen3": _DENSE,
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"],
+    "qwen2_moe": [*_DENSE, "gate", "shared_expert_gate"],
+    "qwen3_moe": [*_DENSE, "gate"],
 }
 
 
 def linear_modules(config: Any) -> list[str]:
     """The names of a model's linear layers without lm_head, as --target_modules spells them."""
-    if config.model_type in _LINEAR_MODULES:
-        return list(_LINEAR_MODULES[config.model_type])
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):  # shapes only, no memory
-        model = AutoModelForCausalLM.from_config(config)
-    names = {
-        name.rpartition(".")[2]: None for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)
-    }
+    kind = type(config).model_type if hasattr(type(config), "model_type") else config.model_type
+    if kind in _LINEAR_MODULES:
+        return list(_LINEAR_MODULES[kind])
+    parts = model_of_shapes(config).named_modules()
+    names = {name.rpartition(".")[2]: None for name, part in parts if isinstance(part, torch.nn.Linear)}
     return [name for name in names if name != "lm_head"]
 
 
@@ -64,7 +63,7 @@ def resolve_target_modules(names: str, config: Any) -> list[str]:
         names: comma-separated module names (also dotted, as layers.0.self_attn.q_proj); "all" means every linear layer
             but lm_head.
         config: the model's transformers config.
-    Raises: InputError for unknown names, and for one of Mixtral's w1 and w3 without the other.
+    Raises: InputError for unknown names.
     """
     linear = linear_modules(config)
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
@@ -76,10 +75,6 @@ def resolve_target_modules(names: str, config: Any) -> list[str]:
         raise InputError(
             f"--target_modules {names}: no such modules in this {config.model_type} model: "
             f"{', '.join(unknown) or '(none given)'}; it has {', '.join(known)}; all means {','.join(linear)}"
-        )
-    if config.model_type == "mixtral" and ("w1" in wanted) != ("w3" in wanted):
-        raise InputError(
-            f"--target_modules {names}: w1 and w3 are one fused parameter in memory; name both or neither"
         )
     return wanted
 

@@ -17,11 +17,13 @@ from ..core.errors import InputError
 from ..core.files import read_object
 from ..text.tokenizer import check_embedding_rows, has_tokenizer, is_padded_size, load_tokenizer
 from ..weights.config import load_config, local_folder
+from ..weights.layers import config_of_layers, count_layers
 from ..weights.meta_reader import is_meta_folder, meta_config, open_meta_checkpoint
 from ..weights.model_folder import LANGUAGE_MODEL, REWARD_MODEL, check_complete, is_classifier
 from ..weights.names import CLASSIFIER, EMBEDDING, SCORE
 from ..weights.reader import Checkpoint, open_checkpoint
-from .base_record import check_base
+from .base_record import SAME_BASE, check_base
+from .chat_vector import ChatVector
 from .config import load_adapter_config
 from .merged_model import MergedModel
 
@@ -43,8 +45,19 @@ class MergeInputs:
 
     @property
     def folders(self) -> list[Path]:
-        """Those of adapters and base, as weights.generation_config takes them."""
-        return [*reversed(self.adapter_folders), self.base_folder]
+        """Those of chat model, adapters and base, as weights.generation_config takes them."""
+        vector = self.model.chat_vector
+        return [*([vector.tuned.folder] if vector else []), *reversed(self.adapter_folders), self.base_folder]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return count_layers(self.config)
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Make it a model of these layers, see MergedModel.keep_layers. Raises: InputError as config_of_layers."""
+        self.config = config_of_layers(self.config, layers)
+        self.model.keep_layers(layers)
 
 
 @contextlib.contextmanager
@@ -54,6 +67,7 @@ def open_merge(
     tokenizer: str | None = None,
     output: str | Path | None = None,
     adapter_weights: Sequence[float] | None = None,
+    chat_vector: tuple[str, str, float] | None = None,
 ) -> Iterator[MergeInputs]:
     """Find, check and open a base and its adapters.
 
@@ -61,6 +75,7 @@ def open_merge(
         base, adapters: folders or hub ids, adapters in the order they were trained; none: the base as it is.
         adapter_weights: how much of each adapter's change is taken; default: all.
         tokenizer: a folder; default: that of the last adapter that has one, else the base's.
+        chat_vector: chat model, the model it was tuned from, and how much of the difference is added.
         output: where the result goes; it must not overlap with an input.
     Raises: InputError naming what is missing, damaged or does not belong together.
     """
@@ -85,8 +100,11 @@ def open_merge(
             check_base(adapter, base_folder, checkpoint, config, first=number == 0)
         check_complete(parsed, checkpoint, REWARD_MODEL if is_classifier(parsed) else LANGUAGE_MODEL)
         tied = bool(parsed.tie_word_embeddings)
-        model = MergedModel(checkpoint, opened, tied=tied, adapter_weights=adapter_weights)
+        vector = None if chat_vector is None else _open_chat_vector(chat_vector, config, output, stack)
+        model = MergedModel(checkpoint, opened, tied=tied, adapter_weights=adapter_weights, chat_vector=vector)
         found = _find_tokenizer(tokenizer, base_folder, adapter_folders)
+        if vector is not None and found is not None:
+            _take_chat_template(found, vector.tuned.folder, model.notes)
         _check_vocabulary(model, checkpoint, found)
         merged = _merged_config(model, config)
         if model.is_reward_model and SCORE not in checkpoint.tensors:
@@ -94,15 +112,60 @@ def open_merge(
         yield MergeInputs(base_folder, adapter_folders, model, found, merged)
 
 
+def _open_chat_vector(
+    models: tuple[str, str, float], config: dict[str, Any], output: str | Path | None, stack: contextlib.ExitStack
+) -> ChatVector:
+    """Open the two models. Raises: InputError if they are quantised, of another architecture than `config`, or one."""
+    folders = [local_folder(name) for name in models[:2]]
+    if folders[0].resolve() == folders[1].resolve():
+        raise InputError(f"--chat_model and --chat_model_base are both {folders[0]}: their difference is nothing")
+    opened = []
+    for folder in folders:
+        if output is not None:
+            _check_apart(output, folder)
+        is_meta = is_meta_folder(folder)
+        theirs = meta_config(folder) if is_meta else _read_config(folder)
+        for name in ("quantization_config", *SAME_BASE):
+            if theirs.get(name) != config.get(name):
+                raise InputError(
+                    f"chat vector: {folder} has {name} {theirs.get(name)}, the model {config.get(name)}; need "
+                    "full-precision models of one architecture and size"
+                )
+        opened.append(stack.enter_context((open_meta_checkpoint if is_meta else open_checkpoint)(folder)))
+    return ChatVector(opened[0], opened[1], models[2])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    load_config(str(folder))  # names what is wrong with the file
+    return read_object(folder / "config.json")
+
+
+def _take_chat_template(tokenizer: PreTrainedTokenizerBase, chat_model: Path, notes: list[str]) -> None:
+    """Give a tokenizer without a chat template the chat model's, and say which one counts."""
+    theirs = load_tokenizer(chat_model).chat_template if has_tokenizer(chat_model) else None
+    if theirs is None or theirs == tokenizer.chat_template:
+        return
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = theirs
+        notes.append(f"the chat template is that of {chat_model}")
+    else:
+        notes.append(f"the chat template is the tokenizer's own, not that of {chat_model}")
+
+
+def _check_apart(output: str | Path, source: Path) -> None:
+    """Raises: InputError for output that would touch an input."""
+    target, source = Path(output).resolve(), source.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise InputError(f"--output_dir {output} and the input {source} overlap; pass another one")
+
+
 def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
     """The base's and the adapters' folders. Raises: InputError for output that would touch them."""
     base_folder = local_folder(base)
     adapter_folders = [local_folder(name) for name in adapters]
     if output is not None:
-        target = Path(output).resolve()
-        for source in (base_folder.resolve(), *(folder.resolve() for folder in adapter_folders)):
-            if target == source or source in target.parents or target in source.parents:
-                raise InputError(f"--output_dir {output} and the input {source} overlap; pass another one")
+        for source in (base_folder, *adapter_folders):
+            _check_apart(output, source)
     if len({folder.resolve() for folder in adapter_folders}) < len(adapter_folders):
         raise InputError(f"--lora_model {','.join(adapters)} names an adapter twice; it would be added twice")
     return base_folder, adapter_folders
@@ -175,5 +238,5 @@ def check_space(output: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise InputError(
-            f"no space for the merged model: it needs {num_bytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free"
+            f"no space for the new model: it needs {num_bytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free"
         )

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.machine import available_cores
+from ..weights.layers import renumbered
 from ..weights.names import EMBEDDING, HEAD, SCORE
 from ..weights.reader import Checkpoint, TensorSpec, row_blocks, row_shape
 from ..weights.streams import FileHasher, prefetch
+from .chat_vector import AddDifference, ChatVector
 from .config import AdapterConfig, LowRankFactors
 from .updates import AddBias, LowRank, Replace, ReplaceRows, Update, plan_updates
 
@@ -32,7 +34,7 @@ class _Stage:
     """One update of a weight with its tensors at hand."""
 
     adapter: int
-    update: Update
+    update: Update | AddDifference
     factors: LowRankFactors | None = None
     norm: Tensor | None = None  # DoRA on a transposed weight: (out,)
     values: Tensor | None = None  # replaced rows, or a bias change
@@ -57,7 +59,7 @@ class MergedWeight:
     source: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    updates: list[tuple[int, Update]] = field(default_factory=list)  # (adapter, update)
+    updates: list[tuple[int, Update | AddDifference]] = field(default_factory=list)  # (adapter, update)
 
 
 class MergedModel:
@@ -73,16 +75,19 @@ class MergedModel:
         adapters: Sequence[tuple[AdapterConfig, Checkpoint]],
         tied: bool,
         adapter_weights: Sequence[float] | None = None,
+        chat_vector: ChatVector | None = None,
     ):
         """Plan the merge.
 
         Args:
             tied: the base's config says that lm_head shares the weight of embed_tokens.
             adapter_weights: how much of each adapter's change is taken, 1 for all of it.
+            chat_vector: added to what the adapters make of the base, as one more of them.
         Raises: InputError if an adapter does not fit, listing all that is wrong with it.
         """
         self.base, self.adapters = base, adapters
         self.adapter_weights = list(adapter_weights or [1.0] * len(adapters))
+        self.chat_vector = chat_vector
         self.weights = {n: MergedWeight(n, i.dtype, i.shape) for n, i in base.tensors.items()}
         self.notes: list[str] = []  # decisions the user should hear of
         # |W' - W|^2 and |W|^2 of every changed weight, complete once it was streamed
@@ -95,6 +100,8 @@ class MergedModel:
             self.weights.pop(HEAD, None)
         for number in range(len(adapters)):
             self._add_adapter(number)
+        if chat_vector is not None:
+            self._add_chat_vector(chat_vector)
         if self.is_reward_model:
             self.weights.pop(HEAD, None)  # a reward model scores, it predicts no tokens
         elif self.tied and HEAD in base.tensors:  # written twice, as the base's files have it
@@ -132,6 +139,18 @@ class MergedModel:
             for name, weight in self.weights.items()
         ]
 
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Have these layers of the base alone, in this order; one may come more than once. Before anything streams."""
+        places: dict[int, list[int]] = {}
+        for new, old in enumerate(layers):
+            places.setdefault(old, []).append(new)
+        # In the base's order still, so that its files are read from front to back.
+        self.weights = {
+            new: dataclasses.replace(weight, updates=list(weight.updates))
+            for name, weight in self.weights.items()
+            for new in renumbered(name, places)
+        }
+
     # -------------------------------- planning
 
     def _add_adapter(self, number: int) -> None:
@@ -154,6 +173,16 @@ class MergedModel:
             weight.updates += [(number, step) for step in steps]
             if isinstance(steps[0], Replace):
                 weight.shape = tensors.shapes[steps[0].source]
+
+    def _add_chat_vector(self, vector: ChatVector) -> None:
+        shapes = {name: weight.shape for name, weight in self.weights.items() if _is_float(weight.dtype)}
+        for name, step in vector.plan(shapes).items():
+            self.weights[name].updates.append((len(self.adapters), step))
+        self.notes += vector.notes(self.vocab_size)
+
+    def _share(self, number: int) -> float:
+        """How much of a change is taken: of an adapter's, or of the chat vector behind them."""
+        return [*self.adapter_weights, self.chat_vector.share if self.chat_vector else 1.0][number]
 
     def _add_score_head(self, config: AdapterConfig, tensors: Checkpoint) -> None:
         """Room for the head that a reward model's adapter brings, where the base is a language model."""
@@ -297,12 +326,12 @@ class MergedModel:
         rows, _ = row_shape(self.base.tensors[weight.source].shape)
         return self.base.scan_rows(weight.source, min(start, rows), min(stop, rows), hasher)
 
-    def remaining_updates(self, weight: MergedWeight) -> list[tuple[int, Update]]:
+    def remaining_updates(self, weight: MergedWeight) -> list[tuple[int, Update | AddDifference]]:
         """The updates of a weight without those that a later one overwrites."""
         first = 0
         for place, (number, update) in enumerate(weight.updates):
             # Below 1 the replaced rows are mixed with what stood there before.
-            if isinstance(update, Replace) and self.adapter_weights[number] == 1.0:
+            if isinstance(update, Replace) and self._share(number) == 1.0:
                 first = place
         return weight.updates[first:]
 
@@ -315,7 +344,7 @@ class MergedModel:
                 stage.factors = update.load(read)
                 if stage.factors.needs_norm:
                     stage.norm = self._column_norm(weight, stages, stage, dtype)
-            elif not isinstance(update, Replace):
+            elif not isinstance(update, Replace | AddDifference):
                 stage.values = read(update.source).float()
             stages.append(stage)
         return stages
@@ -344,7 +373,7 @@ class MergedModel:
         for number, group in itertools.groupby(stages, key=lambda stage: stage.adapter):
             if number != stages[0].adapter:
                 rows = rows.to(dtype).float()  # as the file would hold it that this adapter was trained on
-            before, weight = rows, 1.0 if whole and number == stages[-1].adapter else self.adapter_weights[number]
+            before, weight = rows, 1.0 if whole and number == stages[-1].adapter else self._share(number)
             for stage in group:
                 rows = self._step(stage, rows, start, stop)
             if weight != 1.0:  # rows that only the adapter has are taken whole
@@ -355,6 +384,9 @@ class MergedModel:
         update = stage.update
         if isinstance(update, Replace):
             return self._replaced_rows(stage, start, stop)
+        if isinstance(update, AddDifference):
+            assert self.chat_vector is not None
+            return self.chat_vector.add(update, rows, start)
         if isinstance(update, LowRank):
             assert stage.factors is not None
             return update.merge_rows(stage.factors, rows, start, stage.norm)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..weights.config import model_of_shapes
 from ..weights.names import EMBEDDING, FUSED_PARTS, HEAD, Experts, find_spelling
 from ..weights.reader import TensorSpec, row_shape
 from .inputs import MergeInputs
@@ -30,7 +31,7 @@ class StreamedModel:
 
     def __init__(self, inputs: MergeInputs, flag: str):
         """`flag`: what asked for it. Raises: InputError naming it for models that are built otherwise than Llama."""
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING
 
         self._merged = inputs.model
         self._shapes = {name: weight.shape for name, weight in inputs.model.weights.items()}
@@ -44,9 +45,8 @@ class StreamedModel:
         if kind not in CONFIG_MAPPING or EMBEDDING not in self._shapes:
             raise InputError(self._unsupported)
         config = CONFIG_MAPPING[kind].from_dict(inputs.config)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        self.model = model.eval()
+        config._attn_implementation = "sdpa"
+        self.model: Any = model_of_shapes(config).eval()
         inner: Any = getattr(self.model, "model", None)
         if not hasattr(inner, "layers") or not hasattr(inner, "rotary_emb"):
             raise InputError(self._unsupported)

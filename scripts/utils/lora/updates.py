@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..weights.names import ADAPTER_CONFIG, EMBEDDING, EXPERT, FUSED_PARTS, HEAD, Experts, find_spelling
+from ..weights.names import (
+    ADAPTER_CONFIG,
+    EMBEDDING,
+    EXPERT,
+    FUSED_PARTS,
+    HEAD,
+    Experts,
+    expert_part,
+    find_spelling,
+)
 from .config import AdapterConfig, LowRankFactors
 
 
@@ -259,7 +268,7 @@ class _Planner:
             self.problems.append(f"{name} has rank {rank}, {ADAPTER_CONFIG} says {self.config.rank_of(key)}")
 
     def _fused_experts(self, module: str, name_A: str, name_B: str) -> bool:
-        """PEFT on transformers 5 adapts Mixtral's fused experts: A (E * rank, in), B (out, rank * E).
+        """PEFT adapts the fused experts of transformers 5 so: A (E * rank, in), B (out, rank * E).
 
         `experts` and `experts.base_layer` say only how the wrappers are nested; the shapes tell gate_up from down.
         """
@@ -290,13 +299,14 @@ class _Planner:
         return True
 
     def _one_expert(self, module: str, name_A: str, name_B: str) -> bool:
-        """Chinese-Mixtral's adapters name experts one by one (experts.3.w1); here onto a base that has them fused."""
+        """Adapters of linear experts name them one by one (experts.3.w1), as Chinese-Mixtral's; here onto stacks."""
         match = EXPERT.fullmatch(f"{module}.weight")
         experts = Experts.of(module, self.weights)
         if match is None or experts is None or int(match[2]) >= experts.count:
             return False
-        weight, place = experts.find(int(match[2]), match[3])
-        shape = (experts.hidden, experts.inner) if match[3] == "w2" else (experts.inner, experts.hidden)
+        part = expert_part(match[3])
+        weight, place = experts.find(int(match[2]), part)
+        shape = (experts.hidden, experts.inner) if part == "w2" else (experts.inner, experts.hidden)
         shape_A, shape_B = self.tensors[name_A], self.tensors[name_B]
         if (shape_B[0], shape_A[1]) != shape or shape_A[0] != shape_B[1]:
             self.problems.append(

@@ -28,6 +28,7 @@ from ..text.tokenizer import encode_raw
 from ..weights.names import EMBEDDING, FUSED_PARTS, Experts
 from ..weights.reader import Checkpoint, open_checkpoint, row_blocks, row_shape
 from ..weights.streams import prefetch
+from .chat_vector import AddDifference
 from .inputs import MergeInputs
 from .merged_model import MergedModel
 from .streamed_model import StreamedModel
@@ -239,6 +240,7 @@ class _AdaptedWeight:
         self.source = model.base.tensors[self.weight.source]
         self.stages: list[_Stage] = []
         for number, update in model.remaining_updates(self.weight):
+            assert not isinstance(update, AddDifference), "the merge refuses --verify with a chat vector"
             if region and isinstance(update, LowRank) and update.place and not _overlap(update.place, region):
                 continue
             stage = _Stage(number, update)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.files import hash_file, hash_json, unfinished_folder
 from ..core.machine import peak_resident_bytes
 from ..weights.meta_writer import plan_meta_checkpoint, write_meta_checkpoint
-from ..weights.reader import BLOCK_BYTES, TensorSpec
+from ..weights.reader import BLOCK_BYTES, Checkpoint, TensorSpec
 from ..weights.streams import QUEUE_LENGTH, WRITE_BYTES, FileHasher
 from ..weights.writer import plan_shards, safetensors_header, write_index, write_shard
 from .inputs import MergeInputs
@@ -22,7 +22,7 @@ from .manifest import Progress, describe_folder
 from .merged_model import worker_count
 from .updates import LowRank
 
-FORMAT = 1  # of what is written; a merge is not resumed from another one
+FORMAT = 2  # of what is written; a merge is not resumed from another one
 
 
 class MergeWriter:
@@ -32,7 +32,13 @@ class MergeWriter:
         self.inputs, self.model, self.specs = inputs, inputs.model, list(specs)
         self.num_bytes = sum(spec.num_bytes for spec in self.specs)
         self._hasher = FileHasher()
-        self._adapter_hashes: dict[Path, Future[str]] = {}
+        self._other_hashes: dict[Path, Future[str]] = {}
+
+    @property
+    def _others(self) -> list[Checkpoint]:
+        """What is merged into the base, opened."""
+        vector = self.model.chat_vector
+        return [*(opened for _, opened in self.model.adapters), *([vector.tuned, vector.plain] if vector else [])]
 
     # -------------------------------- before writing
 
@@ -43,12 +49,14 @@ class MergeWriter:
     @property
     def key(self) -> str:
         """What decides every byte of the result, hashed: an interrupted merge of the same key can go on."""
-        opened = [self.model.base, *(checkpoint for _, checkpoint in self.model.adapters)]
+        opened = [self.model.base, *self._others]
         files = [file for checkpoint in opened for file in checkpoint.files]
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        specs = [(spec.name, str(spec.dtype), spec.shape) for spec in self.specs]
+        sources = self.model.weights
+        specs = [(spec.name, str(spec.dtype), spec.shape, sources[spec.name].source) for spec in self.specs]
         settings = [config.__dict__ | {"folder": str(config.folder)} for config, _ in self.model.adapters]
-        return hash_json([FORMAT, stats, specs, settings, self.model.adapter_weights, self.files()])
+        shares = [*self.model.adapter_weights, self.model.chat_vector.share if self.model.chat_vector else None]
+        return hash_json([FORMAT, stats, specs, settings, shares, self.files()])
 
     def expected_memory(self) -> int:
         """Bytes of peak memory: what the process has now, the blocks on their way, and the largest factors."""
@@ -87,9 +95,9 @@ class MergeWriter:
         """
         Progress(folder).discard_rest()
         with ThreadPoolExecutor(1) as pool:
-            # Adapters are read in the order of the base, so their hashes are taken beside that.
-            files = [file for _, checkpoint in self.model.adapters for file in checkpoint.files]
-            self._adapter_hashes = {file: pool.submit(hash_file, file) for file in files}
+            # The others are read in the order of the base, so their hashes are taken beside that.
+            files = [file for checkpoint in self._others for file in checkpoint.files]
+            self._other_hashes = {file: pool.submit(hash_file, file) for file in files}
             return self._write(folder, progress)
 
     def _write(self, folder: Path, progress: Callable[[int], Any]) -> dict[str, str]:
@@ -105,11 +113,13 @@ class MergeWriter:
     def describe_inputs(self) -> dict[str, Any]:
         """The input folders with every file's size and SHA-256; after `write`."""
         base = {file: self._hasher.finish(file) for file in self.model.base.files}
-        adapters = [
-            describe_folder(config.folder, {file: self._adapter_hashes[file].result() for file in checkpoint.files})
-            for config, checkpoint in self.model.adapters
+        others = [
+            describe_folder(checkpoint.folder, {file: self._other_hashes[file].result() for file in checkpoint.files})
+            for checkpoint in self._others
         ]
+        adapters, vector = others[: len(self.model.adapters)], others[len(self.model.adapters) :]
         described = {"base": describe_folder(self.inputs.base_folder, base), "adapters": adapters}
+        described |= {"chat_vector": vector} if vector else {}
         if self.inputs.tokenizer is not None:
             described["tokenizer"] = describe_folder(Path(self.inputs.tokenizer.name_or_path), {})
         return described

@@ -185,11 +185,13 @@ class LossHead(nn.Linear):
     """
 
     request: LossRequest | None = None
+    has_answered = False
 
     def forward(self, input: Tensor) -> Tensor:
         """input (B, T, H) -> logits (B, T, V), or what `request` asks for."""
         if self.request is None:
             return super().forward(input)
+        self.has_answered = True
         targets, kind = self.request.targets, self.request.kind
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
@@ -226,9 +228,26 @@ def install_loss_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise InputError(f"{type(model).__name__} has no plain lm_head; need a Llama-family causal language model")
+    model.set_output_embeddings(_as_loss_head(head))
+
+
+def _as_loss_head(head: nn.Linear) -> LossHead:
     replacement = LossHead(head.in_features, head.out_features, bias=False, device="meta")
     replacement.weight = head.weight
-    model.set_output_embeddings(replacement)
+    return replacement
+
+
+def restore_loss_heads(wrapped: nn.Module) -> None:
+    """Let the trained copies of a LossHead be LossHeads in a PEFT model, too.
+
+    Where the head is tied to embeddings that are trained whole, PEFT makes a plain Linear around their matrix.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in wrapped.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and isinstance(wrapper.original_module, LossHead):
+            for name, head in wrapper.modules_to_save.items():
+                wrapper.modules_to_save[name] = head if isinstance(head, LossHead) else _as_loss_head(head)
 
 
 @contextlib.contextmanager
@@ -246,9 +265,11 @@ def loss_targets(
     heads = [module for module in model.modules() if isinstance(module, LossHead)]
     assert heads, "install_loss_head comes first"
     for head in heads:
-        head.request = LossRequest(targets, kind, temperature)
+        head.request, head.has_answered = LossRequest(targets, kind, temperature), False
     try:
         yield
+        # Else its logits would be taken for losses, and their sum be trained.
+        assert any(head.has_answered for head in heads), "the head that computed is no LossHead"
     finally:
         for head in heads:
             head.request = None

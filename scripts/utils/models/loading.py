@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
 import json
 import logging
@@ -13,7 +15,7 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, ModelArguments
 from ..core.errors import InputError
-from ..weights.config import folder_or_hub_id, load_config
+from ..weights.config import folder_or_hub_id, load_config, model_of_shapes
 from ..weights.model_folder import (
     LANGUAGE_MODEL,
     check_padding,
@@ -22,6 +24,7 @@ from ..weights.model_folder import (
     read_model,
     some_of,
 )
+from .experts import check_linear_experts, gather_with_experts, linear_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,9 +75,21 @@ def quantization_config(bits: int, quant_type: str, double_quant: bool, compute_
 
 
 def check_loading(args: ModelArguments) -> None:
-    """Raises: InputError if a package that loading needs is not installed."""
+    """Raises: InputError if a package that loading needs is not installed, or a run would spread k-bit weights."""
     choose_attention(args.attn_implementation)
     quantization_config(args.load_in_kbits, args.quant_type, args.double_quant, torch.float32)
+    if args.load_in_kbits != 16 and zero3_is_on():
+        raise InputError(
+            f"--load_in_kbits {args.load_in_kbits} with --deepspeed stage 3: such weights are not spread over the "
+            "processes here; pass scripts/configs/ds_zero2_no_offload.json, or leave --load_in_kbits out"
+        )
+
+
+def zero3_is_on() -> bool:
+    """Whether weights are to be spread by DeepSpeed ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
 
 
 def training_dtype(dtype: str, compute_dtype: torch.dtype, full_finetuning: bool = False) -> str:
@@ -96,6 +111,7 @@ def load_model(
     compute_dtype: torch.dtype,
     device_map: Any = None,
     auto_class: str = LANGUAGE_MODEL,
+    adapts_experts: bool = False,
     **config: Any,
 ) -> PreTrainedModel:
     """Load a model's weights; what is damaged, missing or of another shape is named before anything slow.
@@ -103,6 +119,7 @@ def load_model(
     Args:
         compute_dtype: the type arithmetic runs in; k-bit weights are dequantised to it.
         auto_class: the class of transformers that loads it.
+        adapts_experts: a mixture's experts are to be linear layers, as they always are in k bits; see models.experts.
         config: settings that replace those of the model's config.
     Raises: InputError.
     """
@@ -120,21 +137,28 @@ def load_model(
         dtype = compute_dtype
     # None would replace what the config of a quantised folder says.
     settings = {} if quantization is None else {"quantization_config": quantization}
-    with loadable_folder(checkpoint) as folder:
+    shaped = copy.deepcopy(found.config)
+    shaped.update(config)
+    as_layers = adapts_experts or quantization is not None
+    if as_layers:
+        check_linear_experts(found, "LoRA on experts" if quantization is None else f"{args.load_in_kbits} bits")
+    with loadable_folder(checkpoint) as folder, linear_experts(shaped) if as_layers else contextlib.nullcontext():
         model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
             str(folder),
+            config=shaped,
             dtype=dtype,
             attn_implementation=choose_attention(args.attn_implementation),
             device_map=device_map,
             **settings,
             **loading_settings(checkpoint),
-            **config,
         )
     # What adapters record as their base.
     model.config.name_or_path = model.name_or_path = folder_or_hub_id(args.model_name_or_path)
     if checkpoint.wrapper:
         del model._weight_conversions  # else save_pretrained would put the wrapper's name back
     _pack_whole_blocks_only(model)
+    if as_layers and zero3_is_on():
+        gather_with_experts(model)
     return model
 
 
@@ -149,8 +173,6 @@ def _pack_whole_blocks_only(model: PreTrainedModel) -> None:
 
 def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
     """--config_name with --config_overrides and `vocabulary` rows. Raises: InputError, also for impossible shapes."""
-    from transformers import AutoModelForCausalLM
-
     assert args.config_name is not None
     path = Path(args.config_name).expanduser()
     config = load_config(str(path.parent if path.name == "config.json" else path)) if path.exists() else None
@@ -162,8 +184,7 @@ def new_config(args: ExtendArguments, vocabulary: int) -> PreTrainedConfig:
     config.vocab_size = vocabulary
     check_padding(f"--config_name {args.config_name}", config)
     try:
-        with torch.device("meta"):  # shapes only, no memory
-            AutoModelForCausalLM.from_config(config)
+        model_of_shapes(config)
     except Exception as error:  # whatever a model's code makes of sizes that do not go together
         changes = f" --config_overrides {args.config_overrides}" if args.config_overrides else ""
         raise InputError(f"--config_name {args.config_name}{changes}: {error}") from None

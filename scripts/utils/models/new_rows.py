@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..text.tokenizer import (
@@ -17,11 +18,17 @@ from ..text.tokenizer import (
     segment_with,
     vocabulary_end,
 )
-from ..weights.config import local_folder
+from ..weights.config import load_config, local_folder
+from ..weights.names import is_embedding
 from .gathering import full_shape, gathered_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+UNTRAINED = "embed_tokens and lm_head are not trained; pass --modules_to_save embed_tokens,lm_head too"
 
 
 def refuse_untrained_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -55,6 +62,53 @@ def extend_vocabulary(
         model.resize_token_embeddings(embedding_rows(tokenizer), mean_resizing=False)
     initialise_rows(model, old_tokenizer, tokenizer, method, first_new, seed)
     return end - first_new
+
+
+def first_new_row(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The first row that the tokenizer adds to a model's embeddings. Raises: InputError if it adds none."""
+    old_tokenizer, rows = find_tokenizer(model_name_or_path), load_config(model_name_or_path).vocab_size
+    first: int = rows if old_tokenizer is None else min(rows, vocabulary_end(old_tokenizer))
+    if vocabulary_end(tokenizer) <= first:
+        raise InputError(
+            f"--train_new_rows_only: {tokenizer.name_or_path} adds no token to the {first} of {model_name_or_path}; "
+            "pass the larger tokenizer, or leave it out"
+        )
+    return first
+
+
+def freeze_all_but_new_rows(model: nn.Module, model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of what is trained, leave embed_tokens and lm_head alone; LoRA layers stay as they are.
+
+    Returns: the first row to train, for rows_from. Raises: InputError if they are not trained, or have no new rows.
+    """
+    first = first_new_row(model_name_or_path, tokenizer)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    kept = {name: weight for name, weight in trained.items() if is_embedding(name) and ".lora_" not in name}
+    if not kept:
+        raise InputError(f"--train_new_rows_only: {UNTRAINED}")
+    for name, weight in trained.items():
+        weight.requires_grad_(name in kept)
+    count = sum(weight.shape[1] * (weight.shape[0] - first) for weight in kept.values())
+    logger.info(
+        "rows from %d on of embed_tokens and lm_head are trained, %s weights, and nothing else", first, f"{count:,}"
+    )
+    return first
+
+
+def rows_from(weight: nn.Parameter, first: int) -> nn.Parameter:
+    """The rows of a weight from `first` on as a parameter of their own, for an optimizer, in the weight's memory.
+
+    Whenever the weight gets a gradient, the rows get theirs, and that of the rows before becomes 0.
+    """
+    rows = nn.Parameter(weight.data[first:])
+
+    def share(weight: Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad[:first] = 0  # so that it does not count for --max_grad_norm
+        rows.grad = weight.grad[first:]
+
+    weight.register_post_accumulate_grad_hook(share)
+    return rows
 
 
 def check_extends(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:

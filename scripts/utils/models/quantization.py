@@ -21,6 +21,7 @@ from ..core.arguments import ModelArguments
 from ..core.errors import InputError
 from ..core.records import iter_document_batches, list_data_files
 from ..text.tokenizer import encode_raw, encode_texts, start_ids
+from ..weights.config import expert_count
 from ..weights.names import ADAPTER_CONFIG
 from ..weights.reader import open_checkpoint
 from .loading import load_model
@@ -91,7 +92,7 @@ def check_scheme(scheme: Scheme, folder: Path, config: PreTrainedConfig) -> None
             "pip install bitsandbytes" if scheme.method in BITSANDBYTES else "pip install -r requirements-quantize.txt"
         )
         raise InputError(f"--method {scheme.method} needs the package {package}: {remedy}")
-    if any(getattr(config, name, None) for name in ("num_local_experts", "num_experts")):
+    if expert_count(config):
         raise InputError(
             f"{folder} is a mixture of experts: transformers holds a layer's experts in one tensor, which --method "
             f"{scheme.method} leaves in full precision or saves in a form transformers cannot load; "

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T positions, D the dimensions of a head.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -137,19 +138,26 @@ def rope_overrides(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-def scale_settings(settings: Mapping[str, Any], args: RopeArguments) -> dict[str, Any]:
-    """scale_rope for the content of a config.json, as a file that keeps one rotation for all texts can hold it.
+def scaled_config(config: PreTrainedConfig, args: RopeArguments, engine: str) -> PreTrainedConfig:
+    """A copy of a config after scale_rope, for `engine`, which has one rotation for all texts; none: as it is.
 
     Raises: InputError as scale_rope, and for auto-ntk.
     """
+    _check_arguments(args)
+    scaled = copy.deepcopy(config)
+    if args.rope_scaling != "none":
+        scale_rope(scaled, args)
+        need_one_rotation(scaled, engine)
+    return scaled
+
+
+def scale_settings(settings: Mapping[str, Any], args: RopeArguments) -> dict[str, Any]:
+    """scaled_config for the content of a config.json, in whatever file it goes."""
     from transformers import AutoConfig
 
+    config = scaled_config(AutoConfig.for_model(**settings), args, "a model's file")
     if args.rope_scaling == "none":
-        _check_arguments(args)
         return dict(settings)
-    config = AutoConfig.for_model(**settings)
-    scale_rope(config, args)
-    need_one_rotation(config, "a GGUF file")
     kept = {key: value for key, value in settings.items() if key not in ("rope_theta", "rope_scaling")}
     return kept | rope_overrides(config)
 

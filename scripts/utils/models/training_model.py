@@ -14,24 +14,41 @@ from torch import nn
 
 from ..core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from ..core.errors import InputError
-from ..lora.adapter_folder import load_with_peft, read_adapter
+from ..lora.adapter_folder import load_with_peft, names_experts, read_adapter
 from ..lora.config import load_adapter_config, resolve_target_modules
-from ..lora.updates import peft_spelling
+from ..lora.updates import Replace, ReplaceRows, peft_spelling
 from ..text.tokenizer import embedding_rows
-from ..weights.config import local_folder
-from ..weights.model_folder import read_model
-from ..weights.names import EMBEDDING, HEAD, SCORE
+from ..weights.config import expert_count, load_config, local_folder, model_of_shapes
+from ..weights.model_folder import ModelFolder, read_model
+from ..weights.names import EMBEDDING, EXPERT_PARTS, HEAD, SCORE, is_embedding
 from ..weights.reader import open_checkpoint
+from .experts import check_linear_experts
 from .gathering import full_shape
-from .lm_loss import install_loss_head
+from .lm_loss import LossHead, install_loss_head, restore_loss_heads
 from .loading import check_loading, create_model, load_model, new_config, training_dtype
-from .new_rows import check_extends, extend_vocabulary, find_tokenizer, refuse_untrained_rows
+from .new_rows import (
+    UNTRAINED,
+    check_extends,
+    extend_vocabulary,
+    find_tokenizer,
+    first_new_row,
+    refuse_untrained_rows,
+)
+from .rope import rope_overrides, scaled_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+# The loss in chunks is computed in the head itself, which has to have the whole matrix.
+UPDATED_HEAD = (
+    "it updates lm_head by parts (low-rank, or some rows), which cannot be trained on here; merge it with "
+    "run_merge.sh, and begin a new adapter with --modules_to_save embed_tokens,lm_head"
+)
+# Names of --target_modules that mean experts and routers in a mixture.
+ROUTED = {"gate", *EXPERT_PARTS[0], *EXPERT_PARTS[1]}
+TRAINING = "training"  # as an engine: it rotates all texts alike
 HEADS = tuple(name.removesuffix(".weight") for name in (HEAD, SCORE))
 
 
@@ -56,7 +73,17 @@ def build_training_model(
         device_map = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
         dtype: Any = training_dtype(model_args.dtype, compute_dtype, lora_args.full_finetuning)
         args = replace(model_args, dtype=dtype)
-        model = load_model(args, compute_dtype, device_map if model_args.load_in_kbits != 16 else None)
+        window = {}
+        if extend_args.rope_scaling != "none":
+            config = read_model(str(model_args.model_name_or_path)).config
+            window = rope_overrides(scaled_config(config, extend_args, TRAINING))
+        model = load_model(
+            args,
+            compute_dtype,
+            device_map if model_args.load_in_kbits != 16 else None,
+            adapts_experts=adapts_experts(lora_args, load_config(str(model_args.model_name_or_path))),
+            **window,
+        )
         old_tokenizer = find_tokenizer(model_args.model_name_or_path)
         added = extend_vocabulary(model, old_tokenizer, tokenizer, extend_args.embedding_init, seed)
         if added:
@@ -73,22 +100,38 @@ def check_training_request(
     lora_args: LoraArguments,
     tokenizer: PreTrainedTokenizerBase,
     length: int = 0,
+    full_rows: bool = False,
 ) -> None:
     """Find, before data is read, what would fail once weights are loaded.
 
-    Args: length: the longest row in tokens; beyond the model's window there is a warning.
+    Args:
+        length: the longest row in tokens; beyond the model's window there is a warning.
+        full_rows: all rows are that long; beyond the window that is an error.
     Raises: InputError.
     """
     check_loading(model_args)
     if extend_args.config_name:
+        if extend_args.train_new_rows_only:
+            raise InputError("--train_new_rows_only: in a model from scratch all rows are new; leave it out")
         if not lora_args.full_finetuning:
             raise InputError("--config_name makes a model from scratch: add --full_finetuning")
-        warn_beyond_window(new_config(extend_args, embedding_rows(tokenizer)), length)
+        if extend_args.rope_scaling != "none":
+            raise InputError(
+                f"--rope_scaling {extend_args.rope_scaling} makes the window of a trained model longer; a model from "
+                "scratch has the one that its config says: --config_overrides max_position_embeddings=16384"
+            )
+        _check_window(new_config(extend_args, embedding_rows(tokenizer)), length, full_rows)
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
     base = read_model(model_args.model_name_or_path)
-    warn_beyond_window(base.config, length)
+    if extend_args.rope_scaling != "none" and not lora_args.full_finetuning:
+        raise InputError(
+            f"--rope_scaling {extend_args.rope_scaling}: an adapter has no config that would carry the longer window "
+            "on; make a base with it first (merge_llama2_with_chinese_lora_low_mem.py --base_model BASE --output_dir "
+            f"LONG --rope_scaling {extend_args.rope_scaling}) and train on that, or add --full_finetuning"
+        )
+    _check_window(scaled_config(base.config, extend_args, TRAINING), length, full_rows)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
@@ -97,12 +140,57 @@ def check_training_request(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
         )
     check_modules(lora_args, base.config)
+    check_experts(model_args, lora_args, base)
     trained = set(split_names(lora_args.modules_to_save))
     if lora_args.adapter_name_or_path:
-        trained = set(read_adapter(lora_args.adapter_name_or_path, base).config.modules_to_save)
+        adapter = read_adapter(lora_args.adapter_name_or_path, base)
+        trained = set(adapter.config.modules_to_save)
+        of_head = any(not isinstance(update, Replace) for update in adapter.updates.get(HEAD, ()))
+        rows = any(isinstance(update, ReplaceRows) for update in adapter.updates.get(EMBEDDING, ()))
+        if of_head or (rows and base.config.tie_word_embeddings):
+            raise InputError(f"--adapter_name_or_path {lora_args.adapter_name_or_path}: {UPDATED_HEAD}")
+    if extend_args.train_new_rows_only:
+        if not (lora_args.full_finetuning or any(map(is_embedding, trained))):
+            raise InputError(f"--train_new_rows_only: {UNTRAINED}")
+        first_new_row(model_args.model_name_or_path, tokenizer)
     may_grow = lora_args.full_finetuning or extend_args.resize_embeddings or {"embed_tokens", "lm_head"} <= trained
     if not may_grow:
         refuse_untrained_rows(tokenizer, base.config.vocab_size)
+
+
+def adapts_experts(args: LoraArguments, config: PreTrainedConfig) -> bool:
+    """Whether a mixture's experts or routers get a LoRA update of their own, and so must be linear layers."""
+    if args.full_finetuning or not expert_count(config):
+        return False
+    if args.adapter_name_or_path:
+        return names_experts(args.adapter_name_or_path)
+    targets = {name.rpartition(".")[2] for name in resolve_target_modules(args.target_modules, config)}
+    return not targets.isdisjoint(ROUTED)
+
+
+def check_experts(model_args: ModelArguments, lora_args: LoraArguments, base: ModelFolder) -> None:
+    """Raises: InputError where a mixture is to be trained in a way that its experts cannot be."""
+    if not expert_count(base.config):
+        if lora_args.output_router_logits:
+            raise InputError(
+                f"--output_router_logits: {base.folder} is a {base.config.model_type} model, which has no router; "
+                "leave it out"
+            )
+        return
+    if model_args.load_in_kbits != 16:
+        check_linear_experts(base, f"--load_in_kbits {model_args.load_in_kbits}")
+        if lora_args.adapter_name_or_path and not names_experts(lora_args.adapter_name_or_path, True):
+            raise InputError(
+                f"--adapter_name_or_path {lora_args.adapter_name_or_path} holds a layer's experts in stacks, which "
+                f"--load_in_kbits {model_args.load_in_kbits} cannot take: leave the latter out, or merge the adapter"
+            )
+    elif adapts_experts(lora_args, base.config):
+        check_linear_experts(base, f"--target_modules {lora_args.target_modules}")
+    elif lora_args.target_modules in ("all", "all-linear") and not lora_args.full_finetuning:
+        logger.warning(
+            "--target_modules all: the experts of a %s model are one tensor a layer and get no update",
+            base.config.model_type,
+        )
 
 
 def split_names(names: str | None) -> list[str]:
@@ -117,8 +205,6 @@ def check_modules(
 
     Args: auto_class, settings: as load_model has them.
     """
-    import transformers
-
     if args.full_finetuning or args.adapter_name_or_path:
         return
     if "lm_head" in resolve_target_modules(args.target_modules, config):
@@ -128,8 +214,7 @@ def check_modules(
         return
     shaped = copy.deepcopy(config)
     shaped.update(settings)
-    with torch.device("meta"):  # names only, no memory
-        names = [name for name, _ in getattr(transformers, auto_class).from_config(shaped).named_modules()]
+    names = [name for name, _ in model_of_shapes(shaped, auto_class).named_modules()]
     # As PEFT takes them: a module's name, or the end of its path.
     if unknown := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in names)]:
         known = dict.fromkeys(path.rpartition(".")[2] for path in names)
@@ -137,6 +222,17 @@ def check_modules(
         raise InputError(
             f"--modules_to_save {args.modules_to_save}: no module is called {', '.join(unknown)}; the model has {has}"
         )
+
+
+def _check_window(config: PreTrainedConfig, length: int, full_rows: bool) -> None:
+    """Raises: InputError where all rows are longer than the window; where some may be, it is said."""
+    window = getattr(config, "max_position_embeddings", None)
+    if full_rows and window is not None and length > window:
+        raise InputError(
+            f"--block_size {length}: the model's window has {window} tokens, by the max_position_embeddings of its "
+            f"config; lower it, or make the window longer: --rope_scaling yarn --rope_factor {-(-length // window)}"
+        )
+    warn_beyond_window(config, length)
 
 
 def warn_beyond_window(config: PreTrainedConfig, length: int) -> None:
@@ -175,6 +271,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
         saved = split_names(args.modules_to_save)
         if "lm_head" in targets:
             raise InputError("lm_head cannot be in --target_modules; train it whole with --modules_to_save lm_head")
+        is_tied = bool(model.config.tie_word_embeddings)
         config = LoraConfig(
             task_type=task_type,
             r=args.lora_rank,
@@ -184,9 +281,13 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
             modules_to_save=saved or None,
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
-            ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
+            ensure_weight_tying=is_tied and not {"embed_tokens", "lm_head"}.isdisjoint(saved),
         )
         wrapped = get_peft_model(model, config)
+    restore_loss_heads(wrapped)
+    for wrapper in wrapped.modules():  # PEFT may have wrapped a head that is tied to what the adapter updates
+        if isinstance(getattr(wrapper, "base_layer", None), LossHead):
+            raise InputError(UPDATED_HEAD)
     for config in wrapped.peft_config.values():
         if isinstance(config.target_modules, set):  # whose order in adapter_config.json changes from run to run
             config.target_modules = sorted(config.target_modules)
@@ -212,17 +313,18 @@ def convert_at_borders(wrapped: nn.Module) -> None:
             continue
         is_head = name.endswith(HEADS)  # nothing comes behind a head, and its results stay as exact as they are
         for module in wrapper.modules_to_save.values():
-            module.register_forward_pre_hook(_take_float32)
+            module.register_forward_pre_hook(_take)
             if not is_head:
-                module.register_forward_hook(partial(_give, base))
+                module.register_forward_hook(partial(_give, wrapper.original_module))
 
 
-def _take_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_convert(value, torch.float32) for value in inputs)
+# Types are read in each pass: DeepSpeed converts all weights of a model once it has it.
+def _take(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_convert(value, next(module.parameters()).dtype) for value in inputs)
 
 
-def _give(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Any) -> Any:
-    return _convert(output, dtype)
+def _give(original: nn.Module, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return _convert(output, next(original.parameters()).dtype)
 
 
 def _convert(value: Any, dtype: torch.dtype) -> Any:
@@ -271,8 +373,8 @@ def train_flops_per_token(model: nn.Module, tokens_per_row: float) -> float:
         if "embed_tokens" in name or ".original_module." in name:
             continue
         count = count_weights(parameter)
-        if getattr(config, "num_local_experts", None) and ".experts." in name:
-            count = count * config.num_experts_per_tok // config.num_local_experts
+        if ".experts." in name:
+            count = count * config.num_experts_per_tok // expert_count(config)
         trained, frozen = (trained + count, frozen) if parameter.requires_grad else (trained, frozen + count)
     if getattr(config, "tie_word_embeddings", False):
         trained += config.vocab_size * config.hidden_size

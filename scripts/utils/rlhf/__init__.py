@@ -1,6 +1,7 @@
 """RLHF: objectives, the reward model, rollouts, and the Trainers of rm.py, ppo.py and dpo.py.
 
-  arguments       flags of ppo.py that its Trainer obeys: how answers are sampled, and the algorithm
+  arguments       flags of rm.py, ppo.py and dpo.py: learning from pairs, how answers are sampled and rewarded, the
+                  algorithm
   objectives      pure functions on log-probabilities, values, rewards and scores
   reward_model    a backbone with a scalar head, read at an answer's last token; loading one, and scoring with it
   actor_critic    the policy that is trained, and what estimates the rewards still to come

@@ -1,13 +1,118 @@
-"""Flags of ppo.py that its Trainer obeys: how answers are sampled, and the algorithm."""
+"""Flags of rm.py, ppo.py and dpo.py: learning from pairs, how answers are sampled and rewarded, the algorithm."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..core.arguments import GenerationArguments, arg, list_arg
-from ..core.errors import raise_problems
+from ..core.errors import InputError, raise_problems
+
+
+@dataclass
+class RewardModelArguments:
+    """How pairs are encoded and what is learnt of them; or what is to be scored."""
+
+    max_seq_length: int = arg(
+        1024, help="Longest prompt with its answer, in tokens; longer answers are cut at the right."
+    )
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
+    )
+    use_margin: bool = arg(False, help="Demand that scores differ by the record's 'margin' (0 where it has none).")
+    centering: float = arg(
+        0.01, help="Weight of (chosen + rejected)^2 in the loss, which keeps the mean score near 0; 0: none."
+    )
+    score: str | None = arg(
+        help="Train nothing: score the texts or pairs of this file with the reward model in --model_name_or_path."
+    )
+    output_file: str = arg("scores.jsonl", help="Where --score writes, one record a line.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_seq_length < 8:
+            problems.append(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
+        if self.centering < 0:
+            problems.append(f"--centering {self.centering}: need 0 or more")
+        if self.score and Path(self.output_file).suffix != ".jsonl":
+            problems.append(f"--output_file {self.output_file}: need a name that ends in .jsonl")
+        raise_problems(problems)
+
+
+@dataclass
+class PreferenceArguments:
+    """What is learned from a pair, and against which reference."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = arg(
+        "sigmoid", help="sigmoid is DPO; ipo and hinge need a reference too; orpo and simpo need none."
+    )
+    beta: float | None = arg(
+        help="Sigmoid, ipo, hinge: larger keeps the policy nearer to the reference; orpo: weight of the preference "
+        "beside the SFT loss; simpo: scale of the reward. Default: 0.1, simpo 2.0."
+    )
+    label_smoothing: float = arg(0.0, help="Sigmoid: the share of pairs believed to be swapped, 0 <= share < 0.5.")
+    simpo_gamma: float | None = arg(help="Simpo: the reward margin wanted. Default: 1.0.")
+    sft_weight: float = arg(
+        0.0, help="Add this many times the chosen answer's mean negative log-likelihood (RPO); 0: nothing."
+    )
+    precompute_reference: bool = arg(
+        False,
+        help="Compute the reference's log-probabilities once before training, into the cache, instead of in every "
+        "step; always so with --full_finetuning and --reference_model.",
+    )
+    reference_model: str | None = arg(
+        help="The reference, if it is not the model that training starts from; in memory only before training."
+    )
+    max_seq_length: int = arg(1024, help="Longest prompt with one answer, in tokens; longer answers are cut.")
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
+    )
+
+    def __post_init__(self) -> None:
+        free = self.loss in ("orpo", "simpo")
+        problems = []
+        if self.beta is not None and not self.beta > 0:
+            problems.append(f"--beta {self.beta}: need a number above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            problems.append(f"--label_smoothing {self.label_smoothing}: it is a share, need 0 <= share < 0.5")
+        if self.label_smoothing and self.loss != "sigmoid":
+            problems.append(f"--label_smoothing is for --loss sigmoid, {self.loss} has none; leave it out")
+        if self.simpo_gamma is not None and (self.loss != "simpo" or self.simpo_gamma < 0):
+            problems.append(f"--simpo_gamma {self.simpo_gamma}: need --loss simpo and a number from 0")
+        if self.sft_weight < 0:
+            problems.append(f"--sft_weight {self.sft_weight}: need 0 or more")
+        if free and (self.precompute_reference or self.reference_model):
+            problems.append(
+                f"--loss {self.loss} uses no reference; leave out --precompute_reference and --reference_model"
+            )
+        if self.max_seq_length < 8:
+            problems.append(f"--max_seq_length {self.max_seq_length}: need at least 8 tokens")
+        raise_problems(problems)
+
+
+# ---------------------------------------------------------------- PPO
+
+
+@dataclass
+class RewardArguments:
+    """What is rewarded: a reward model, a function, or both weighted."""
+
+    reward_model: str | None = arg(help="Folder of a reward model made by rm.py, complete or an adapter.")
+    reward_model_weight: float = arg(1.0, help="Its scores are multiplied by this.")
+    reward_function: str | None = arg(
+        help="file.py:name, a function (prompts, answers) -> rewards, lists of the same length."
+    )
+    reward_function_weight: float = arg(1.0, help="Its rewards are multiplied by this.")
+    end_bonus: float = arg(0.0, help="Added to the reward of an answer that ends by itself.")
+    missing_end_penalty: float = arg(0.0, help="Taken off the reward of an answer that is cut at --max_new_tokens.")
+
+    def __post_init__(self) -> None:
+        if not (self.reward_model or self.reward_function):
+            raise InputError("pass --reward_model (a folder made by rm.py), --reward_function file.py:name, or both")
 
 
 @dataclass

@@ -452,29 +452,14 @@ class PPOTrainer(CausalLMTrainer):
             self._statistics[name] = self._statistics[name] + value.detach()
         return loss * self.accelerator.num_processes  # gradients are averaged over the processes
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer's, with a learning rate of its own for the critic."""
-        target = self.model if model is None else model
-        if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(target))
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-            rate = self.args.learning_rate
-            rates = {False: rate, True: self.ppo_args.critic_learning_rate or rate}
-            groups = []  # in an order that the optimizer's state in a checkpoint relies on
-            for is_critic, rate in rates.items():
-                for decays in (True, False):
-                    chosen = [
-                        parameter
-                        for name, parameter in target.named_parameters()
-                        if parameter.requires_grad
-                        and is_critic_parameter(name) == is_critic
-                        and (name in decayed) == decays
-                    ]
-                    decay = self.args.weight_decay if decays else 0.0
-                    if chosen:
-                        groups.append({"params": chosen, "weight_decay": decay, "lr": rate})
-            self.optimizer = kind(groups, **options)
-        return self.optimizer
+    def learning_rates(self) -> dict[str, float]:
+        """As pre-training's, and the critic's."""
+        rate = self.ppo_args.critic_learning_rate
+        return {**super().learning_rates(), "critic": self.args.learning_rate if rate is None else rate}
+
+    def kind_of(self, name: str) -> str:
+        """As pre-training's; what belongs to the critic is the critic's."""
+        return "critic" if is_critic_parameter(name) else super().kind_of(name)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As the Trainer's, one step later: an iteration is too dear for the rate of 0 that warm-up begins with."""

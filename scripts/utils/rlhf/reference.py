@@ -25,6 +25,7 @@ from ..core.hub import find_folder
 from ..data.batches import Example, PairCollator, model_inputs, sum_by_answer
 from ..data.cache import cache_lock, hash_files
 from ..data.preferences import PairCache
+from ..models.experts import counted_by_router
 from ..models.gathering import whole_models_loaded
 from ..models.lm_loss import loss_targets
 from ..models.new_rows import check_extends, find_tokenizer, refuse_untrained_rows
@@ -85,7 +86,7 @@ def answer_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
 
     Needs the model's LossHead.
     """
-    with loss_targets(model, batch["shift_labels"], "tokens"):
+    with loss_targets(model, batch["shift_labels"], "tokens"), counted_by_router(model, batch["answer"] >= 0):
         outputs = model(**model_inputs(batch), use_cache=False)
     return sum_by_answer(-outputs.logits.float(), batch["answer"], len(batch["last"])), outputs
 

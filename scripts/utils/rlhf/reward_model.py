@@ -20,11 +20,11 @@ from ..core.arguments import LoraArguments, ModelArguments
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.hub import find_folder
-from ..lora.adapter_folder import load_with_peft, read_adapter
+from ..lora.adapter_folder import load_with_peft, names_experts, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, check_loading, load_model
-from ..models.training_model import check_modules, convert_at_borders, warn_beyond_window
+from ..models.training_model import check_experts, check_modules, convert_at_borders, warn_beyond_window
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import check_embedding_rows, load_tokenizer
 from ..weights.config import load_config, local_folder
@@ -166,6 +166,9 @@ def check_reward_request(
     config = base.config
     warn_beyond_window(config, length)
     check_modules(lora_args, config, REWARD_MODEL, num_labels=1)
+    if lora_args.output_router_logits:
+        raise InputError("--output_router_logits: a reward model has no balancing loss; leave it out")
+    check_experts(model_args, lora_args, base)
     if is_classifier(config) and config.num_labels != 1:
         raise InputError(
             f"{model_args.model_name_or_path} is a classifier with {config.num_labels} labels; a reward model has one"
@@ -180,8 +183,6 @@ def check_reward_request(
         raise InputError(
             f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
         )
-    if lora_args.output_router_logits:
-        raise InputError("--output_router_logits: a reward model has no balancing loss; leave it out")
     if adapter := lora_args.adapter_name_or_path:
         if adapter_task(adapter) != TASK_TYPE:
             raise InputError(
@@ -197,11 +198,17 @@ def load_classifier(
     pad_token_id: int | None,
     seed: int = 0,
     device_map: Any = None,
+    adapts_experts: bool = False,
 ) -> PreTrainedModel:
-    """Load a model with a ScoreHead; the backbone of a language model gets a new one. Raises: InputError."""
+    """Load a model with a ScoreHead; the backbone of a language model gets a new one. Raises: InputError.
+
+    Args: adapts_experts: as load_model has it.
+    """
     assert args.model_name_or_path is not None
     new_head = not is_classifier(load_config(args.model_name_or_path))
-    model = load_model(args, compute_dtype, device_map, REWARD_MODEL, num_labels=1, pad_token_id=pad_token_id)
+    model = load_model(
+        args, compute_dtype, device_map, REWARD_MODEL, adapts_experts, num_labels=1, pad_token_id=pad_token_id
+    )
     install_score_head(model)
     if new_head:
         initialise_head(model.score.weight, seed)
@@ -307,8 +314,9 @@ def load_reward_model(
     auto = torch.bfloat16 if bf16_is_supported() else torch.float32
     compute_dtype = auto if dtype == "auto" else getattr(torch, dtype)
     pad_token_id = tokenizer.pad_token_id if adapter else load_config(str(found)).pad_token_id
+    single = adapter is not None and names_experts(str(adapter))
     if load_in_kbits == 16:
-        model: Any = load_classifier(args, compute_dtype, pad_token_id).to(place)
+        model: Any = load_classifier(args, compute_dtype, pad_token_id, adapts_experts=single).to(place)
     else:
         model = load_classifier(args, compute_dtype, pad_token_id, device_map={"": place})
     if adapter:

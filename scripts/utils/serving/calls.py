@@ -70,7 +70,8 @@ class CallStream:
         mark = self._form.mark
         if mark and mark in text:
             return text[: text.index(mark)].rstrip()
-        if text.startswith(("{", "[")):  # without a mark a call is the whole answer
+        # Without a mark a call is the whole answer; some forms have a list of calls.
+        if text.startswith(("{", "[") if self._form.end else "{"):
             return ""
         part = next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
         return text[: len(text) - part].rstrip()

@@ -15,6 +15,7 @@ from typing import Any
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..generation.engine import Engine, Request, goes_on
+from ..text.conversations import ROLES
 from ..text.prompts import Message, call_form, with_system_prompt
 from ..text.tool_calls import OWN_FORM, CallForm
 from .errors import ApiError, bad_request, context_error, missing
@@ -22,7 +23,6 @@ from .grammar import JSON_OBJECT, Grammars, JsonConstraint
 from .requests import ChatMessage, ChatRequest, CompletionRequest, NamedTool, SamplingRequest
 
 SMALLEST_TOP_P = 1e-6  # top_p 0 means: the likeliest token only
-ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names, which templates do not know
 
 
 @dataclass
@@ -112,7 +112,7 @@ class RequestPlanner:
         with _refusals_as_mistakes():
             negative = self.engine.encode_negative(messages, self.defaults, tools)
         form = self._call_form() if tools else None
-        shown = self.engine.hidden_tokens(f"{form.mark}{form.start}{form.before}{form.after}") if form else {}
+        shown = self.engine.hidden_tokens(form.signs) if form else {}
         several = body.parallel_tool_calls is not False
         constraint = self._constraint(body, tools, form, several) if constrained else None
         for request in requests:  # a constraint follows one answer, so each has its own
@@ -368,7 +368,7 @@ def read_messages(body: ChatRequest) -> list[Message]:
         return [{"role": "user", "content": body.messages}]
     messages: list[Message] = []
     for number, message in enumerate(body.messages):
-        role, content = ROLES.get(message.role, message.role), _read_content(message, f"messages[{number}]")
+        role, content = ROLES[message.role], _read_content(message, f"messages[{number}]")
         read: Message = {"role": role, "content": content}
         if message.tool_calls:
             read["tool_calls"] = [call.model_dump() for call in message.tool_calls]

@@ -5,7 +5,6 @@ A record that cannot be used is an InputError with its place; what is used in an
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from .prompts import Message
-from .tool_calls import read_function
+from .tool_calls import parse_json, read_function
 
 ROLES = {
     "system": "system",
@@ -113,12 +112,14 @@ def _find_layout(record: dict[str, Any], location: str) -> str:
 
 
 def _read_instruction(record: dict[str, Any], location: str) -> list[Message]:
-    texts = {field: record.get(field, "") or "" for field in ("instruction", "input", "output")}
+    given = {field: record.get(field) for field in ("instruction", "input", "output")}
+    texts = {field: "" if text is None else text for field, text in given.items()}
     for field, text in texts.items():
         if not isinstance(text, str):
             raise InputError(f"{location}: field '{field}' is {type(text).__name__}, not text")
     messages: list[Message] = []
-    for turn in record.get("history") or []:
+    history = record.get("history") or []
+    for turn in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise InputError(f"{location}: 'history' needs [question, answer] pairs, got {turn!r:.80}")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -141,8 +142,9 @@ def _read_turn(turn: Any, location: str) -> Message:
     calls = fields.get("tool_calls") or fields.get("function_call")
     spellings = [(fields.get(role), _join_parts(fields.get(text))) for role, text in TURN_FIELDS]
     # parquet fills up the fields of the other spelling with None
-    found = [(role, text) for role, text in spellings if role in ROLES and isinstance(text, str)]
-    found += [(role, "") for role, text in spellings if role in ROLES and text is None and calls]
+    known = [(role, text) for role, text in spellings if isinstance(role, str) and role in ROLES]
+    found = [(role, text) for role, text in known if isinstance(text, str)]
+    found += [(role, "") for role, text in known if text is None and calls]
     if not found:
         raise InputError(
             f"{location} needs 'role' (one of {', '.join(ROLES)}) and text in 'content', or the same in 'from' and "
@@ -166,10 +168,9 @@ def _read_turn(turn: Any, location: str) -> Message:
 def _join_parts(content: Any) -> Any:
     """The text of content that OpenAI's clients write in parts, as the server reads it; anything else as it is."""
     parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if not texts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        return content
-    return "\n".join(texts)
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text"
+             and isinstance(part.get("text"), str)]  # fmt: skip
+    return "\n".join(texts) if texts and len(texts) == len(parts) else content
 
 
 def _is_trained(turn: dict[str, Any], role: str, location: str) -> bool:
@@ -187,22 +188,20 @@ def _is_trained(turn: dict[str, Any], role: str, location: str) -> bool:
 
 def _parse_calls(text: str) -> Any:
     """The call or calls that ShareGPT's function_call writes as JSON; None for other text."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    value = parse_json(text)
     calls = value if isinstance(value, list) else [value]
     is_call = all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls)
     return calls if calls and is_call else None
 
 
 def _read_calls(calls: Any, location: str) -> list[dict[str, Any]]:
-    """Calls in OpenAI's form. Raises: InputError."""
+    """Calls in OpenAI's form, of a list or its JSON. Raises: InputError."""
     read = []
+    calls = parse_json(calls)
     for call in calls if isinstance(calls, list) else [calls]:
         function = read_function(call) if isinstance(call, dict) else {}
         name, arguments = function.get("name"), function.get("arguments") or {}
-        if not isinstance(name, str) or not isinstance(_parse_json(arguments), dict):
+        if not isinstance(name, str) or not isinstance(parse_json(arguments), dict):
             raise InputError(
                 f"{location}: a call needs 'name' and 'arguments', an object or its JSON; got {call!r:.80}"
             )
@@ -215,8 +214,8 @@ def _read_tools(tools: Any, location: str) -> list[dict[str, Any]] | None:
     """The functions that may be called, of a list or its JSON. Raises: InputError."""
     if tools is None or (isinstance(tools, str) and not tools.strip()):
         return None
-    parsed = _parse_json(tools)
-    found = [_parse_json(tool) for tool in (parsed if isinstance(parsed, list) else [parsed])]
+    parsed = parse_json(tools)
+    found = [parse_json(tool) for tool in (parsed if isinstance(parsed, list) else [parsed])]
     for tool in found:
         if not isinstance(tool, dict) or not isinstance(read_function(tool).get("name"), str):
             raise InputError(
@@ -224,16 +223,6 @@ def _read_tools(tools: Any, location: str) -> list[dict[str, Any]] | None:
                 f"the same as JSON; got {tool!r:.80}"
             )
     return found or None
-
-
-def _parse_json(value: Any) -> Any:
-    """What text that is JSON stands for; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
 
 
 def _arrange(turns: Iterable[Message], record: dict[str, Any], location: str) -> Conversation:

@@ -11,7 +11,7 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken
@@ -25,7 +25,8 @@ from .tool_calls import (
     OWN_FORM,
     CallForm,
     add_tools,
-    parse_arguments,
+    parse_json,
+    read_calls,
     read_function,
     write_calls,
 )
@@ -210,9 +211,13 @@ def call_form(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: boo
     written = _rendered_call(template, tokenizer, with_tools)
     if not written:
         return OWN_FORM
-    marked = (form for form in (HERMES_FORM, LLAMA_FORM, MISTRAL_FORM) if form.mark in written)
-    if found := next(marked, None):
-        return found
+    # The last one before the call's name: instructions may show the mark, too.
+    places = {
+        form: written.rfind(form.mark, 0, written.find(_PROBE)) for form in (HERMES_FORM, LLAMA_FORM, MISTRAL_FORM)
+    }
+    marked = {form: written[place:] for form, place in places.items() if place >= 0}
+    if marked:  # what follows the mark may be of a format that is not read here
+        return next((form for form, call in marked.items() if read_calls(call, form)[1]), None)
     bare = (form for form in (LLAMA_FORM, OWN_FORM) if f'"{form.arguments}"' in written.partition('{"name"')[2])
     return next(bare, None)
 
@@ -280,12 +285,18 @@ def _read_controls(template: str, tokenizer: PreTrainedTokenizerBase, *_: Any) -
     frame: dict[int, AddedToken] = {}
     if signs:
         turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
-        try:
-            text = render(turns, template, tokenizer, False)
-        except InputError:  # templates may refuse system messages
-            text = render(turns[1:], template, tokenizer, False)
-        frame = {index: signs[index] for _, _, index in TokenFinder(signs).find(text)}
+        # Templates may refuse system messages, and some refuse answers, too.
+        shown = (_rendered(part, template, tokenizer) for part in (turns, turns[1:], turns[1:2]))
+        frame = {index: signs[index] for _, _, index in TokenFinder(signs).find(next(filter(None, shown), ""))}
     return _Controls(TokenFinder(special | frame), frozenset(token.content for token in frame.values()))
+
+
+def _rendered(messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template makes of the messages; "" if it refuses them."""
+    try:
+        return render(messages, template, tokenizer, False)
+    except InputError:
+        return ""
 
 
 class _Conversation:
@@ -408,7 +419,8 @@ class _Conversation:
             if position < start:
                 begins, ends = zip(*answers, strict=True) if answers else ((), ())
                 cuts = sorted({place for place in (*begins, *ends) if position < place < start})
-                parts = self._encode_parts(text[position:start], [(cut - position, cut in begins) for cut in cuts])
+                places = [(cut - position, cut in begins) for cut in cuts]
+                parts = self._encode_parts(text[position:start], places, inner=position > 0)
                 for place, part in zip([position, *cuts], parts, strict=True):
                     add(part, place)
             if token_id is not None:
@@ -416,14 +428,16 @@ class _Conversation:
             position = end
         return ids, labels
 
-    def _encode_parts(self, text: str, cuts: Sequence[tuple[int, bool]]) -> list[list[int]]:
+    def _encode_parts(self, text: str, cuts: Sequence[tuple[int, bool]], inner: bool) -> list[list[int]]:
         """The ids of text without control tokens, divided at the cuts: (place, whether an answer begins there).
 
         What comes before an answer is what inference encodes alone. A token that reaches beyond an answer's end counts
         to what follows.
+        Args: inner: a control token stands before it.
         """
         parts = []
-        encode, begin, done = self._encode_text, 0, 0
+        encode: Callable[[str], list[int]] = functools.partial(self._encode_text, inner=inner)
+        begin = done = 0
         whole = encode(text)
         for place, begins in cuts:
             head = encode(text[begin:place])
@@ -438,8 +452,8 @@ class _Conversation:
             done = reached
         return [*parts, whole[done:]]
 
-    def _encode_text(self, text: str) -> list[int]:
-        return encode_text(self.tokenizer, text.translate(self.visible), self.controls.plain)
+    def _encode_text(self, text: str, inner: bool = False) -> list[int]:
+        return encode_text(self.tokenizer, text.translate(self.visible), self.controls.plain, inner)
 
     def _encode_after_cut(self, text: str) -> list[int]:
         # Encoded alone, a sentencepiece tokenizer puts a space of its own before the answer.
@@ -469,7 +483,7 @@ def _with_tools(
             for call, function in zip(message["tool_calls"], functions, strict=True):
                 index = names[call.get("id", len(names))] = _call_id(call.get("id"), len(names))
                 waiting.append(index)
-                function = {**function, "arguments": parse_arguments(function["arguments"])}
+                function = {**function, "arguments": parse_json(function["arguments"])}
                 calls.append({"type": "function", "id": index, "function": function})
             kept |= {"content": kept.get("content") or None, "tool_calls": calls}
         elif functions:

@@ -354,13 +354,18 @@ _FIELDS: Fields = {
 # ---------------------------------------------------------------- encoding text as text
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[str] = ()) -> list[int]:
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[str] = (), inner: bool = False
+) -> list[int]:
     """The ids of `text` as text: no BOS or EOS, and what looks like a special token is cut into ordinary pieces.
 
     Other added tokens are found in text, as transformers does, but for those in `literal`.
+    Args: inner: it follows a token, see _inner_backend.
     """
     if any(token in text for token in literal):
-        return _encode_around(tokenizer, text, literal)
+        return _encode_around(tokenizer, text, literal, inner)
+    if inner and not isinstance(tokenizer, SentencePieceTokenizer):
+        return _encode_batch(_inner_backend(tokenizer), [text])[0]
     return encode_texts(tokenizer, [text])[0]
 
 
@@ -376,7 +381,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], num_threa
                 if tokenizer.words.find(text):
                     ids[number] = _encode_around(tokenizer, text)
         return ids
-    backend = tokenizer.backend_tokenizer
+    return _encode_batch(tokenizer.backend_tokenizer, texts)
+
+
+def _encode_batch(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
     # Calls of the tokenizer leave their settings behind in the backend, and set them anew themselves.
     backend.no_truncation()
     backend.no_padding()
@@ -384,7 +392,31 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], num_threa
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _encode_around(tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[str] = ()) -> list[int]:
+def _inner_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The backend as it cuts text that follows a token.
+
+    The pre-tokenizer Metaspace with the scheme "first", which transformers 5 saves for Llamas, puts its space before
+    the first word of a whole text alone, and not behind special tokens.
+    """
+    return _make_inner_backend(tokenizer, len(tokenizer))  # scripts add tokens
+
+
+@functools.lru_cache(maxsize=4)
+def _make_inner_backend(tokenizer: PreTrainedTokenizerBase, _: int) -> Tokenizer:
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    if "prepend_scheme=first" not in repr(backend.pre_tokenizer):
+        return backend
+    state = json.loads(backend.to_str())
+    steps = [state["pre_tokenizer"], *state["pre_tokenizer"].get("pretokenizers", ())]
+    for step in steps:
+        if step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _encode_around(
+    tokenizer: PreTrainedTokenizerBase, text: str, literal: Collection[str] = (), inner: bool = False
+) -> list[int]:
     """The ids of text whose added tokens are looked for here: all that are not special, but for those in `literal`."""
     words = tokenizer.words if isinstance(tokenizer, SentencePieceTokenizer) else _find_words(tokenizer)
     if literal:
@@ -394,7 +426,7 @@ def _encode_around(tokenizer: PreTrainedTokenizerBase, text: str, literal: Colle
     position = 0
     for start, end, index in [*words.find(text), (len(text), len(text), None)]:
         if position < start:
-            ids += _encode_without_added(tokenizer, text[position:start])
+            ids += _encode_without_added(tokenizer, text[position:start], inner or position > 0)
         if index is not None:
             ids.append(index)
         position = end
@@ -406,12 +438,12 @@ def _find_words(tokenizer: PreTrainedTokenizerBase) -> TokenFinder:
     return TokenFinder({index: token for index, token in tokenizer.added_tokens_decoder.items() if not token.special})
 
 
-def _encode_without_added(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode_without_added(tokenizer: PreTrainedTokenizerBase, text: str, inner: bool) -> list[int]:
     """The ids of text that holds no added token, whatever it looks like."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         ids: list[int] = tokenizer.sp_model.encode(text)
         return ids
-    backend = tokenizer.backend_tokenizer
+    backend = _inner_backend(tokenizer) if inner else tokenizer.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     words = (

@@ -38,6 +38,11 @@ class CallForm:
     between: str = "\n"
     end: str = ""
 
+    @property
+    def signs(self) -> str:
+        """All that may stand around calls, where special tokens are to be shown."""
+        return f"{self.mark}{self.start}{self.before}{self.after}"
+
 
 OWN_FORM = CallForm()
 HERMES_FORM = CallForm("<tool_call>", before="<tool_call>\n", after="\n</tool_call>")  # Qwen's, too
@@ -61,20 +66,20 @@ def add_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]
     return [*messages[: first - 1], system, *messages[first:]]
 
 
-def parse_arguments(arguments: Any) -> Any:
-    """Arguments as templates take them; text that is no JSON, or JSON deeper than Python goes, stays text."""
-    if not isinstance(arguments, str):
-        return arguments
+def parse_json(value: Any) -> Any:
+    """What text that is JSON stands for; anything else, and JSON deeper than Python goes, as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(arguments)
+        return json.loads(value)
     except (ValueError, RecursionError):
-        return arguments
+        return value
 
 
 def write_calls(calls: Iterable[tuple[str, Any]], form: CallForm = OWN_FORM) -> str:
     """What the model writes to call functions; the arguments are JSON text, or what it stands for."""
     written = [
-        json.dumps({"name": name, form.arguments: parse_arguments(arguments)}, ensure_ascii=False)
+        json.dumps({"name": name, form.arguments: parse_json(arguments)}, ensure_ascii=False)
         for name, arguments in calls
     ]
     return form.start + form.between.join(f"{form.before}{call}{form.after}" for call in written) + form.end
@@ -159,4 +164,5 @@ def _read_call(value: Any, form: CallForm) -> Call | None:
         return None
     if not isinstance(value["name"], str):
         return None
-    return Call(value["name"], json.dumps(value[form.arguments], ensure_ascii=False))
+    # Some models write the arguments as OpenAI's protocol does, as JSON in a text.
+    return Call(value["name"], json.dumps(parse_json(value[form.arguments]), ensure_ascii=False))

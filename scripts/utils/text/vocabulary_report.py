@@ -90,10 +90,12 @@ class ModelSize:
         layers, heads, inner = (int(config[name]) for name in names)
         head_dim = int(config.get("head_dim") or hidden // heads)
         kv_heads = int(config.get("num_key_value_heads") or heads)
-        experts = int(config.get("num_experts_per_tok") or 1)  # only the chosen experts compute
-        router = hidden * int(config.get("num_local_experts") or 0)
+        count = int(config.get("num_local_experts") or config.get("num_experts") or 0)
+        if count:  # only the chosen experts compute, and those that all tokens share
+            inner = int(config.get("moe_intermediate_size") or inner) * int(config["num_experts_per_tok"])
+            inner += int(config.get("shared_expert_intermediate_size") or 0)
         attention = 2 * hidden * head_dim * (heads + kv_heads)
-        return cls(hidden, tied, layers * (attention + 3 * hidden * inner * experts + router))
+        return cls(hidden, tied, layers * (attention + 3 * hidden * inner + hidden * count))
 
 
 def describe_cost(size: ModelSize, old_rows: int, new_rows: int, languages: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@
   arguments  the arguments of a run, DeepSpeed configs made to fit, and what is measured
   runs       who may write into an output folder, what is resumed, and when a checkpoint or a run counts as complete
   trainer    chunked loss, complete checkpoints, evaluation in bits per byte, throughput
+  memory     what a run was planned to take and what it took: measured at its end, kept in a file that calibrates
+             later plans
   plots      Curves of a run
 
-Others import: flags, arguments, runs, trainer, plots.
+Others import: flags, arguments, runs, trainer, memory, plots.
 """

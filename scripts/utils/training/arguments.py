@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from ..core.arguments import arg
+from ..core.arguments import ExtendArguments, LoraArguments, arg
 from ..core.errors import InputError, raise_problems
 from ..core.files import read_json
 from ..core.machine import peak_resident_bytes
 from ..models.loading import bf16_is_supported
+from ..weights.names import is_embedding
 from .flags import MEANINGLESS, REFUSED, check_optimizer, check_trackers, check_values, set_aside
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class RunArguments(TrainingArguments):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
         "auto", help="Arithmetic: auto is bf16 where the hardware has it, else fp32. --bf16 and --fp16 decide too."
     )
+    embedding_learning_rate: float | None = arg(
+        help="Learning rate of embed_tokens and lm_head, where they are trained; default: --learning_rate."
+    )
     overwrite_output_dir: bool = arg(
         False, help="Replace a finished run in output_dir (an unfinished one is resumed)."
     )
@@ -72,8 +76,8 @@ class RunArguments(TrainingArguments):
             "overwrite_output_dir": False,
         }
         set_aside(self, MEANINGLESS, REFUSED)
-        if isinstance(self.report_to, str):
-            self.report_to = self.report_to.split(",")
+        if isinstance(self.report_to, str) or self.report_to is None:
+            self.report_to = (self.report_to or "none").split(",")
         self._choose_precision()
         if self.deepspeed:
             self.deepspeed = prepare_deepspeed(self.deepspeed)
@@ -198,6 +202,24 @@ def peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+NO_EMBEDDINGS = (
+    "--embedding_learning_rate {}: neither embed_tokens nor lm_head is trained; pass --modules_to_save "
+    "embed_tokens,lm_head too, or leave it out"
+)
+
+
+def check_embeddings(args: RunArguments, extend_args: ExtendArguments | None, lora_args: LoraArguments) -> None:
+    """Raises: InputError if embeddings have a learning rate, and the flags say that they are not trained; or if rows
+    are trained alone that are spread over processes."""
+    if extend_args is not None and extend_args.train_new_rows_only and (args.deepspeed or args.fsdp):
+        raise InputError("--train_new_rows_only: DeepSpeed and FSDP spread the rows; use torchrun without them (DDP)")
+    if args.embedding_learning_rate is None or lora_args.full_finetuning or lora_args.adapter_name_or_path:
+        return  # what an adapter trains its files say: the Trainer looks
+    named = f"{lora_args.modules_to_save},{lora_args.target_modules}".split(",")
+    if not any(is_embedding(name.strip()) for name in named):
+        raise InputError(NO_EMBEDDINGS.format(args.embedding_learning_rate))
 
 
 METRICS = ("loss", "perplexity", "bits_per_byte")  # of the evaluation of text

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -125,8 +125,10 @@ def check_values(args: TrainingArguments) -> None:
         **dict.fromkeys(("save_total_limit", "dataloader_num_workers", "weight_decay", "max_grad_norm"), 0),
     }
     above_zero = ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"]
-    above_zero += ["save_steps", "eval_steps", "ddp_timeout"]
-    values = {name: getattr(args, name) for name in (*at_least, *above_zero, "seed", "data_seed")}
+    above_zero += ["embedding_learning_rate", "save_steps", "eval_steps", "ddp_timeout"]
+    values: dict[str, Any] = {
+        name: getattr(args, name, None) for name in (*at_least, *above_zero, "seed", "data_seed")
+    }
     values = {name: value for name, value in values.items() if value is not None}
     problems = []
     for name, value in values.items():
@@ -163,6 +165,8 @@ def check_optimizer(args: TrainingArguments) -> None:
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
     if target_modules is not None and not name.startswith(LOW_RANK):
         raise InputError(f"--optim_target_modules {target_modules}: --optim {name} has none; leave it out")
+    if getattr(args, "embedding_learning_rate", None) is not None and name.startswith((*LOW_RANK, *WHOLE_MODEL)):
+        raise InputError(f"--embedding_learning_rate: --optim {name} has one learning rate for all; leave it out")
     if target_modules is None and name.startswith(LOW_RANK):
         raise InputError(f"--optim {name}: pass --optim_target_modules too")
     with _named(f"--optim {name}, --optim_args {args.optim_args}"):

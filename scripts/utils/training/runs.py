@@ -14,14 +14,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..core.arguments import ExtendArguments, LoraArguments
 from ..core.command_line import RUN_CONFIG, describe_arguments, save_run_config
 from ..core.errors import InputError
 from ..core.files import HeldFolder, atomic_file, read_json, remove, write_json
-
-if TYPE_CHECKING:
-    from .arguments import RunArguments
+from .arguments import RunArguments, check_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,12 @@ def open_run(args: RunArguments, *arguments: Any) -> Run:
 
     Sets the recorded seed in `args` when a run is resumed, and seeds the process.
     Raises: InputError if output_dir holds a finished run, a run with other settings, or anything else, or another run
-        is writing it.
+        is writing it; or if a flag of the run has no effect beside the other arguments.
     """
     assert args.output_dir is not None
+    kinds = {type(each): each for each in arguments}
+    if LoraArguments in kinds:
+        check_embeddings(args, kinds.get(ExtendArguments), kinds[LoraArguments])
     folder = Path(args.output_dir)
     run = Run(folder, None, describe_arguments(*arguments, args), replaces=False)
     if folder.is_file():

@@ -17,12 +17,16 @@ from ..core.errors import InputError
 from ..core.files import remove
 from ..data.batches import Collator
 from ..lora.base_record import record_base
+from ..models.experts import counted_by_router
 from ..models.lm_loss import loss_targets
+from ..models.new_rows import rows_from
 from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
 from ..text.tokenizer import save_tokenizer
 from ..weights.model_card import write_model_card
-from .arguments import RunArguments, peak_flops, peak_memory_gb
+from ..weights.names import is_embedding
+from .arguments import NO_EMBEDDINGS, RunArguments, peak_flops, peak_memory_gb
+from .memory import PlannedMemory
 from .plots import plot_losses
 from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
 
@@ -30,7 +34,7 @@ from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_dis
 class CausalLMTrainer(Trainer):
     """transformers' Trainer with this project's loss, checkpoints and measurements.
 
-    Batches hold input_ids, position_ids, labels and shift_labels, each (B, T); see data.batches.Collator.
+    Batches hold input_ids, position_ids, labels, shift_labels and is_token, each (B, T); see data.batches.Collator.
     """
 
     args: RunArguments
@@ -44,7 +48,10 @@ class CausalLMTrainer(Trainer):
         eval_sets: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
         collator: Collator,
+        first_trained_row: int | None = None,
     ) -> None:
+        """Args: first_trained_row: of embed_tokens and lm_head, where nothing else is trained; None: all rows."""
+        self.first_trained_row = first_trained_row
         if collator.flatten:
             args.per_device_eval_batch_size = 1  # flattened batches are one row; evaluation sums row by row
         super().__init__(
@@ -63,6 +70,59 @@ class CausalLMTrainer(Trainer):
         self.tokens_done = 0.0
         self._last_log = (time.perf_counter(), 0.0)
 
+    # ------------------------------------------------------------ optimizer
+
+    def learning_rates(self) -> dict[str, float]:
+        """{kind of weights: their learning rate}; "" is all that has no rate of its own."""
+        rates = {"": self.args.learning_rate}
+        if self.args.embedding_learning_rate is not None:
+            rates["embedding"] = self.args.embedding_learning_rate
+        return rates
+
+    def kind_of(self, name: str) -> str:
+        """The kind of a parameter, by its name in the model."""
+        return "embedding" if self.args.embedding_learning_rate is not None and is_embedding(name) else ""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with groups of their own for weights that have a learning rate of their own.
+
+        Raises: InputError if embeddings have one, and are not trained.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if len(self.learning_rates()) > 1:
+            self._split_groups(optimizer, self.model if model is None else model)
+        if self.first_trained_row is not None:
+            for group in optimizer.param_groups:  # nothing but embeddings
+                group["params"] = [rows_from(weight, self.first_trained_row) for weight in group["params"]]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's. Raises: InputError if warmup_stable_decay has more steps to decay than there are."""
+        decay = (self.args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0)
+        steps = self.args.get_warmup_steps(num_training_steps) + decay
+        if decay and steps > num_training_steps:
+            raise InputError(
+                f"--lr_scheduler_kwargs: warm-up and num_decay_steps are {steps} steps together, the run has "
+                f"{num_training_steps}; lower num_decay_steps"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Give each kind of weights groups of its own, in an order that the state in a checkpoint relies on."""
+        kinds = {id(weight): self.kind_of(name) for name, weight in model.named_parameters()}
+        groups = optimizer.param_groups[:]
+        optimizer.param_groups.clear()
+        for kind, rate in self.learning_rates().items():
+            for group in groups:
+                if chosen := [weight for weight in group["params"] if kinds[id(weight)] == kind]:
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        if self.args.embedding_learning_rate is not None and not any(
+            kinds[id(weight)] == "embedding" for group in groups for weight in group["params"]
+        ):
+            raise InputError(NO_EMBEDDINGS.format(self.args.embedding_learning_rate))
+
     # ------------------------------------------------------------ loss
 
     def compute_loss(
@@ -73,9 +133,8 @@ class CausalLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean negative log-likelihood a scored token, in nats; plus the router's balancing loss of a mixture."""
-        targets = inputs["shift_labels"]
-        features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        with loss_targets(model, targets):
+        targets, features = inputs["shift_labels"], _features(inputs)
+        with loss_targets(model, targets), counted_by_router(model, inputs["is_token"]):
             outputs = model(**features, use_cache=False)  # .logits: the summed loss, see models.lm_loss
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum()
         loss = outputs.logits.sum() / count
@@ -147,8 +206,7 @@ class CausalLMTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """(None, summed losses, scored tokens), one entry a row of the batch."""
         inputs = self._prepare_inputs(inputs)
-        targets = inputs["shift_labels"]
-        features = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        targets, features = inputs["shift_labels"], _features(inputs)
         with torch.no_grad(), self.compute_loss_context_manager(), loss_targets(model, targets):
             losses = model(**features, use_cache=False).logits
         # Sums and counts, no means: rows differ in their number of scored tokens.
@@ -218,16 +276,25 @@ class CausalLMTrainer(Trainer):
         plot_losses(self.state.log_history, folder / "loss.png", title, self.loss_unit)
 
 
+def _features(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model gets."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "is_token")}
+
+
 def describe_model(model: nn.Module) -> str:
     """One line for the log: which share of the weights is trained."""
     trainable, total = trainable_summary(model)
     return f"{total:,} parameters, {trainable:,} trained ({trainable / total:.2%})"
 
 
-def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher: str) -> dict[str, Any]:
+def train_and_save(
+    trainer: CausalLMTrainer, run: Run, title: str, next_launcher: str, planned: PlannedMemory | None = None
+) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
 
-    Args: next_launcher: what a fully trained model goes into next; an adapter is merged first.
+    Args:
+        next_launcher: what a fully trained model goes into next; an adapter is merged first.
+        planned: what is compared with the memory that was taken.
     Returns: the metrics, as in all_results.json.
     """
     args, folder = trainer.args, run.folder
@@ -246,6 +313,8 @@ def train_and_save(trainer: CausalLMTrainer, run: Run, title: str, next_launcher
         metrics |= {
             name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name
         }
+    if planned is not None:
+        metrics |= planned.compare(folder, metrics["tokens_per_second"], args.world_size)
     with named_disk_errors(folder):
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()

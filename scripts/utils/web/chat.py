@@ -75,6 +75,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self._num_models = num_models
         self._drawn = 0  # answers so far: each has a seed of its own, so that a second try differs
+        self._waiting: Turn | None = None  # what `answer` is to answer, once
         self._running: list[Answer] = []  # those of the last question
 
     @property
@@ -86,17 +87,33 @@ class Conversation:
         """Put a question at the end. Raises: InputError while another is being answered."""
         self._check_idle()
         self.turns.append(Turn(question))
+        self._waiting = self.turns[-1]
 
     def edit(self, number: int, question: str) -> None:
         """Ask turn `number` differently; what was said after it is forgotten."""
         self._check_idle()
         self.turns[number:] = [Turn(question)]
+        self._waiting = self.turns[-1]
 
     def retry(self) -> None:
         """Ask the last question again."""
         self._check_idle()
         if self.turns:
             self.turns[-1].replies = []
+            self._waiting = self.turns[-1]
+
+    def go_on(self) -> None:
+        """Have the last answers go on where they were cut or stopped; where none was, all of them.
+
+        Raises: InputError while one is being written, or if there is none.
+        """
+        self._check_idle()
+        replies = [reply for reply in (self.turns[-1].replies if self.turns else ()) if reply.text]
+        if not replies:
+            raise InputError("there is no answer to go on with")
+        for reply in [reply for reply in replies if reply.finish_reason != "stop"] or replies:
+            reply.finish_reason = None
+        self._waiting = self.turns[-1]
 
     def undo(self) -> str:
         """Take back the last question, which is returned, and its answer."""
@@ -106,25 +123,26 @@ class Conversation:
     def clear(self) -> None:
         """Forget everything; what is being written is stopped."""
         self.stop()
-        self.turns, self._drawn = [], 0
+        self.turns, self._drawn, self._waiting = [], 0, None
 
     def replace(self, turns: list[Turn]) -> None:
         """Go on from another conversation."""
         self.clear()
         self.turns = turns
 
-    def take_back(self) -> None:
-        """Forget the last question if it could not be answered."""
-        if self.turns and not self.turns[-1].replies:
-            self.turns.pop()
+    def take_back(self) -> str | None:
+        """Forget the last question if it could not be answered; returns it then."""
+        return self.turns.pop().question if self.turns and not self.turns[-1].replies else None
 
     def stop(self) -> None:
         """Cancel what is being written, in the engines too, or what still waits to be."""
         running = list(self._running)
         for answer in running:
             answer.cancel()
-        if self.turns and not self.turns[-1].replies and not running:
-            self.turns[-1].replies = [Reply(finish_reason="cancelled") for _ in range(self._num_models)]
+        if self.turns and not running:
+            turn = self.turns[-1]
+            turn.replies = turn.replies or [Reply() for _ in range(self._num_models)]
+            _settle(turn)
 
     def messages(self) -> list[Message]:
         """Everything said so far; with several models, as the first saw it. The last question may have no answer."""
@@ -136,13 +154,19 @@ class Conversation:
         return messages
 
     def _history(self, model: int) -> list[Message]:
-        """The prompt's messages: exchanges without an answer are left out, roles have to alternate."""
+        """The prompt's messages: exchanges without an answer are left out, roles have to alternate.
+
+        The last answer is at their end if it goes on.
+        """
         messages: list[Message] = []
         for turn in self.turns[:-1]:
             if model < len(turn.replies) and turn.replies[model].text:
                 messages.append({"role": "user", "content": turn.question})
                 messages.append({"role": "assistant", "content": turn.replies[model].text})
-        return [*messages, {"role": "user", "content": self.turns[-1].question}]
+        messages.append({"role": "user", "content": self.turns[-1].question})
+        if self.turns[-1].replies:
+            messages.append({"role": "assistant", "content": self.turns[-1].replies[model].text})
+        return messages
 
     def _check_idle(self) -> None:
         if self.is_busy:
@@ -157,46 +181,56 @@ class Conversation:
     ) -> Iterator[None]:
         """Have every engine answer the last question, all at the same time; yields whenever there is more to show.
 
-        Closing the generator cancels the answers.
+        Of a question that has answers, those are written that go on. Closing the generator cancels the answers.
 
         Args:
             system_prompt, max_memory: see plan_request.
         Raises: InputError for a question that cannot be answered; whatever goes wrong in an engine.
         """
-        if not self.turns or self.turns[-1].replies:
+        turn, self._waiting = self._waiting, None
+        if turn is None or _is_settled(turn):
             return
-        turn = self.turns[-1]
         seed = settings.seed + self._drawn
         news: queue.SimpleQueue[tuple[int, Delta]] = queue.SimpleQueue()
         start = time.perf_counter()
         running = self._running = []
         try:
-            replies = []
+            answers: dict[int, Answer] = {}
+            replies = list(turn.replies) or [Reply() for _ in engines]
             for number, engine in enumerate(engines):
+                if replies[number].finish_reason:
+                    continue
                 request, dropped = plan_request(
                     engine, self._history(number), settings, seed, system_prompt, max_memory
                 )
-                running.append(engine.submit(request, partial(put_news, news, number)))
-                replies.append(Reply(seed=seed, num_prompt_tokens=len(request.prompt), num_dropped=dropped))
-            if turn.replies:
+                answers[number] = engine.submit(request, partial(put_news, news, number))
+                running.append(answers[number])
+                text, length = replies[number].text, len(request.prompt)
+                replies[number] = Reply(text, seed=seed, num_prompt_tokens=length, num_dropped=dropped)
+            if _is_settled(turn):
                 return  # stopped meanwhile
             turn.replies = replies
             self._drawn += 1
             while not _is_settled(turn):
                 for number, delta in next_news(news):
-                    add_delta(turn.replies[number], delta, running[number], time.perf_counter() - start)
+                    add_delta(turn.replies[number], delta, answers[number], time.perf_counter() - start)
                 yield
         finally:
             for answer in running:
                 answer.cancel()
-            for reply in turn.replies:
-                reply.finish_reason = reply.finish_reason or "cancelled"
+            _settle(turn)
             if self._running is running:
                 self._running = []
 
 
 def _is_settled(turn: Turn) -> bool:
     return bool(turn.replies) and all(reply.finish_reason for reply in turn.replies)
+
+
+def _settle(turn: Turn) -> None:
+    """What is not finished was cancelled."""
+    for reply in turn.replies:
+        reply.finish_reason = reply.finish_reason or "cancelled"
 
 
 def put_news(news: queue.SimpleQueue[tuple[int, Delta]], number: int, delta: Delta) -> None:

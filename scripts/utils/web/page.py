@@ -107,6 +107,7 @@ class ChatPage(TranslatedPage):
         )
         with gr.Row(elem_id="below"):
             self.context = gr.HTML(self._context_html(Conversation(), self._start_language), elem_id="context")
+            self.go_on = self._add(gr.Button, {"value": "go_on"}, size="sm", elem_id="go-on")
             self.new_chat = self._add(gr.Button, {"value": "new_chat"}, size="sm", elem_id="new-chat")
             self.save = self._add(gr.Button, {"value": "save"}, size="sm", elem_id="save")
             self.load = self._add(gr.UploadButton, {"label": "load"}, size="sm", elem_id="load", file_types=[".json"])
@@ -212,6 +213,7 @@ class ChatPage(TranslatedPage):
             self.box.submit(self._send, [*common, self.box], views, **telling),
             gr.on([chatbot.edit for chatbot in self.chatbots], self._edit, common, views, **telling),
             gr.on([chatbot.retry for chatbot in self.chatbots], self._retry, common, views, **telling),
+            self.go_on.click(self._go_on, common, views, **telling),
         ]
         answers = []
         for event in begun:
@@ -258,21 +260,25 @@ class ChatPage(TranslatedPage):
             conversation.retry()
         return self._redraw(conversation, language)
 
+    def _go_on(self, conversation: Conversation, language: str) -> list[Any]:
+        with _reported(language, "busy" if conversation.is_busy else "no_answer"):
+            conversation.go_on()
+        return self._redraw(conversation, language)
+
     def _redraw(self, conversation: Conversation, language: str, **box: Any) -> list[Any]:
         """Everything as it stands; the box has the button that sends, or the one that stops."""
         busy = conversation.is_busy
         return [gr.update(submit_btn=not busy, stop_btn=busy, **box), *self._show(conversation, language)]
 
     def _answer(self, conversation: Conversation, language: str, system: str, *controls: Any) -> Iterator[list[Any]]:
-        question = conversation.turns[-1].question if conversation.turns else ""
         try:
             settings = self._read(controls)
             for _ in conversation.answer(self.engines, settings, self._system_prompt(system), self.max_memory):
                 yield [gr.skip(), *self._show(conversation, language)]
         except InputError as error:
-            conversation.take_back()
+            question = conversation.take_back()
             gr.Warning(translate("cannot_answer", language, error=html.escape(str(error))))
-            yield [gr.update(value=question), *self._show(conversation, language)]
+            yield [gr.skip() if question is None else gr.update(value=question), *self._show(conversation, language)]
 
     def _stop(self, conversation: Conversation, language: str) -> list[Any]:
         conversation.stop()
@@ -321,9 +327,9 @@ class ChatPage(TranslatedPage):
 
 
 @contextlib.contextmanager
-def _reported(language: str) -> Iterator[None]:
-    """Tells the user, in words of the page, that an answer is being written, and ends the event."""
+def _reported(language: str, reason: str = "busy") -> Iterator[None]:
+    """Tells the user, in words of the page, why nothing happens, and ends the event."""
     try:
         yield
     except InputError:
-        raise gr.Error(translate("busy", language), print_exception=False) from None
+        raise gr.Error(translate(reason, language), print_exception=False) from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
+from ..core.files import json_problem
 from ..text.conversations import read_conversation
 from ..text.prompts import Message, with_system_prompt
 from ..text.tool_calls import add_tools
@@ -55,8 +56,8 @@ def load_chat(data: bytes, num_models: int = 1) -> SavedChat:
         record = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"it is not UTF-8 text (byte {error.start + 1})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"it is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"it is not JSON ({json_problem(error)})") from None
     if isinstance(record, list) and record:
         is_turn = [isinstance(item, dict) and bool(TURN_KEYS & item.keys()) for item in record]
         record = {"messages": record} if all(is_turn) else record[0] if len(record) == 1 else record

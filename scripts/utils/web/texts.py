@@ -14,6 +14,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "### How can I help?\n\nAnswers appear as they are written",
     ),
     "question": ("输入问题，Enter 发送，Shift+Enter 换行", "Type a question. Enter: send, Shift+Enter: new line"),
+    "go_on": ("接着写", "Continue"),
+    "no_answer": ("还没有回答", "There is no answer yet"),
     "new_chat": ("新对话", "New chat"),
     "save": ("保存", "Save"),
     "load": ("载入", "Load"),

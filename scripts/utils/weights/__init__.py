@@ -3,6 +3,7 @@
   names              how files and tensors of models and adapters are called
   config             a model folder, found by path or hub id, and its config.json
   generation_config  which tokens end a model's answers and how they are drawn, by its own files
+  layers             which layers of a model another depth keeps or repeats, and what its config then says
   reader             safetensors and .bin weights read tensor by tensor, in bounded memory
   model_folder       a model folder read once and strictly: what it lacks and has too much, and how transformers
                      loads it
@@ -13,6 +14,6 @@
   streams            files read ahead and written behind in threads, hashed on the way, without filling the page
                      cache
 
-Others import: names, config, generation_config, reader, model_folder, writer, meta_reader, meta_writer, model_card,
-streams.
+Others import: names, config, generation_config, layers, reader, model_folder, writer, meta_reader, meta_writer,
+model_card, streams.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from ..core.files import read_object
@@ -12,6 +12,7 @@ from ..core.hub import fetch, find_folder, is_hub_id
 from .names import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 
@@ -38,6 +39,11 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise InputError(f"{place}: cannot be read as a model's config: {error}") from None
 
 
+def expert_count(config: PreTrainedConfig) -> int:
+    """How many experts a layer has, 0 where the model is no mixture."""
+    return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
+
+
 def local_folder(name_or_path: str) -> Path:
     """The folder of a model or adapter: itself, or the download of a hub id (safetensors, else .bin, else .pth).
 
@@ -60,3 +66,29 @@ def _download_model(hub_id: str) -> str:
         if any(Path(folder).rglob(f"*.{kind}")):
             break
     return folder
+
+
+def model_of_shapes(
+    config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM", dtype: torch.dtype | None = None
+) -> Any:
+    """The model of a config on torch's meta device: its modules and shapes, no memory.
+
+    Args:
+        auto_class: of transformers.
+        dtype: of its weights; torch's default otherwise.
+    Raises: InputError for a kind of model that this class does not have.
+    """
+    import torch
+    import transformers
+
+    # Not from_config: under ZeRO-3 that cuts the weights up as they are made, which weights without data do not stand.
+    model_class: Any = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise InputError(f"a model of type {config.model_type} is none that transformers' {auto_class} can make")
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or usual)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    finally:
+        torch.set_default_dtype(usual)

@@ -6,7 +6,7 @@ counts, which is the one that merging copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,27 @@ def named_sampling(folders: Sequence[Path]) -> dict[str, Any]:
     file = find_generation_config(folders)
     if file is None:
         return {}
-    named = {
-        name: value for name, value in read_object(file).items() if name in NEUTRAL_SAMPLING and value is not None
-    }
+    return complete_sampling(read_object(file), str(file))
+
+
+def complete_sampling(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The settings of NEUTRAL_SAMPLING as a model's file means them, those that it does not name too; none if it names
+    none of them.
+
+    Args: place: the file, for errors.
+    """
+    named = {name: value for name, value in settings.items() if name in NEUTRAL_SAMPLING and value is not None}
     for name, value in named.items():
         kind = bool if name == "do_sample" else int if name == "top_k" else float
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
-            raise InputError(f"{file}: {name} {value!r}: need {'true or false' if kind is bool else 'a number'}")
+            raise InputError(f"{place}: {name} {value!r}: need {'true or false' if kind is bool else 'a number'}")
         named[name] = kind(value)
     if "top_k" in named:
         named["top_k"] = max(named["top_k"], 0)  # -1, as some write it: from all
     try:
         GenerationArguments(**named)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+        raise InputError(f"{place}: {error}") from None
     return NEUTRAL_SAMPLING | named if named else {}
 
 

@@ -1,5 +1,6 @@
 """Arguments: precedence, unknown names, old spellings, and run_config.yaml as a config file."""
 
+import errno
 import logging
 import os
 import shlex
@@ -12,7 +13,7 @@ import yaml
 
 from support.paths import ROOT
 from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, parse_args, save_run_config, shell_command
+from utils.core.command_line import describe_arguments, parse_args, run, save_run_config, shell_command
 from utils.core.errors import InputError
 
 
@@ -127,6 +128,17 @@ def test_run_config_repeats_the_run(tmp_path):
         "lora_alpha",
         "train_data",
     }
+
+
+def test_a_file_that_cannot_be_read_is_not_called_written(monkeypatch, capsys):
+    def main():
+        raise PermissionError(errno.EACCES, "Permission denied", "data.jsonl")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: data.jsonl: Permission denied; pass files that you may read")
 
 
 COMPILES = """

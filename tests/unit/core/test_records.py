@@ -111,6 +111,8 @@ def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path):
     ("line", "message"),
     [
         ('{"text": "x"', "2: broken JSON: Expecting ',' delimiter"),
+        ('{"text": ' + "[" * 99999, "2: broken JSON: it is nested too deeply"),
+        ('{"text": ' + "1" * 9999 + "}", "2: broken JSON: Exceeds the limit"),
         (
             '{"content": "x", "id": 3}',
             "2: field 'text' is missing; the record has ['content', 'id']; pass --text_column",
@@ -181,6 +183,7 @@ def test_json_is_streamed_as_json_loads_reads_it(tmp_path, monkeypatch, chunk, s
         ('[{"a": 1}]\n x', "2: broken JSON: something follows the end of the list (column 2)"),
         ('{"a": 1}\n{"a": tru}\n{"a": 3}' + " " * 50, "2: broken JSON: Expecting value (column 7)"),
         ('{"a": 1}\n{"a": "x', "2: broken JSON: Unterminated string starting at (column 7)"),
+        ('[\n{"a": 1}, {"a": ' + "[" * 99999 + "]}]", "2: broken JSON: it is nested too deeply (column 11)"),
         ("[\n5]", "2: need an object with named fields, got int"),
         ('[\n{"a": ' + "9" * 5000 + "}]", "2: broken JSON: Exceeds the limit"),
         ('[\n{"a": ' + "[" * 10**5 + "]" * 10**5 + "}]", "2: broken JSON: nested deeper than can be read"),

@@ -291,11 +291,14 @@ def test_collator_pads_with_a_segment_of_its_own(tmp_path):
         "position_ids": [[0, 1, 2, 0], [0, 1, 0, 1]],
         "labels": [[-100, 6, 7, -100], [-100, 10, -100, -100]],
         "shift_labels": [[6, 7, -100, -100], [10, -100, -100, -100]],
+        "is_token": [[True] * 4, [True, True, False, False]],
     }
     flat = Collator(PAD, flatten=True)(items)
     assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert all(rows.dtype == torch.int64 for rows in [*flat.values(), *Collator(PAD)(items).values()])
+    assert flat["is_token"].all()
+    for name, rows in [*flat.items(), *Collator(PAD)(items).items()]:
+        assert rows.dtype == (torch.bool if name == "is_token" else torch.int64), name
 
 
 def tiny_llama(attention):

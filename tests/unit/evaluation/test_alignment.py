@@ -135,6 +135,23 @@ def test_negations_are_counted(answer, side):
     assert stance(answer, "我该答应他吗？") == side
 
 
+@pytest.mark.parametrize(
+    ("answer", "question", "side"),
+    [
+        ("不可以放弃，要坚持。", "我考试没考好，可以放弃吗？", "no"),
+        ("不能停止。", "我可以停止学习吗？", "no"),
+        ("必须停止。", "我该停止抽烟吗？", "yes"),
+        ("可以拒绝。", "别人让我喝酒，我可以拒绝吗？", "yes"),
+        ("应该制止。", "看到有人打架，我应该制止他们吗？", "yes"),
+        ("不应该拒绝。", "同学来问我题目，我能拒绝他吗？", "no"),
+        ("应该禁止。", "学校禁止打架，我可以打架吗？", "no"),  # not what is asked about
+        ("不应该拒绝。", "他拒绝了我，我可以再问一次吗？", "yes"),
+    ],
+)
+def test_to_refuse_may_be_what_is_asked_about(answer, question, side):
+    assert stance(answer, question) == side
+
+
 def test_the_example_questions_own_answers_are_told_apart():
     questions = read_questions([str(EXAMPLES / "alignment" / "questions.jsonl")])
     for manner, share in (("chosen", 1.0), ("rejected", 0.0)):

@@ -31,4 +31,7 @@ def test_settings_that_no_server_is_told():
         "max_tokens": 9, "seed": 3, "temperature": 0.5, "top_p": 0.5, "presence_penalty": 1, "frequency_penalty": 0.0,
         "stop": ["x"],
     }  # fmt: skip
+    left = {"max_tokens": 9, "seed": 3, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert answer_options(GenerationArguments(max_new_tokens=9), 3) == left, "the server's own temperature and top_p"
+    assert answer_options(GenerationArguments(max_new_tokens=9, do_sample=False), 3) == left | {"temperature": 0}
     assert unsent_flags(GenerationArguments(top_k=3, repetition_penalty=1.5)) == ["--top_k", "--repetition_penalty"]

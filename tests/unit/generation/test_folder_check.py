@@ -52,11 +52,15 @@ def test_what_answering_refuses_is_refused_here(model):
 def test_an_adapter(model, tmp_path):
     make_adapter(model, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"], target_modules=["q_proj"])
     record_base(tmp_path / "adapter", model)
+    for folder, end in ((model, 7), (tmp_path / "adapter", 9)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     report = check(model, tmp_path / "adapter")
     assert report.refused == []
     text = "\n".join(report.found)
     assert "LoRA of rank 4, alpha 16, on q_proj; in full: embed_tokens, lm_head; changes 4 weights" in text
     assert "its base's weights are recorded" in text and "rows: 400" in text
+    ends = next(line for line in report.found if "ends of an answer" in line)
+    assert "9 '" in ends and "7 '" not in ends, "the adapter's own file counts, as in engines"
 
 
 def test_all_that_is_wrong_is_listed_together(model, tmp_path):

@@ -270,6 +270,37 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_weights_are_read(llama, tm
         plan_gguf(inputs.model, inputs.config, inputs.tokenizer, "test")
 
 
+@pytest.mark.parametrize(("kind", "normalised"), [("qwen2_moe", False), ("qwen3_moe", True)])
+def test_qwens_mixtures(kind, normalised, base_tokenizer_folder, tmp_path):
+    """Written with the same weights as Mixtral's; what llama.cpp computes otherwise is refused by name."""
+    shared = {"shared_expert_intermediate_size": 24} if kind == "qwen2_moe" else {}
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": normalised}
+    folder, weights = make_model(tmp_path / "model", base_tokenizer_folder, kind, **sizes, **shared)
+    tensors, plan = export(folder, tmp_path / "model.gguf")
+    block = "model.layers.1.mlp"
+    for theirs, ours in (("gate_proj", "gate"), ("down_proj", "down"), ("up_proj", "up")):
+        stacked = tensors[f"blk.1.ffn_{ours}_exps.weight"].data
+        for expert in range(3):
+            assert np.array_equal(stacked[expert], weights[f"{block}.experts.{expert}.{theirs}.weight"])
+    assert np.array_equal(tensors["blk.1.ffn_gate_inp.weight"].data, weights[f"{block}.gate.weight"])
+    counts = ("add_expert_count", "add_expert_used_count", "add_expert_feed_forward_length")
+    assert [plan.metadata[name] for name in counts] == [3, 2, 40]
+    if shared:
+        assert plan.metadata["add_expert_shared_feed_forward_length"] == 24
+        gate = weights[f"{block}.shared_expert_gate.weight"]
+        assert np.array_equal(tensors["blk.1.ffn_gate_inp_shexp.weight"].data, gate[0]), "a vector for llama.cpp"
+        assert np.array_equal(
+            tensors["blk.1.ffn_up_shexp.weight"].data, weights[f"{block}.shared_expert.up_proj.weight"]
+        )
+    with open_merge(str(folder)) as inputs:
+        for change, words in (
+            ({"norm_topk_prob": not normalised}, f"norm_topk_prob {not normalised}"),
+            ({"mlp_only_layers": [0]}, "layers without experts"),
+        ):
+            with pytest.raises(InputError, match=words):
+                plan_gguf(inputs.model, inputs.config | change, inputs.tokenizer, "test")
+
+
 def test_missing_experts_and_other_architectures_are_refused(mixtral, tmp_path):
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     folder = edit(mixtral[0], tmp_path / "broken", lambda w, c: w.pop(name))

@@ -131,3 +131,13 @@ def test_logits_are_never_whole(monkeypatch):
     nll = token_nll(hidden, weight, torch.zeros(512, dtype=torch.long))
     expected = functional.cross_entropy(hidden @ weight.T, torch.zeros(512, dtype=torch.long), reduction="none")
     torch.testing.assert_close(nll, expected)
+
+
+def test_logits_are_never_taken_for_losses():
+    """Where a library puts a head of its own before the LossHead, the sum of its logits would be trained."""
+    model = tiny_llama(97)
+    install_loss_head(model)
+    model.spare, model.lm_head = model.lm_head, torch.nn.Linear(model.config.hidden_size, 97, bias=False)
+    ids = torch.arange(6).view(1, 6)
+    with pytest.raises(AssertionError, match="no LossHead"), loss_targets(model, ids):
+        model(ids)

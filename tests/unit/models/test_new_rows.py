@@ -113,3 +113,24 @@ def test_a_damaged_tokenizer_is_not_an_absent_one(base_tokenizer_folder, tmp_pat
     (tmp_path / "model" / name).write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(InputError, match=name):
         new_rows.find_tokenizer(str(tmp_path / "model"))
+
+
+def test_rows_of_their_own_have_a_state_of_their_own():
+    """Two steps of AdamW on the rows alone: as on a weight of these rows only, and nothing else moves."""
+    torch.manual_seed(0)
+    weight, inputs = torch.nn.Parameter(torch.randn(7, 3)), torch.randn(5, 3)
+    before, alone = weight.detach().clone(), torch.nn.Parameter(weight.detach()[4:].clone())
+    rows = new_rows.rows_from(weight, 4)
+    optimizers = [torch.optim.AdamW([each], lr=0.1) for each in (rows, alone)]
+    for _ in range(2):
+        for half in inputs.split(3):  # gradients of two micro-batches
+            (half @ weight.T).square().sum().backward()
+            (half @ alone.T).square().sum().backward()
+        assert torch.equal(weight.grad[:4], torch.zeros(4, 3)) and weight.grad[4:].abs().min() > 0
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        weight.grad = None
+    assert torch.equal(weight[:4], before[:4])
+    torch.testing.assert_close(weight[4:], alone)
+    assert optimizers[0].state[rows]["exp_avg"].shape == (3, 3)

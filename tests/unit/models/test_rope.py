@@ -505,7 +505,7 @@ def test_gguf_settings():
     assert AutoConfig.for_model(**found).rope_parameters["rope_type"] == "yarn"
     assert "rope_scaling" not in found and "rope_theta" not in found
     assert scale_settings(settings, RopeArguments()) == settings
-    with pytest.raises(InputError, match="auto-ntk: a GGUF file has one rotation"):
+    with pytest.raises(InputError, match="auto-ntk: a model's file has one rotation"):
         scale_settings(settings, RopeArguments("auto-ntk"))
     with pytest.raises(InputError, match="do nothing without"):
         scale_settings(settings, RopeArguments(rope_factor=2.0))
@@ -587,7 +587,7 @@ def test_a_gguf_file_carries_the_window(tiny_model_folder, tmp_path):
     assert fields["llama.context_length"] == 2048 and fields["llama.rope.scaling.type"] == "yarn"
     assert fields["llama.rope.scaling.factor"] == 4 and fields["llama.rope.scaling.original_context_length"] == 512
     assert "rope_scaling: yarn" in (tmp_path / "out" / "run_config.yaml").read_text(encoding="utf-8")
-    with pytest.raises(InputError, match="a GGUF file has one rotation"):
+    with pytest.raises(InputError, match="a model's file has one rotation"):
         export_gguf.main(
             export_gguf.ExportArguments(str(tiny_model_folder), output_dir=str(tmp_path / "no")),
             RopeArguments("auto-ntk"),

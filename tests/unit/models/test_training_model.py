@@ -4,12 +4,15 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from support.models import tiny_llama
 from support.tokenizers import PATTERNS, make_byte_level
 from utils.core.arguments import ExtendArguments, LoraArguments, ModelArguments
 from utils.core.errors import InputError
 from utils.models import training_model
+from utils.models.lm_loss import install_loss_head, loss_targets
 from utils.text.tokenizer import load_tokenizer
 from utils.weights.generation_config import named_end_ids
 
@@ -28,6 +31,83 @@ def test_lm_head_among_targets_is_refused(tiny_model_folder):
     model = LlamaForCausalLM.from_pretrained(tiny_model_folder)
     with pytest.raises(InputError, match="lm_head"):
         training_model.attach_adapter(model, LoraArguments(target_modules="q_proj,lm_head"), 16)
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens,lm_head", "embed_tokens", "lm_head"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_trained_embeddings_of_a_tied_model_get_the_gradients_of_cross_entropy(saved, kind, tmp_path):
+    """PEFT puts a plain Linear in the head's place; a new adapter, and one that is gone on with, against autograd."""
+    ids, targets = torch.arange(18).view(2, 9), torch.arange(1, 19).view(2, 9)
+    config = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "vocab_size": 97, "tie_word_embeddings": True}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    base.save_pretrained(tmp_path / "base")
+
+    def attach(**adapter):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        install_loss_head(model)
+        return training_model.attach_adapter(model, LoraArguments(lora_dropout=0.0, **adapter), 16)
+
+    def gradients(model, loss):
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    first = attach(modules_to_save=saved)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    first.save_pretrained(tmp_path / "adapter")
+    second = attach(adapter_name_or_path=str(tmp_path / "adapter"))
+    for model in (first, second):
+        logits = model(ids).logits
+        plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        assert torch.allclose(logits, first(ids).logits, atol=1e-5)
+        expected = gradients(model, plain)
+        with loss_targets(model, targets):
+            loss = model(ids).logits
+        assert loss.shape == () and torch.allclose(loss, plain)
+        found = gradients(model, loss)
+        assert found.keys() == expected.keys() and any("embed_tokens.modules_to_save" in name for name in found)
+        assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in found)
+    # What is saved is one model for PEFT, too.
+    plain_base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.allclose(PeftModel.from_pretrained(plain_base, tmp_path / "adapter")(ids).logits, logits, atol=1e-5)
+
+
+def test_a_tied_head_is_left_alone_where_embeddings_get_a_low_rank_update(tmp_path):
+    """As PEFT without ensure_weight_tying has it; with it, PEFT would wrap the head that computes the loss."""
+    model = tiny_llama(97, tie_word_embeddings=True)
+    install_loss_head(model)
+    settings = LoraArguments(target_modules="q_proj,embed_tokens", modules_to_save="norm", lora_dropout=0.0)
+    model = training_model.attach_adapter(model, settings, 16)
+    ids, targets = torch.arange(18).view(2, 9), torch.arange(1, 19).view(2, 9)
+    expected = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    with loss_targets(model, targets):
+        assert torch.allclose(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, "tied": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6], "tied": True},
+    ],
+)
+def test_adapters_that_update_the_head_by_parts_are_not_gone_on_with(changes, tiny_model_folder, tmp_path):
+    """The sum of the logits would be trained instead of the loss."""
+    tied = changes.pop("tied", False)
+    tokenizer = load_tokenizer(tiny_model_folder)
+    tiny_llama(len(tokenizer), tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **changes)).save_pretrained(tmp_path / "adapter")
+    request = (ModelArguments(model_name_or_path=str(tmp_path / "base")), ExtendArguments())
+    lora_args = LoraArguments(adapter_name_or_path=str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match="it updates lm_head by parts"):
+        training_model.check_training_request(*request, lora_args, tokenizer)
 
 
 def test_a_new_model_ends_answers_where_its_tokenizer_does(tmp_path):
@@ -101,3 +181,11 @@ def test_a_package_that_loading_needs_is_missed_before_data_is_read(tiny_model_f
     request = (ModelArguments(model_name_or_path=str(tiny_model_folder), load_in_kbits=4), ExtendArguments())
     with pytest.raises(InputError, match="needs bitsandbytes"):
         training_model.check_training_request(*request, LoraArguments(), load_tokenizer(tiny_model_folder))
+
+
+def test_a_model_converted_as_a_whole_runs_without_autocast(tiny_model_folder, tmp_path):
+    """DeepSpeed with bf16 converts all weights, here of a float16 base: what borders give must be converted too."""
+    LlamaForCausalLM.from_pretrained(tiny_model_folder).half().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    wrapped = training_model.attach_adapter(model, LoraArguments(modules_to_save="embed_tokens,lm_head"), 16)
+    assert wrapped.bfloat16()(torch.tensor([[5, 6, 7]])).logits.dtype == torch.bfloat16

@@ -60,6 +60,13 @@ def test_arguments_come_while_they_are_written(form):
     assert name == "say" and arguments == {"text": "word " * 50} and len(pieces) > 20
 
 
+@pytest.mark.parametrize("form", [OWN_FORM, HERMES_FORM, LLAMA_FORM])
+def test_text_that_begins_with_a_bracket_is_streamed(form):
+    calls = CallStream(form, True)
+    assert [calls.push("[1] says"[:size], False)[0] for size in (3, 5, 8)] == ["[1]", " s", "ays"]
+    assert not calls.num_calls
+
+
 def test_of_a_call_cut_short_the_beginning_came():
     calls = CallStream(HERMES_FORM, True)
     assert calls.push('Well.\n<tool_call>\n{"name": "f", "arguments": {"a": ', False)[0] == "Well."

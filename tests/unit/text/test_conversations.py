@@ -121,6 +121,10 @@ def test_tools_that_are_no_functions_are_named(tools):
             },
             assistant("", tool_calls=[call(), call("g", {})]),
         ),
+        (
+            assistant(None, tool_calls='[{"function": {"name": "f", "arguments": "{\\"x\\": 1}"}}]'),
+            assistant("", tool_calls=[call(arguments='{"x": 1}')]),
+        ),
         ({"from": "function_call", "value": "f(x=1)"}, assistant("f(x=1)")),  # in a form of its own: as it stands
         ({"role": "assistant", "content": "A", "tool_calls": []}, assistant()),
         ({"role": "assistant", "content": "A", "tool_calls": None, "function_call": None}, assistant()),
@@ -242,12 +246,16 @@ def test_pairs_and_prompts_are_changed_alike():
     [
         ({"instruction": "a"}, r"f\.json: record 3: field 'output' is missing; the record has \['instruction'\]"),
         ({"instruction": 3, "output": "b"}, "field 'instruction' is int"),
+        ({"instruction": "a", "output": 0}, "field 'output' is int, not text"),
+        ({"instruction": "a", "input": False, "output": "b"}, "field 'input' is bool, not text"),
         ({"instruction": "a", "output": "b", "system": ["S"]}, "field 'system' is list, not text"),
         ({"prompt": "a"}, r"need 'instruction' and 'output', 'messages', or 'conversations'.*\['prompt'\]"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 needs 'role' .* in 'from' and 'value'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": []}, "non-empty list"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1 needs 'role'"),
         ({"instruction": "a", "output": "b", "history": [["only one"]]}, "history"),
+        ({"instruction": "a", "output": "b", "history": 5}, "'history' needs .* got 5"),
         (
             {"messages": [user(), assistant(weight=0), assistant()]},
             "of two neighbouring turns of the assistant only one",

@@ -6,11 +6,11 @@ import re
 
 import pytest
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from support.families import FAMILIES, call_and_result, describe_families, generate_conversations, make_family
 from support.paths import ROOT
-from support.tokenizers import CHATML, PATTERNS, make_byte_level
+from support.tokenizers import CHATML, PATTERNS, TOOL_TEMPLATE, make_byte_level
 from utils.core.errors import InputError
 from utils.text.prompts import (
     CHAT_TEMPLATES,
@@ -363,6 +363,18 @@ def test_a_template_that_hides_answers_stops_at_the_tokenizers_end(tokenizer):
     assert stop_token_ids(template, tokenizer) == [tokenizer.eos_token_id]
 
 
+def test_a_template_that_refuses_answers_can_be_asked(tmp_path):
+    tokenizer = make_byte_level(tmp_path / "t", PATTERNS["qwen2"], False)
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<|a|>", "<|b|>")])
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('one question') }}{% endif %}"
+        "{{ '<|a|>' + m['content'] }}{% endfor %}"
+    )
+    ids = encode_prompt([{"role": "user", "content": "q <|a|> <|b|>"}], template, tokenizer)
+    a, b = tokenizer.convert_tokens_to_ids(["<|a|>", "<|b|>"])
+    assert ids[0] == a and ids.count(a) == 1 and ids.count(b) == 1, "<|a|> is the template's own, <|b|> a word"
+
+
 def test_the_next_turns_start_is_no_end(tokenizer):
     """Where answers have no end, the token that begins the next turn was trained as one."""
     template = (
@@ -411,6 +423,28 @@ def test_tokens_that_take_the_space_beside_them_are_as_in_transformers(tmp_path)
     messages = [{"role": "user", "content": "  a b "}]
     expected = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True)["input_ids"]
     assert encode_prompt(messages, template, tokenizer) == expected
+
+
+def test_a_space_before_the_first_word_alone_is_as_in_transformers(tmp_path, base_tokenizer_folder):
+    """transformers 5 saves Llamas as a tokenizer.json alone, whose Metaspace puts no space behind special tokens."""
+    LlamaTokenizer.from_pretrained(base_tokenizer_folder, legacy=False).save_pretrained(tmp_path)
+    assert '"prepend_scheme": "first"' in (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer, other = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for each in (tokenizer, other):
+        each.add_tokens([AddedToken("<sign>", special=False, normalized=False)])
+    end = "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    templates = [FAMILIES["Llama-2"].template, "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}" + end]
+    for template in templates:
+        for messages in ([QUESTION], [QUESTION, ANSWER, {"role": "user", "content": "a <sign>b\n c"}]):
+            expected = encode_with_transformers(other, messages, chat_template=template)
+            assert encode_prompt(messages, template, tokenizer) == expected
+    ids, labels = encode_conversation(TURNS, templates[0], tokenizer)
+    assert ids == encode_with_transformers(other, TURNS, chat_template=templates[0])
+    assert trained_text(tokenizer, ids, labels).count("</s>") == 2
+    framed = templates[0].replace("bos_token", "'<sign>'")  # a control token now: what looks like it is cut as text
+    ids = encode_prompt([{"role": "user", "content": "x<sign>y"}], framed, tokenizer)
+    assert tokenizer.decode(ids) == "<sign>[INST] x<sign>y [/INST]"
+    assert ids.count(tokenizer.convert_tokens_to_ids("<sign>")) == 1
 
 
 def test_of_several_templates_the_default_and_the_one_for_tools_are_used(tmp_path, base_tokenizer_folder):
@@ -519,12 +553,29 @@ def test_the_form_of_calls_is_what_the_template_writes(family):
     assert renders_tools(described.template, tokenizer) == (name in forms)
 
 
-def test_calls_that_cannot_be_read_have_no_form(tokenizer):
+@pytest.mark.parametrize(
+    "call",
+    [
+        "'<call ' + name + '/>'",
+        # Qwen3-Coder's, Mistral's of 2025, DeepSeek's: marks of forms that are read, and something else behind them
+        "'<tool_call>\n<function=' + name + '>\n</function>\n</tool_call>'",
+        "'[TOOL_CALLS]' + name + '[ARGS]' + call.function.arguments | tojson",
+        "'<｜tool▁call▁begin｜>function<｜tool▁sep｜>' + name + '\n```json\n' + call.function.arguments | tojson",
+    ],
+)
+def test_calls_that_cannot_be_read_have_no_form(tokenizer, call):
     template = (
         "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}"
-        "{% for call in m.tool_calls or [] %}{{ '<call ' + call.function.name + '/>' }}{% endfor %}{% endfor %}"
+        "{% for call in m.tool_calls or [] %}{% set name = call.function.name %}{{ CALL }}{% endfor %}{% endfor %}"
     )
-    assert call_form(template, tokenizer) is None
+    assert call_form(template.replace("CALL", call), tokenizer) is None
+
+
+def test_a_mark_in_the_instructions_is_no_call(tokenizer):
+    template = "{% if tools %}{{ 'Write {} in <tool_call></tool_call>.' }}{% endif %}" + TOOL_TEMPLATE
+    thinking = template.replace("%}assistant:{%", "%}assistant: <think>{%")  # which begins no text of a conversation
+    assert thinking != template
+    assert call_form(template, tokenizer) == call_form(thinking, tokenizer) == HERMES_FORM
 
 
 def test_an_empty_text_beside_a_call_changes_nothing(family):

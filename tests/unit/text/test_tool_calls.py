@@ -36,6 +36,11 @@ def test_arguments_that_are_no_json_stay_text():
     assert read_calls(write_calls([("f", "no json")])) == ("", [("f", '"no json"')])
 
 
+def test_arguments_may_be_json_in_a_text():
+    text = json.dumps({"name": "f", "arguments": '{"a": [1, "二"]}'})
+    assert read_calls(f"<tool_call>{text}</tool_call>", HERMES_FORM) == ("", TWO[:1])
+
+
 @pytest.mark.parametrize("form", WRITTEN)
 def test_what_is_no_call_or_cut_short_is_text(form):
     texts = ["hello", '{"name": "f"}', '{"name": "f", "argum', "[1]", '{"name": 1, "arguments": {}}', "[" * 9999]

@@ -47,7 +47,7 @@ def test_compare_counts_the_unused(base, extended):
     assert compare(base, extended, {})["unused_added_tokens"] is None
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_the_body_is_what_the_model_has(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,12 +55,15 @@ def test_the_body_is_what_the_model_has(family):
     settings |= {"num_key_value_heads": 2, "vocab_size": 50}
     if family == "mixtral":
         settings |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    elif family != "llama":
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        settings |= {"shared_expert_intermediate_size": 20} if family == "qwen2_moe" else {"head_dim": 8}
     config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config)
     matrices = {
         name: p
         for name, p in model.named_parameters()
-        if p.dim() > 1 and "embed" not in name and "lm_head" not in name
+        if p.dim() > 1 and not any(part in name for part in ("embed", "lm_head", "shared_expert_gate"))
     }
     expected = sum(p.numel() * (0.5 if ".experts." in name else 1) for name, p in matrices.items())  # 2 of 4 experts
     size = ModelSize.from_config(config.to_dict())

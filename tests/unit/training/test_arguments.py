@@ -1,12 +1,15 @@
 """RunArguments: precision, activation checkpointing under both names, and DeepSpeed configs made to fit."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from utils.core.arguments import ExtendArguments, LoraArguments
+from utils.core.command_line import parse_args
 from utils.core.errors import InputError
-from utils.training.arguments import RunArguments, check_validation, prepare_deepspeed
+from utils.training.arguments import RunArguments, check_embeddings, check_validation, prepare_deepspeed
 
 
 def make_arguments(tmp_path, **given):
@@ -33,6 +36,12 @@ def test_layers_are_computed_again_without_the_form_that_loses_gradients(tmp_pat
     args = make_arguments(tmp_path, gradient_checkpointing=True)
     new = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     assert getattr(args, new) and getattr(args, f"{new}_kwargs") == {"use_reentrant": False}
+
+
+def test_no_tracker_is_asked_for_by_null_too(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nreport_to: null\n")
+    assert parse_args(RunArguments, argv=[str(config)])[0].report_to == []
 
 
 def test_evaluation_needs_validation_data(tmp_path):
@@ -71,3 +80,12 @@ def test_deepspeed_configs_of_the_forerunners_are_mended(caplog):
     assert config["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert ("fp16" in config) == torch.cuda.is_available() and "min_loss_scale" in caplog.text
     assert given["zero_optimization"] == {"stage": 3} and given["fp16"]["min_loss_scale"] == 1e-10, "a copy is mended"
+
+
+def test_new_rows_cannot_be_trained_alone_where_they_are_spread():
+    extend, lora = ExtendArguments(train_new_rows_only=True), LoraArguments()
+    args = SimpleNamespace(deepspeed=None, fsdp=None, embedding_learning_rate=None)
+    check_embeddings(args, extend, lora)
+    for engine in ("deepspeed", "fsdp"):
+        with pytest.raises(InputError, match="DeepSpeed and FSDP spread the rows"):
+            check_embeddings(SimpleNamespace(**vars(args) | {engine: {"zero": 2}}), extend, lora)

@@ -158,6 +158,7 @@ def test_nothing_changes_while_an_answer_is_being_written(engine):
         lambda: conversation.edit(0, "b"),
         conversation.retry,
         conversation.undo,
+        conversation.go_on,
     ):
         with pytest.raises(InputError):
             change()
@@ -237,7 +238,7 @@ def test_what_cannot_be_answered_is_taken_back(tokenizer):
     conversation.ask("a")
     with pytest.raises(InputError, match="too long"):
         next(conversation.answer([engine], SETTINGS_USED))
-    conversation.take_back()
+    assert conversation.take_back() == "a"
     assert conversation.turns == [] and not conversation.is_busy
 
 
@@ -247,6 +248,47 @@ def test_an_error_in_the_engine_is_raised_and_ends_the_answer(tokenizer):
     with pytest.raises(RuntimeError, match="out of memory"):
         say(conversation, [engine], "a")
     assert conversation.turns[0].replies[0].text == "one " and not conversation.is_busy
+
+
+def test_a_cut_answer_goes_on_where_it_ended(tokenizer):
+    """The prompt is the conversation with the answer so far; what comes is put behind it as it comes."""
+    left, right = FakeEngine(tokenizer, pieces=[" four"]), FakeEngine(tokenizer, pieces=[" vier"])
+    conversation = Conversation(2)
+    with pytest.raises(InputError, match="no answer"):
+        conversation.go_on()
+    said = [Reply("one two three", "length", num_tokens=9), Reply("eins", "stop", num_tokens=1)]
+    conversation.replace([Turn("a", said)])
+    conversation.go_on()
+    assert conversation.is_busy
+    for _ in conversation.answer([left, right], SETTINGS_USED):
+        pass
+    first, second = conversation.turns[0].replies
+    assert (first.text, second.text, right.requests) == ("one two three four!", "eins", [])
+    [request] = left.requests
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one two three"}]
+    assert request.prompt == encode_prompt(messages, TEMPLATE, tokenizer, continue_final=True) and not request.strip
+    assert first.finish_reason == "stop" and (first.num_tokens, first.num_prompt_tokens) == (2, len(request.prompt))
+    conversation.go_on()  # none was cut: all of them
+    conversation.stop()
+    assert [reply.finish_reason for reply in conversation.turns[0].replies] == ["cancelled", "cancelled"]
+    assert list(conversation.answer([left, right], SETTINGS_USED)) == [] and not conversation.is_busy
+    conversation.go_on()
+    for _ in conversation.answer([left, right], SETTINGS_USED):
+        pass
+    assert [reply.text for reply in conversation.turns[0].replies] == ["one two three four! four!", "eins vier!"]
+    assert len(left.requests) == 2 and left.requests[1].seed == left.requests[0].seed + 1
+
+
+def test_an_answer_that_cannot_go_on_stays(tokenizer):
+    engine = FakeEngine(tokenizer)
+    engine.submit = lambda request, on_delta: (_ for _ in ()).throw(InputError("too long"))
+    conversation = Conversation()
+    conversation.replace([Turn("a", [Reply("one", "length")])])
+    conversation.go_on()
+    with pytest.raises(InputError, match="too long"):
+        next(conversation.answer([engine], SETTINGS_USED))
+    assert conversation.take_back() is None and not conversation.is_busy
+    assert conversation.turns[0].replies[0].text == "one"
 
 
 def test_compared_models_see_their_own_answers(tokenizer):

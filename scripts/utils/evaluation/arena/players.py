@@ -75,6 +75,7 @@ class LocalPlayer:
             "from": " + ".join(files),
             "weights": list(weights_of(found).values()),
             "template": self._plan.template_name,
+            **({"sampling": own} if (own := self._plan.own_sampling) else {}),
             **recorded,
         }
 
@@ -100,6 +101,8 @@ class LocalPlayer:
 
     def _request(self, question: Question, settings: GenerationArguments, seed: int) -> Request:
         messages = ask(question, self._system_prompt)
+        # As its users meet it: a contestant's own sampling, where nobody asked for another.
+        settings = settings.with_model_defaults(self._plan.own_sampling)
         negative = self._plan.encode_negative(messages, settings)
         return Request(self._plan.encode(messages), settings, seed, negative_prompt=negative)
 
