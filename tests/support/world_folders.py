@@ -211,7 +211,7 @@ def write_tokenizer(draft: Draft) -> None:
     _write_added(draft, config)
     if draft.tokens != "byte-level":
         (draft.folder / "tokenizer.model").write_bytes(sentencepiece_model())
-    named = {key: value for key, value in config.items() if key.endswith("_token") and value}
+    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
     if draft.chance(0.3, "named in special_tokens_map"):
         as_objects = draft.chance(0.5, "as objects")
         draft.write(

@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 CHUNK_CHARACTERS = 1 << 20  # read at a time; a longer value makes the buffer grow
 LOOKAHEAD = 16  # characters a cut token (an escape, a literal, a number) may reach back from the end of the buffer
 SPACE = re.compile(r"[ \t\r\n]*")
-TOO_DEEP = "nested deeper than can be read"
+TOO_DEEP = "it is nested too deeply"
 
 
 # ---------------------------------------------------------------- JSON, value by value

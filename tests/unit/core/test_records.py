@@ -122,7 +122,7 @@ def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path):
         ('["text"]', "2: need an object with named fields, got list"),
         ('{"text": "\\ud800"}', "2: text that is not valid Unicode"),
         ('{"text": "x", "id": ' + "9" * 5000 + "}", "2: broken JSON: Exceeds the limit"),
-        ('{"text": "x", "id": ' + "[" * 10**5 + "]" * 10**5 + "}", "2: broken JSON: nested deeper than can be read"),
+        ('{"text": "x", "id": ' + "[" * 10**5 + "]" * 10**5 + "}", "2: broken JSON: it is nested too deeply"),
     ],
 )
 def test_bad_jsonl_is_named_with_file_and_line(tmp_path, line, message):
@@ -186,7 +186,7 @@ def test_json_is_streamed_as_json_loads_reads_it(tmp_path, monkeypatch, chunk, s
         ('[\n{"a": 1}, {"a": ' + "[" * 99999 + "]}]", "2: broken JSON: it is nested too deeply (column 11)"),
         ("[\n5]", "2: need an object with named fields, got int"),
         ('[\n{"a": ' + "9" * 5000 + "}]", "2: broken JSON: Exceeds the limit"),
-        ('[\n{"a": ' + "[" * 10**5 + "]" * 10**5 + "}]", "2: broken JSON: nested deeper than can be read"),
+        ('[\n{"a": ' + "[" * 10**5 + "]" * 10**5 + "}]", "2: broken JSON: it is nested too deeply"),
     ],
 )
 def test_broken_json_is_named_with_line_and_column(tmp_path, monkeypatch, chunk, content, place):
