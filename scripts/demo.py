@@ -178,7 +178,7 @@ STAGES = [
         LORA_ALPHA=32 PROMPT_LENGTH=200 LENGTH=48 SEED=$SEED bash $SCRIPTS/run_ppo.sh
         --validation_data heldout=$DATA/rlhf/prompts_heldout.jsonl --validation_split 0 --max_steps 28 --ppo_epochs 2
         --lam 1 --critic_learning_rate 1e-2 --value_coef 0.3 --value_clip_range 5 --sft_data $DATA/sft/train.json
-        --sft_ratio 0.75 --whiten_advantages False --gradient_checkpointing False --rollout_batch_size 128
+        --sft_ratio 1 --whiten_advantages False --gradient_checkpointing False --rollout_batch_size 128
         --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 --gradient_accumulation_steps 1
         --eval_steps 14 --save_steps 14 --save_total_limit 1""",
         needs=["assistant", "rm"]),
