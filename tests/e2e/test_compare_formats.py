@@ -82,6 +82,7 @@ def test_the_table_as_the_demo_makes_it(base, tmp_path):
     assert all(row["size_gb"] for row in rows) and {path.name for path in tmp_path.iterdir()} == {"table.json"}
 
 
+@pytest.mark.slow
 def test_the_benchmark_records_the_table(base, tmp_path, monkeypatch, capfd):
     """benchmarks/quantization.py takes the script's flags; here into another file than RESULTS.md."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -38,7 +38,9 @@ def test_the_flags_are_those_of_the_scripts():
         assert script_types(f"{stage}.py")[:-1] == STAGES[stage]
 
 
-@pytest.mark.parametrize("stage", LAUNCHERS)
+@pytest.mark.parametrize(
+    "stage", [stage if stage == "pt" else pytest.param(stage, marks=pytest.mark.slow) for stage in LAUNCHERS]
+)
 def test_every_launcher_plans(stage, config_folder, tmp_path):
     environment = {**os.environ, "PLAN": "1", "DRY_RUN": "1", "MODEL": str(config_folder), "DATA": "none"}
     environment |= {"NPROC": "4", "NNODES": "2", "OUT": str(tmp_path / "out"), "REWARD": "", "PYTHON": sys.executable}
@@ -85,6 +87,7 @@ def test_suggestions_fit_and_keep_the_batch(config_folder):
         assert job.rows == 4 or f"--gradient_accumulation_steps {accumulation}" in item.flags
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_said(config_folder, capsys):
     assert run_plan("pt", config_folder, gpu_memory="10MB")["suggestions"] == []
     assert "no setting of this model and batch fits" in capsys.readouterr().out

@@ -277,6 +277,7 @@ def make_reward_adapter(folder: Path, base: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_rewards_of_models_and_functions(tiny_model_folder, prompts, function, reward_adapter, tmp_path, caplog):
     """A shared backbone or a model of its own give the same training; both weighted give the weighted sum."""
     caplog.set_level(logging.INFO)

@@ -42,7 +42,7 @@ def losses_of(stage, stored, dtype, records, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "stage", [stage if stage in ("pt", "ppo") else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+    "stage", [stage if stage == "pt" else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
 )
 def test_a_base_in_float16_trains_as_in_float32_without_bf16(stage, stored, records, tmp_path, monkeypatch):
     """Llama-2's own weights on an older processor or GPU: every digit, since float32 holds what float16 does."""

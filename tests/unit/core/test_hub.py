@@ -38,7 +38,10 @@ def test_what_cannot_be_fetched_is_named():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"HF_HUB_OFFLINE": "TRUE"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}],
+    [
+        {"HF_HUB_OFFLINE": "TRUE"},
+        pytest.param({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
+    ],
     ids=["offline", "no network"],
 )
 def test_a_cached_model_and_its_tokenizer_are_found(settings, tmp_path, tiny_model_folder):
