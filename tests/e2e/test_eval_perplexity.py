@@ -332,6 +332,7 @@ def test_gguf_files_beside_the_model(trained, documents, tmp_path):
 # ---------------------------------------------------------------- interrupted runs
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tiny_model_folder, documents, tmp_path, monkeypatch):
     """The same figures to the last digit, and nothing is scored twice."""
     monkeypatch.setattr(perplexity, "GROUP_TOKENS", 100)

@@ -701,6 +701,7 @@ def test_twenty_kills_leave_nothing_or_a_complete_folder(tmp_path):
     assert_manifest_is_true(tmp_path / "out", base, tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_a_read_only_place_is_named(llama, simple_adapter, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -218,6 +218,7 @@ def test_all_weights_can_be_trained(tiny_model_folder, prompts, function, tmp_pa
     assert entries(out, "kl")[0] == pytest.approx(0, abs=1e-5) and abs(entries(out, "kl")[-1]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metric", [pytest.param("eval_heldout_answer_entropy", marks=pytest.mark.slow), "eval_heldout_score"]
 )

@@ -252,6 +252,7 @@ def test_a_reward_model_on_a_tuned_adapter_and_tied_embeddings_merges(rm_run, ti
     assert load_reward_model(tmp_path / "at_once", device="cpu").score(some_sequences(rm_run)).std() > 0
 
 
+@pytest.mark.slow
 def test_a_fully_trained_model_is_loaded_by_transformers(tiny_model_folder, pairs, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

@@ -262,6 +262,7 @@ def test_full_training_from_scratch(base_tokenizer_folder, texts, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_sft_killed_once_ends_with_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path):
     check_kills("sft.py", lambda out: sft_argv(tiny_model_folder, texts / "sft.json", out), sft_run, tmp_path, 1)
 
