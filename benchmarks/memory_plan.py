@@ -283,7 +283,7 @@ def in_a_process(work: Callable[[], Any], log: Path) -> bool:
         os.dup2(file.fileno(), 2)
         try:
             work()
-        except BaseException:
+        except BaseException:  # whatever it is, a fork must not go on as its parent would
             traceback.print_exc()
             os._exit(1)
         os._exit(0)

@@ -25,7 +25,6 @@ Item = TypeVar("Item")
 CHUNK_CHARACTERS = 1 << 20  # read at a time; a longer value makes the buffer grow
 LOOKAHEAD = 16  # characters a cut token (an escape, a literal, a number) may reach back from the end of the buffer
 SPACE = re.compile(r"[ \t\r\n]*")
-TOO_DEEP = "it is nested too deeply"
 
 
 # ---------------------------------------------------------------- JSON, value by value
@@ -459,8 +458,8 @@ def _text_problem(record: dict[str, Any]) -> str | None:
     try:
         if _is_unicode(record):
             return None
-    except RecursionError:
-        return TOO_DEEP
+    except RecursionError as error:
+        return json_problem(error)
     return "text that is not valid Unicode (invalid UTF-8, or half a surrogate pair)"
 
 

@@ -135,20 +135,10 @@ def check_training_request(
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)
-    if lora_args.full_finetuning and model_args.load_in_kbits != 16:
-        raise InputError(
-            f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
-        )
+    check_bits(model_args, lora_args)
     check_modules(lora_args, base.config)
     check_experts(model_args, lora_args, base)
-    trained = set(split_names(lora_args.modules_to_save))
-    if lora_args.adapter_name_or_path:
-        adapter = read_adapter(lora_args.adapter_name_or_path, base)
-        trained = set(adapter.config.modules_to_save)
-        of_head = any(not isinstance(update, Replace) for update in adapter.updates.get(HEAD, ()))
-        rows = any(isinstance(update, ReplaceRows) for update in adapter.updates.get(EMBEDDING, ()))
-        if of_head or (rows and base.config.tie_word_embeddings):
-            raise InputError(f"--adapter_name_or_path {lora_args.adapter_name_or_path}: {UPDATED_HEAD}")
+    trained = _whole_modules(lora_args, base)
     if extend_args.train_new_rows_only:
         if not (lora_args.full_finetuning or any(map(is_embedding, trained))):
             raise InputError(f"--train_new_rows_only: {UNTRAINED}")
@@ -191,6 +181,26 @@ def check_experts(model_args: ModelArguments, lora_args: LoraArguments, base: Mo
             "--target_modules all: the experts of a %s model are one tensor a layer and get no update",
             base.config.model_type,
         )
+
+
+def check_bits(model_args: ModelArguments, lora_args: LoraArguments) -> None:
+    """Raises: InputError where weights of few bits would have to be trained themselves."""
+    if lora_args.full_finetuning and model_args.load_in_kbits != 16:
+        raise InputError(
+            f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
+        )
+
+
+def _whole_modules(args: LoraArguments, base: ModelFolder) -> set[str]:
+    """What is trained whole beside LoRA. Raises: InputError for an adapter that cannot be trained on."""
+    if not args.adapter_name_or_path:
+        return set(split_names(args.modules_to_save))
+    adapter = read_adapter(args.adapter_name_or_path, base)
+    of_head = any(not isinstance(update, Replace) for update in adapter.updates.get(HEAD, ()))
+    rows = any(isinstance(update, ReplaceRows) for update in adapter.updates.get(EMBEDDING, ()))
+    if of_head or (rows and base.config.tie_word_embeddings):
+        raise InputError(f"--adapter_name_or_path {args.adapter_name_or_path}: {UPDATED_HEAD}")
+    return set(adapter.config.modules_to_save)
 
 
 def split_names(names: str | None) -> list[str]:

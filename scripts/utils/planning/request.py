@@ -20,7 +20,7 @@ from ..generation.cache import GROWTH
 from ..lora.config import load_adapter_config
 from ..models.gathering import whole_models_loaded
 from ..models.loading import choose_attention, new_config, training_dtype
-from ..models.training_model import check_modules
+from ..models.training_model import check_bits, check_modules
 from ..rlhf.arguments import PPOArguments, PreferenceArguments, RewardArguments, RewardModelArguments, RolloutArguments
 from ..rlhf.dpo_trainer import REFERENCE_LOSSES
 from ..rlhf.reward_model import find_reward_model
@@ -78,10 +78,7 @@ def read_request(
     """
     model_args, lora_args = _one(arguments, ModelArguments), _one(arguments, LoraArguments)
     extend_args = _one(arguments, ExtendArguments) if stage in ("pt", "sft") else ExtendArguments()
-    if lora_args.full_finetuning and model_args.load_in_kbits != 16:
-        raise InputError(
-            f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
-        )
+    check_bits(model_args, lora_args)
     config = _config(model_args, extend_args, vocabulary)
     check_modules(lora_args, config)
     compute_dtype = _compute_dtype(run, on_gpu)

@@ -24,7 +24,7 @@ from ..lora.adapter_folder import load_with_peft, names_experts, read_adapter
 from ..lora.config import load_adapter_config
 from ..models.gathering import gathered_weights
 from ..models.loading import bf16_is_supported, check_loading, load_model
-from ..models.training_model import check_experts, check_modules, convert_at_borders, warn_beyond_window
+from ..models.training_model import check_bits, check_experts, check_modules, convert_at_borders, warn_beyond_window
 from ..text.prompts import OWN_TEMPLATE, resolve_template, stop_token_ids
 from ..text.tokenizer import check_embedding_rows, load_tokenizer
 from ..weights.config import load_config, local_folder
@@ -179,10 +179,7 @@ def check_reward_request(
         f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; merge the "
         "adapter that brings the new rows first, or pass the model's own tokenizer",
     )
-    if lora_args.full_finetuning and model_args.load_in_kbits != 16:
-        raise InputError(
-            f"--full_finetuning cannot train {model_args.load_in_kbits}-bit weights; use LoRA, or 16 bits"
-        )
+    check_bits(model_args, lora_args)
     if adapter := lora_args.adapter_name_or_path:
         if adapter_task(adapter) != TASK_TYPE:
             raise InputError(
