@@ -56,6 +56,14 @@ def good_result_files():
     assert not mistakes
 
 
+@pytest.fixture(autouse=True)
+def unplanned(request, monkeypatch):
+    """The memory of training runs is planned in the slow tests and in those of the plan: it takes half a second."""
+    is_script, about_plans = "e2e" in request.path.parts, "plan" in request.path.name
+    if is_script and not about_plans and request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("utils.planning.request.plan_run", lambda *args, **kwargs: None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     return SHARED_DATA

@@ -125,7 +125,10 @@ KINDS = {
     "llama3": ("llama", rope(**LLAMA3, original_max_position_embeddings=64)),
     "yarn": ("llama", rope(**YARN, attention_factor=0.9)),
 }
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64, "num_hidden_layers": 7}
 MORE_KINDS = {
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3_capped": ("gemma3_text", GEMMA | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": ("llama", {"head_dim": 32}),

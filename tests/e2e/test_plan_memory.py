@@ -1,5 +1,6 @@
 """plan_memory.py: from config.json and flags alone, through every training launcher; what it says adds up."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -11,9 +12,10 @@ from transformers import LlamaConfig
 
 from support.paths import SCRIPTS
 from support.scripts import script_types
+from support.stages import run_main, stage_argv, write_records
 from utils.core.errors import InputError
 from utils.planning.request import STAGES
-from utils.training.memory import Record, append, device_name, records_file
+from utils.training.memory import Record, append, device_name, read_records, records_file
 
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 FULL_IN_4_BITS = ("--full_finetuning", "--load_in_kbits", "4")
@@ -150,3 +152,22 @@ def test_sizes():
     assert plan_memory.read_size("24GiB", "x") == 24 * 2**30
     assert plan_memory.read_size("1.5 GB", "x") == 1.5e9
     assert plan_memory.read_size("200M", "x") == 2e8
+
+
+@pytest.mark.parametrize(
+    "stage", [stage if stage == "sft" else pytest.param(stage, marks=pytest.mark.slow) for stage in LAUNCHERS]
+)
+def test_a_run_ends_with_planned_beside_measured(stage, tiny_model_folder, tmp_path, caplog):
+    """In its log, its figures, and the file that calibrates later plans; the plan is what plan_memory.py says."""
+    records = write_records(tmp_path / "records")
+    argv = stage_argv(stage, tiny_model_folder, records, tmp_path / "runs" / "first", "--precision", "fp32")
+    with caplog.at_level("INFO"):
+        run_main(stage, argv)
+    assert "memory: planned" in caplog.text
+    [record] = read_records(records_file(tmp_path / "runs" / "first"))
+    assert record.stage == stage and record.planned > 0 and record.tokens_per_second > 0
+    figures = json.loads((tmp_path / "runs" / "first" / "all_results.json").read_text())
+    assert figures["planned_memory_gb"] == pytest.approx(record.planned / 1e9, abs=1e-4)
+    if stage in ("pt", "ppo"):  # the others know their longest row
+        planned = plan_memory.main([stage, *argv], plan_memory.PlanArguments())
+        assert planned["peak"] == pytest.approx(record.planned)

@@ -159,7 +159,7 @@ def test_a_second_start_is_refused_at_once_and_the_first_loses_nothing(stage, ti
     assert (out / "run_config.yaml").is_file() and not list(out.glob("all_results.json"))
     if stage == "sft":  # the lock went with its process
         run_main(stage, argv)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".memory.jsonl", ".token_cache", "run"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".token_cache", "run"]
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "ppo"])

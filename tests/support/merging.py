@@ -20,9 +20,17 @@ SIZES = {
 }
 
 _QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
-MIXTURES = {
+OTHERS = {
     "qwen2moe": ("qwen2_moe", _QWEN | {"shared_expert_intermediate_size": 64}),
     "qwen3moe": ("qwen3_moe", _QWEN | {"head_dim": 16}),
+    # The first of its layers slides, the second sees everything.
+    "gemma3": (
+        "gemma3_text",
+        {
+            **{"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,8 +43,8 @@ def make_base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.floa
 
     if kind == "mixtral":
         changes = {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
-    elif kind in MIXTURES:
-        kind, settings = MIXTURES[kind]
+    elif kind in OTHERS:
+        kind, settings = OTHERS[kind]
         changes = settings | changes
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | changes)), dtype=torch.float32)
@@ -146,6 +154,7 @@ KINDS = {
     "qwen2": {"bias": "all"},
     "qwen2_lora_bias": {"lora_bias": True, "target_modules": ["q_proj"]},
     "qwen3": {},
+    "gemma3": {},
     "mixtral_attention": {"target_modules": DENSE[:4]},
     "mixtral": {"target_modules": [*DENSE[:4], "gate", "w1", "w2", "w3"]},
     "mixtral_down": {"target_modules": ["w2"]},

@@ -84,6 +84,7 @@ class GgufTensor:
     sources: tuple[str, ...]
     heads: int | None = None  # rows are reordered within so many attention heads
     half: int | None = None  # of fused experts: 0 the gate's rows, 1 the up projection's
+    offset: float = 0.0  # added to every value
     data: Tensor | None = None  # computed, not read: sources is empty
 
 
@@ -153,7 +154,9 @@ def _plan_tensors(model: MergedModel, config: PreTrainedConfig) -> list[GgufTens
         elif name := names.get_name(source, try_suffixes=(".weight", ".bias")):
             # A router with one output, as of shared experts, is a vector.
             shape = weight.shape[1:] if weight.shape[:1] == (1,) and "ffn_gate_inp" in name else weight.shape
-            planned[name] = GgufTensor(name, shape, (source,), _rotated_heads(source, config))
+            # Gemma's norms multiply by 1 + weight; llama.cpp by what the file says.
+            offset = float(arch == "gemma3" and name.endswith("norm.weight"))
+            planned[name] = GgufTensor(name, shape, (source,), _rotated_heads(source, config), offset=offset)
         else:
             problems.append(f"{source} has no counterpart in llama.cpp")
     if problems:
@@ -283,10 +286,13 @@ def write_gguf(plan: GgufPlan, model: MergedModel, file_type: str, path: Path) -
     """
     types = {tensor.name: tensor_type(tensor, file_type, plan.tied) for tensor in plan.tensors}
     source_types = {source: types[tensor.name] for tensor in plan.tensors for source in tensor.sources}
+    offsets = {source: tensor.offset for tensor in plan.tensors for source in tensor.sources if tensor.offset}
 
     def convert(spec: TensorSpec, block: Tensor) -> np.ndarray:
         """A block of rows as they stand in the file: (rows, bytes)."""
         kind = source_types[spec.name]
+        if spec.name in offsets:
+            block = block + offsets[spec.name]
         if kind.name in ("F32", "F16", "BF16"):
             return block.contiguous().view(torch.uint8).numpy().reshape(len(block), -1)
         return gguf.quants.quantize(block.numpy(), kind)

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 ARCHITECTURES = {
     **{"llama": "llama", "mistral": "llama", "mixtral": "llama"},
     **{"qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
+    **{"gemma3_text": "gemma3"},
 }
+# What llama.cpp computes for Gemma-3 whatever the file says.   Source: llama.cpp, src/models/gemma3.cpp
+_GEMMA_PERIOD, _GEMMA_LOCAL_THETA, _GEMMA_27B_LAYERS = 6, 10000.0, 62
 # Whether llama.cpp makes the weights of a token's experts sum to 1, whatever the file says.
 _NORMALISED = {"qwen2_moe": False, "qwen3_moe": True}
 
@@ -41,8 +44,9 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
         notes: gets what llama.cpp computes otherwise than transformers.
     Raises: InputError for what llama.cpp cannot compute.
     """
-    problems = []
-    if config.hidden_act not in ("silu", "swish"):
+    is_gemma = ARCHITECTURES[config.model_type] == "gemma3"
+    problems = _gemma_problems(config) if is_gemma else []
+    if not is_gemma and config.hidden_act not in ("silu", "swish"):
         problems.append(f"hidden_act {config.hidden_act} (need silu)")
     rotated = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
@@ -55,7 +59,9 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
     if problems:
         raise InputError(f"llama.cpp has no such {config.model_type} model: {', '.join(problems)}")
     window = getattr(config, "sliding_window", None)
-    if window and window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
+    if is_gemma:
+        pass  # it slides there as here
+    elif window and window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
         notes.append(
             f"llama.cpp attends to all earlier tokens, the model to the last {window}: texts longer than that are "
             "computed otherwise"
@@ -74,6 +80,10 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
         "add_rope_dimension_count": head_dim,
         "add_layer_norm_rms_eps": config.rms_norm_eps,
     }
+    if is_gemma:
+        found["add_sliding_window"] = config.sliding_window
+        if config.final_logit_softcapping:
+            found["add_final_logit_softcapping"] = config.final_logit_softcapping
     if count := expert_count(config):
         found |= {"add_expert_count": count, "add_expert_used_count": config.num_experts_per_tok}
     if config.model_type in _NORMALISED:
@@ -84,12 +94,37 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
     return found | rope, factors
 
 
+def _gemma_problems(config: PreTrainedConfig) -> list[str]:
+    """What llama.cpp would compute otherwise for a Gemma-3 model."""
+    problems = []
+    full, sliding = "full_attention", "sliding_attention"
+    numbers = range(1, config.num_hidden_layers + 1)
+    if list(config.layer_types) != [sliding if number % _GEMMA_PERIOD else full for number in numbers]:
+        problems.append(f"layer_types {config.layer_types} (need {full} in every {_GEMMA_PERIOD}th layer)")
+    if config.hidden_activation != "gelu_pytorch_tanh":
+        problems.append(f"hidden_activation {config.hidden_activation} (need gelu_pytorch_tanh)")
+    scale = _head_dim(config)
+    if config.num_hidden_layers == _GEMMA_27B_LAYERS:
+        scale = config.hidden_size // config.num_attention_heads
+    if config.query_pre_attn_scalar != scale:
+        problems.append(f"query_pre_attn_scalar {config.query_pre_attn_scalar} (need {scale})")
+    if config.attn_logit_softcapping:
+        problems.append(f"attn_logit_softcapping {config.attn_logit_softcapping} (need none)")
+    if config.use_bidirectional_attention:
+        problems.append("use_bidirectional_attention")
+    local = config.rope_parameters[sliding]
+    if local["rope_type"] != "default" or local["rope_theta"] != _GEMMA_LOCAL_THETA:
+        problems.append(f"rope_parameters of {sliding} {local} (need rope_theta {_GEMMA_LOCAL_THETA:g})")
+    return problems
+
+
 def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _describe_rope(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str, Any], Tensor | None]:
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)  # Gemma-3's layers that slide have their own
     kind = rope.get("rope_type", "default")
     found: dict[str, Any] = {"add_rope_freq_base": float(rope["rope_theta"])}
     if kind == "linear":

@@ -51,11 +51,20 @@ class StreamedModel:
         if not hasattr(inner, "layers") or not hasattr(inner, "rotary_emb"):
             raise InputError(self._unsupported)
         inner.rotary_emb = type(inner.rotary_emb)(config)  # its frequencies are computed, not loaded
+        self._set_buffers()
         if any(buffer.is_meta for buffer in self.model.buffers()):
             raise InputError(self._unsupported)
         # A tied head is the embeddings' own parameter, which is listed once unless told otherwise.
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         self.sources = {name: self._find(name) for name in names}
+
+    def _set_buffers(self) -> None:
+        """Give other buffers that are no part of the files, such as Gemma's scale of embeddings, their values."""
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta and name in module._non_persistent_buffers_set:
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                    self.model._init_weights(module)
 
     def _find(self, name: str) -> str | Experts:
         if found := find_spelling(name, self._shapes) or (EMBEDDING if name == HEAD else None):
@@ -92,7 +101,8 @@ class StreamedModel:
         for hook in hooks:
             hook.remove()
         weight = self._read(EMBEDDING if self._merged.tied else HEAD)
-        return Logits([states[: len(row)] for states, row in zip(hidden, rows, strict=True)], weight)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return Logits([states[: len(row)] for states, row in zip(hidden, rows, strict=True)], weight, cap)
 
     def _load(self, path: str, part: nn.Module, _: Any) -> None:
         state = {name: self._value(f"{path}.{name}", value.shape) for name, value in part.named_parameters()}
@@ -124,16 +134,19 @@ class Logits(Sequence[np.ndarray]):
     All rows' logits at once would be the largest thing in memory.
     """
 
-    def __init__(self, hidden: Sequence[Tensor], head: Tensor):
-        """`hidden`: the last states of every row, (tokens, H); `head`: (vocabulary, H)."""
-        self._hidden, self._head = hidden, head
+    def __init__(self, hidden: Sequence[Tensor], head: Tensor, cap: float | None):
+        """`hidden`: the last states of every row, (tokens, H); `head`: (vocabulary, H); `cap`: Gemma's soft one."""
+        self._hidden, self._head, self._cap = hidden, head, cap
 
     def __len__(self) -> int:
         return len(self._hidden)
 
     def __getitem__(self, row: Any) -> Any:
-        return (self._hidden[row] @ self._head.T).numpy()
+        logits = self._hidden[row] @ self._head.T
+        return (logits if self._cap is None else (logits / self._cap).tanh() * self._cap).numpy()
 
 
 def _drop_weights(part: nn.Module, *_: Any) -> None:
-    part.to("meta")
+    # Not part.to("meta"): buffers that are computed stay.
+    weights = {name: torch.empty_like(value, device="meta") for name, value in part.named_parameters()}
+    part.load_state_dict(weights, assign=True)

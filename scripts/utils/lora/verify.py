@@ -412,8 +412,8 @@ class Comparison:
                 filled = _ExpertsModule(self, experts, module.act_fn)
             elif type(module) is nn.Linear:
                 filled = _LinearModule(self, tensors)
-            elif type(module) is nn.Embedding:
-                filled = _EmbeddingModule(self, tensors)
+            elif isinstance(module, nn.Embedding):
+                filled = _EmbeddingModule(self, tensors, float(getattr(module, "scalar_embed_scale", 1.0)))
             else:
                 filled = _SmallModule(self, tensors, module)
             model.set_submodule(path, filled)
@@ -489,16 +489,17 @@ class _LinearModule(nn.Module):
 
 
 class _EmbeddingModule(nn.Module):
-    def __init__(self, comparison: Comparison, tensors: dict[str, str]):
+    def __init__(self, comparison: Comparison, tensors: dict[str, str], scale: float):
+        """`scale`: what rows are multiplied by, not 1 in Gemma."""
         super().__init__()
-        self.comparison, self.name = comparison, tensors["weight"]
+        self.comparison, self.name, self.scale = comparison, tensors["weight"], scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """(3, tokens), all parts alike -> (3, tokens, hidden)."""
         index, places = torch.unique(ids[0], return_inverse=True)
         adapted, rounded, stored, base = self.comparison.rows(self.name, index)
         self.comparison.record(self.name, stored, rounded)
-        return torch.stack([adapted[places], stored[places], base[places]])
+        return torch.stack([adapted[places], stored[places], base[places]]) * self.scale
 
 
 class _SmallModule(nn.Module):

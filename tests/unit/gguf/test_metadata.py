@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from utils.core.errors import InputError
-from utils.gguf.metadata import describe_sampling, read_sampling
+from utils.gguf.metadata import describe_model, describe_sampling, read_sampling
 from utils.weights.generation_config import named_sampling
 
 
@@ -32,3 +33,36 @@ def test_what_a_converter_wrote_means_the_same_as_the_folder(tmp_path, settings)
 def test_a_setting_that_makes_no_sense_is_named_with_the_file():
     with pytest.raises(InputError, match=r"a\.gguf: --top_p 7"):
         read_sampling({"general.sampling.top_p": 7.0}, "a.gguf")
+
+
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window": 64}
+
+
+def test_a_gemma_says_what_its_layers_see_and_turn_by():
+    config = AutoConfig.for_model("gemma3_text", **GEMMA, final_logit_softcapping=30.0)
+    found, factors = describe_model(config, notes := [])
+    assert factors is None and not notes, "its window is no difference: llama.cpp has it too"
+    assert (found["add_sliding_window"], found["add_rope_freq_base"]) == (64, 1e6)
+    assert found["add_final_logit_softcapping"] == 30.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 7}, r"layer_types .* \(need full_attention in every 6th layer\)"),
+        ({"hidden_activation": "silu"}, r"hidden_activation silu \(need gelu_pytorch_tanh\)"),
+        ({"query_pre_attn_scalar": 256}, r"query_pre_attn_scalar 256 \(need 16\)"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping 50\.0 \(need none\)"),
+        ({"use_bidirectional_attention": True}, r"use_bidirectional_attention"),
+    ],
+)
+def test_a_gemma_that_llama_cpp_would_compute_otherwise_is_refused(changes, message):
+    with pytest.raises(InputError, match=f"llama.cpp has no such gemma3_text model: .*{message}"):
+        describe_model(AutoConfig.for_model("gemma3_text", **(GEMMA | changes)), [])
+
+
+def test_a_gemma_with_another_local_rotation_is_refused():
+    config = AutoConfig.for_model("gemma3_text", **GEMMA)
+    config.rope_parameters["sliding_attention"]["rope_theta"] = 20000.0
+    with pytest.raises(InputError, match=r"rope_parameters of sliding_attention .*need rope_theta 10000"):
+        describe_model(config, [])
