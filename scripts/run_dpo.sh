@@ -13,7 +13,7 @@ launch "$HERE/dpo.py" \
   --loss "${LOSS:-sigmoid}" ${BETA:+--beta "$BETA"} \
   --seed "${SEED:-42}" --learning_rate "${LR:-5e-5}" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0 --num_train_epochs 1 \
   --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0 \
-  --target_modules q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj \
+  --target_modules all \
   --max_seq_length "${LENGTH:-1024}" \
   --per_device_train_batch_size 1 --gradient_accumulation_steps 16 --gradient_checkpointing \
   --validation_split 0.02 --save_steps 100 "$@"

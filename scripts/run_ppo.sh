@@ -13,7 +13,7 @@ launch "$HERE/ppo.py" \
   --model_name_or_path "$MODEL" --train_data "$DATA" ${REWARD:+--reward_model "$REWARD"} --output_dir "${OUT:-output/ppo}" \
   --seed "${SEED:-42}" --learning_rate "${LR:-1e-5}" --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0 --num_train_epochs 1 \
   --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0 \
-  --target_modules q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj \
+  --target_modules all \
   --max_prompt_length "${PROMPT_LENGTH:-512}" --max_new_tokens "${LENGTH:-512}" \
   --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --gradient_checkpointing \
   --validation_split 0.02 --eval_strategy steps --eval_steps 20 --save_steps 20 --logging_steps 1 \

@@ -13,7 +13,7 @@ else
   : "${MODEL:?set MODEL to the base model (folder or hub id), or CONFIG to train a new one}"
   MODEL_FLAGS=(--model_name_or_path "$MODEL" --tokenizer_name_or_path "${TOKENIZER:-$MODEL}"
     --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0.05
-    --target_modules "q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj" --modules_to_save "embed_tokens,lm_head")
+    --target_modules all --modules_to_save "embed_tokens,lm_head")
 fi
 # shellcheck source=scripts/launch.sh
 source "$HERE/launch.sh"

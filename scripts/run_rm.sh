@@ -18,7 +18,7 @@ launch "$HERE/rm.py" \
   --model_name_or_path "$MODEL" --train_data "$DATA" --output_dir "${OUT:-output/rm}" \
   --seed "${SEED:-9527}" --learning_rate "${LR:-5e-6}" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.1 --num_train_epochs 1 \
   --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0.05 \
-  --target_modules q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj \
+  --target_modules all \
   --max_seq_length "${LENGTH:-2048}" \
   --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --gradient_accumulation_steps 1 --gradient_checkpointing \
   --validation_split 0.05 --save_steps 200 "$@"

@@ -12,7 +12,7 @@ launch "$HERE/sft.py" \
   --model_name_or_path "$MODEL" --train_data "$DATA" --output_dir "${OUT:-output/sft}" \
   --seed "${SEED:-42}" --learning_rate "${LR:-1e-4}" --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --num_train_epochs 1 \
   --lora_rank "${LORA_RANK:-64}" --lora_alpha "${LORA_ALPHA:-128}" --lora_dropout 0.05 \
-  --target_modules q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj \
+  --target_modules all \
   --max_seq_length "${LENGTH:-1024}" --prompt_template "${TEMPLATE:-alpaca-2}" \
   --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --gradient_checkpointing \
   --validation_split 0.01 --save_steps 200 "$@"

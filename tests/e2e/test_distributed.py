@@ -20,9 +20,12 @@ if __name__ == "__main__":  # started by torchrun, not by pytest, which would kn
     sys.path[:0] = [str(Path(__file__).resolve().parents[2] / name) for name in ("scripts", "tests")]
 
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from support.models import SIZES, model_of
 from support.paths import SCRIPTS
 from utils.core import command_line
+from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
 CONFIGS = SCRIPTS / "configs"
 ZERO2 = ["--deepspeed", str(CONFIGS / "ds_zero2_no_offload.json")]
@@ -364,6 +367,32 @@ def test_two_processes_train_as_one(
                 assert 0 < note["gathers"] <= note["weights"] + 3 and note["states"] == ["NOT_AVAILABLE"]
             if mode == "fsdp":
                 assert 0 < note["gathers"] < 20 and note["sharded"] == [True]
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory, base_tokenizer_folder) -> Path:
+    """A Mixtral of 4 experts; with few tokens a batch some get none, and other ones in each process."""
+    tokenizer, folder = load_tokenizer(base_tokenizer_folder), tmp_path_factory.mktemp("mixture") / "base"
+    sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512}
+    model_of(AutoConfig.for_model("mixtral", vocab_size=len(tokenizer), **sizes), scale=0.05).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp"])
+def test_experts_are_trained_by_two_processes_as_by_one(mode, mixture, material, tmp_path):
+    """LoRA on experts and routers, which are linear layers; without the balancing loss, which is no mean of parts."""
+    flags = ["--target_modules", "all", "--max_seq_length", "64", "--max_steps", "4", "--save_steps", "100"]
+    flags += ["--no_packing"]
+    data = material / "sft.jsonl"
+    run_jobs([job("sft", mixture, data, tmp_path / "one", 2, *flags)])
+    more = [*flags, *mode_flags(mode, tmp_path)]
+    start_jobs(
+        tmp_path, [job("sft", mixture, data, tmp_path / "two", 1, *more, fsdp=FSDP if mode == "fsdp" else None)]
+    )
+    assert any(".experts.3.w2.lora_B" in name for name in load_file(tmp_path / "two" / "adapter_model.safetensors"))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
