@@ -9,8 +9,8 @@ REQUIREMENTS := requirements.txt requirements-serve.txt requirements-dev.txt
 HASH := $(shell cat $(REQUIREMENTS) $(CONSTRAINTS) | sha256sum | cut -c1-16)
 MARK := $(VENV)/.installed-$(HASH)
 WORKERS ?= 2
-# One thread a test process, no network, no telemetry.
-TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+# One thread a test process, no network, no telemetry. Hundreds of processes are started: they keep their bytecode.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .PHONY: help setup setup-llamacpp demo test test-all check style bench house clean
 help:  ## this list

@@ -59,8 +59,8 @@ def good_result_files():
 @pytest.fixture(autouse=True)
 def unplanned(request, monkeypatch):
     """The memory of training runs is planned in the slow tests and in those of the plan: it takes half a second."""
-    is_script, about_plans = "e2e" in request.path.parts, "plan" in request.path.name
-    if is_script and not about_plans and request.node.get_closest_marker("slow") is None:
+    trains, about_plans = not {"e2e", "rlhf"}.isdisjoint(request.path.parts), "plan" in request.path.name
+    if trains and not about_plans and request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr("utils.planning.request.plan_run", lambda *args, **kwargs: None)
 
 

@@ -97,6 +97,7 @@ def test_the_adapter_merges(dpo_run, tiny_model_folder, tmp_path):
     assert (tmp_path / "m" / "chat_template.jinja").read_text() == (dpo_run / "chat_template.jinja").read_text()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_is_saved(tiny_model_folder, preferences, tmp_path):
     out = tmp_path / "best"
     extra = ["--load_best_model_at_end", "True", "--metric_for_best_model", "eval_heldout_reward_margin"]
@@ -145,6 +146,7 @@ def test_an_unfinished_run_goes_on(before, dpo_run, tiny_model_folder, preferenc
         assert "using the reference's log-probabilities" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_reference_cannot_take_over(tiny_model_folder, preferences, tmp_path):
     reference, folder = tmp_path / "reference", tmp_path / "run"
     shutil.copytree(tiny_model_folder, reference)

@@ -408,6 +408,7 @@ def test_bad_input_is_named(llama, tmp_path, monkeypatch):
     assert (out / "keep.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_command_line(llama, tmp_path):
     """The documented spelling works without a warning; a mistake is one line and status 2."""
     command = [sys.executable, str(SCRIPT), "--base_model", llama, "--output_dir", tmp_path / "o u=t.1"]

@@ -213,10 +213,10 @@ def test_a_family_goes_from_vocabulary_to_server(family, base_tokenizer_folder, 
 
 
 @pytest.mark.parametrize("family", ["Gemma-3"])
-def test_a_family_is_tuned_merged_and_served(family, base_tokenizer_folder, records, tmp_path):
+def test_a_family_is_tuned_and_merged(family, base_tokenizer_folder, records, tmp_path):
     """A short chain for the quick tests, of the family that has most of its own: scaled embeddings, norms of
     1 + weight, two kinds of layers with two rotations, a tied head."""
     base = make_base(family, tmp_path / "base", base_tokenizer_folder)
     tuned = run_stage("sft", base, records, tmp_path / "sft", *IN_FP32, "--target_modules", "all")
     assert adapted_layers(tuned) == set(LINEAR)
-    check_served(merge_as_peft_does(base, tuned, tmp_path / "merged"))
+    merge_as_peft_does(base, tuned, tmp_path / "merged")

@@ -119,6 +119,7 @@ def test_a_draft_of_another_vocabulary_is_told_by_its_tokenizer(
     assert "another vocabulary" in caplog.text
 
 
+@pytest.mark.slow
 def test_every_adapter_is_drafted_for_by_itself(deep_model, adapter):
     """Several models on one base, whose answers differ; drafts come from the layers with the adapter in them."""
     settings = GenerationArguments(max_new_tokens=24, temperature=0.0)
@@ -174,6 +175,7 @@ def test_the_forerunners_flags_are_known():
     assert speculation.drafts and speculation.draft_base_model == "d" and speculation.draft_k == -1
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     """With a model of no use: the figures mean nothing, that answers are the same does."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

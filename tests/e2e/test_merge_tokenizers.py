@@ -190,6 +190,7 @@ def test_report_texts_of_one_name_are_all_measured(tmp_path, settings):
         )
 
 
+@pytest.mark.slow
 def test_the_forerunners_flag_and_the_launcher(tmp_path, settings):
     """The command of Chinese-LLaMA-Alpaca still runs, and the launcher's flags are the script's."""
     flags = ["--llama_tokenizer_dir", settings["base_tokenizer"], "--max_new_tokens", "20"]

@@ -191,6 +191,7 @@ def test_the_adapter_merges(ppo_run, tiny_model_folder, tmp_path):
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tensorboard_files(tiny_model_folder, prompts, function, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     monkeypatch.chdir(tmp_path)
@@ -202,6 +203,7 @@ def test_tensorboard_files(tiny_model_folder, prompts, function, tmp_path, monke
     assert all(f"train/{name}".encode() in written for name in ("score", "kl", "explained_variance", "grad_norm"))
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_trained(tiny_model_folder, prompts, function, tmp_path):
     """Then the reference is a model of its own, and what is saved loads as any model."""
     from transformers import AutoModelForCausalLM

@@ -127,6 +127,7 @@ def test_the_best_checkpoint_is_what_is_saved(rm_run):
     assert all(torch.equal(saved[name], kept[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_losses_are_means_over_the_pairs_of_a_step_however_it_is_cut(tiny_model_folder, pairs, tmp_path):
     """Four pairs at once, or three and one: an epoch of four pairs is one step either way."""
     plain = ("--max_steps", 4, "--max_train_samples", 4, "--lora_dropout", 0, "--use_margin", "--centering", 0.1)
@@ -166,6 +167,7 @@ def test_evaluation_equals_a_plain_loop(tiny_model_folder, pairs, tmp_path):
     assert results["eval_new_accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
 
 
+@pytest.mark.slow
 def test_a_four_bit_base_trains(tiny_model_folder, pairs, tmp_path):
     results = run_rm(rm_argv(tiny_model_folder, pairs, tmp_path / "rm", "--load_in_kbits", 4, "--max_steps", 20))
     assert results["eval_new_accuracy"] > 0.8

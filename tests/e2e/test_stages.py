@@ -87,11 +87,13 @@ def test_a_tied_head_begins_with_the_loss_of_its_copy(stage, stored, records, tm
     assert found[0] == pytest.approx(copied[0], rel=1e-5) and found[2] < found[0]
 
 
+@pytest.mark.slow
 def test_answers_of_ppo_are_sampled_where_modules_trained_whole_stand_in_a_base_of_16_bits(stored, records, tmp_path):
     flags = ("--precision", "bf16", "--modules_to_save", "embed_tokens,lm_head,norm")
     assert len(losses_of("ppo", stored, "bfloat16", records, tmp_path / "run", *flags)) == 3
 
 
+@pytest.mark.slow
 def test_a_type_that_float32_arithmetic_cannot_keep_is_said(stored, records, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         losses_of("sft", stored, "float32", records, tmp_path / "run", "--precision", "fp32", "--dtype", "float16")

@@ -467,6 +467,7 @@ def test_bad_flags_are_refused_before_anything_slow(flags, message, tiny_model_f
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_base_is_not_the_tuned_model_is_refused(tiny_model_folder, pairs, tmp_path):
     model = adapted_model(tiny_model_folder, perturb=True)
     model.save_pretrained(tmp_path / "sft", save_embedding_layers=False)

@@ -556,6 +556,7 @@ def test_turns_of_one_conversation_are_not_another_s():
     assert Conversation().turns is not Conversation().turns and Turn("a").replies is not Turn("a").replies
 
 
+@pytest.mark.slow
 def test_conversations_bring_in_no_gradio():
     """The command line's chat has them too, where nobody needs a browser."""
     code = "import sys, utils.web.chat, utils.web.saved_chats; assert 'gradio' not in sys.modules"
