@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -165,6 +166,12 @@ def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
         if settings.pop("fp16", None) is not None:
             logger.warning("DeepSpeed: the fp16 section is dropped, there is no GPU")
     settings.setdefault("bf16", {"enabled": "auto"})
+    for lock in extension_locks():
+        logger.warning(
+            "DeepSpeed compiles its operations once, and waits as long as %s exists: if no other process is compiling "
+            "now, one was killed while it did; remove the file then",
+            lock,
+        )
     # Without torchrun there is one process, and DeepSpeed would look for MPI.
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -173,6 +180,13 @@ def prepare_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     return settings
+
+
+def extension_locks() -> list[Path]:
+    """The locks of PyTorch extensions that are being compiled, or were when their process was killed."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(named) if named else Path.home() / ".cache" / "torch_extensions"
+    return sorted(root.glob("**/lock"))
 
 
 def join_deepspeed() -> None:

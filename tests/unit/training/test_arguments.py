@@ -68,6 +68,17 @@ def test_fsdp_without_gpus_is_said_not_to_shard(caplog, tmp_path):
             RunArguments(output_dir=str(tmp_path), fsdp=True, fsdp_config=config, report_to="none")
 
 
+def test_a_lock_that_a_killed_build_left_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    prepare_deepspeed({})
+    assert "waits" not in caplog.text
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    prepare_deepspeed({})
+    assert f"waits as long as {lock} exists" in caplog.text
+
+
 def test_deepspeed_configs_of_the_forerunners_are_mended(caplog):
     given = {
         "fp16": {"enabled": "auto", "min_loss_scale": 1e-10},
