@@ -163,7 +163,7 @@ STAGES = [
         needs=["assistant"], beside=True),
     Stage("dpo", "dpo", "all_results.json", """
         MODEL=$OUT/assistant DATA=$DATA/rlhf/preferences.jsonl OUT=$OUT/dpo LR=7e-4 BETA=0.3 LORA_RANK=16 LORA_ALPHA=32
-        SEED=$SEED bash $SCRIPTS/run_dpo.sh $PAIRS --per_device_train_batch_size 16 --sft_weight 3 --lora_dropout 0
+        SEED=$SEED bash $SCRIPTS/run_dpo.sh $PAIRS --per_device_train_batch_size 16 --sft_weight 6 --lora_dropout 0
         --num_train_epochs 2""",
         needs=["assistant"], beside=True),
     Stage("alignment_assistant", "alignment/assistant", "alignment.json", """

@@ -207,7 +207,7 @@ def test_values_name_what_the_forerunners_name_with_enough_actions():
 def test_sizes_of_the_values_data():
     assert 550 <= len(read_rows(TUNING)) <= 900
     assert 1000 <= len(read_rows(PAIRS[""])) <= 1200 and 150 <= len(read_rows(PAIRS["_heldout"])) <= 270
-    assert len(read_rows(PROMPTS[""])) == 628 and len(read_rows(PROMPTS["_heldout"])) == 60
+    assert len(read_rows(PROMPTS[""])) == 748 and len(read_rows(PROMPTS["_heldout"])) == 60
     assert len(read_rows(EXAM)) == 200 and len(read_rows(DEV)) == 192
 
 
