@@ -40,7 +40,7 @@ demo: setup  ## the whole recipe on a laptop CPU, with a report in output/demo
 	PYTHON=$(PY) bash scripts/run_demo.sh
 
 test: setup  ## the tests, at most 6 minutes
-	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" tests
 
 test-all: setup-llamacpp  ## all counts: kills, fuzz, llama.cpp, full disks (at most 75 minutes)
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) tests

@@ -1,5 +1,7 @@
 """Fixtures: everything a test needs is made here, small and offline, in the session's temporary folder."""
 
+import contextlib
+import gc
 import logging
 import os
 import signal
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+def pytest_collection_finish():
+    """What all test modules have brought in lives to the end; collections, one at each end of a training run, need not
+    look through it time and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def same_environment():
     """What a test sets in the environment (DeepSpeed: the port of its processes) does not reach the next one's."""
@@ -57,11 +66,21 @@ def good_result_files():
 
 
 @pytest.fixture(autouse=True)
-def unplanned(request, monkeypatch):
-    """The memory of training runs is planned in the slow tests and in those of the plan: it takes half a second."""
+def quick_runs(request, monkeypatch):
+    """Training runs of quick tests do without what takes half a second each and has tests of its own: the plan of
+    their memory, and the rendering of what they draw."""
     trains, about_plans = not {"e2e", "rlhf"}.isdisjoint(request.path.parts), "plan" in request.path.name
     if trains and not about_plans and request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr("utils.planning.request.plan_run", lambda *args, **kwargs: None)
+        monkeypatch.setattr("utils.training.plots.saved_figure", unrendered_figure)
+
+
+@contextlib.contextmanager
+def unrendered_figure(path, width, height, **settings):
+    from matplotlib.figure import Figure
+
+    yield Figure(figsize=(width, height))
+    path.touch()
 
 
 @pytest.fixture(scope="session")

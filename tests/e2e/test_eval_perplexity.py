@@ -109,6 +109,7 @@ def test_settings_are_compared(tiny_model_folder, texts, tmp_path, capsys, caplo
     assert "next: MODEL=" in caplog.text
 
 
+@pytest.mark.slow
 def test_models_are_compared_in_bits_a_byte(tiny_model_folder, texts, tmp_path):
     other = Path(shutil.copytree(tiny_model_folder, tmp_path / "other"))
     result = evaluate(

@@ -635,7 +635,8 @@ def wait_for_second_shard(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_merge_leaves_nothing_and_goes_on(tmp_path, stop):
     base = big_base(tmp_path / "base", 40)
     make_adapter(base, tmp_path / "adapter")

@@ -418,6 +418,7 @@ def whole_run(tmp_path_factory, tiny_model_folder, pairs) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(whole_run, tiny_model_folder, pairs, tmp_path):
     """The stop lies in the second epoch, whose order differs from the first's."""
     folder = tmp_path / "run"

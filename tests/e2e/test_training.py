@@ -390,6 +390,7 @@ def test_windows_that_cannot_be_trained_are_refused(short_model, texts, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_a_base_that_was_made_longer(short_model, texts, tmp_path):
     import merge_llama2_with_chinese_lora_low_mem as merge
 
@@ -407,6 +408,7 @@ def test_an_adapter_is_trained_on_a_base_that_was_made_longer(short_model, texts
 # ---------------------------------------------------------------- new rows alone
 
 
+@pytest.mark.slow
 def test_new_rows_alone_are_trained(tiny_model_folder, extended_tokenizer_folder, texts, tmp_path):
     """One step of gradient descent: new rows move as they do beside everything else, nothing else moves at all."""
     first = len(load_tokenizer(tiny_model_folder))

@@ -155,7 +155,8 @@ run(main, InferenceArguments)
 """
 
 
-@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [False, True])
 def test_the_compiler_is_loaded_where_it_was_asked_for(asked):
     command = [sys.executable, "-c", COMPILES, *(["--torch_compile", "True"] if asked else [])]
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}

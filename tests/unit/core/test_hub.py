@@ -36,12 +36,10 @@ def test_what_cannot_be_fetched_is_named():
         fetch("a/b", "a hub id", download, "; x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"HF_HUB_OFFLINE": "TRUE"},
-        pytest.param({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
-    ],
+    [{"HF_HUB_OFFLINE": "TRUE"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}],
     ids=["offline", "no network"],
 )
 def test_a_cached_model_and_its_tokenizer_are_found(settings, tmp_path, tiny_model_folder):

@@ -298,7 +298,7 @@ def logged(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.parametrize("weights_of", ["adapter", "model"])
+@pytest.mark.parametrize("weights_of", ["adapter", pytest.param("model", marks=pytest.mark.slow)])
 def test_batch_size_and_accumulation_do_not_change_the_step(
     weights_of, tiny_model_folder, other_model_folder, pairs, tmp_path
 ):
