@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import eval_perplexity
 import export_gguf
 import merge_llama2_with_chinese_lora_low_mem as merge
 import merge_tokenizers
 import pytest
 import torch
+from eval_perplexity import EvalArguments
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,7 +27,8 @@ from support.paths import EXAMPLES
 from support.server import GREEDY, serving
 from support.stages import run_main, stage_argv, stage_losses, write_records
 from support.tokenizers import read_lines, train_sentencepiece
-from utils.core.arguments import InferenceArguments
+from utils.core.arguments import GenerationArguments, InferenceArguments
+from utils.generation.engine import Request
 from utils.generation.loading import EnginePlan
 from utils.gguf import llamacpp
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
@@ -210,6 +213,62 @@ def test_a_family_goes_from_vocabulary_to_server(family, base_tokenizer_folder, 
     check_served(final)
     check_exported(family, final, tmp_path / "gguf")
     shutil.rmtree(tmp_path)
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "moe_intermediate_size": 64},
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 64},
+        "head_dim": 16,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_tuned_mixture_answers_and_scores_as_its_merged_model(kind, base_tokenizer_folder, records, tmp_path):
+    """LoRA on experts and routers: base and adapter, the merged model, the server, perplexity, 4 bits, GGUF."""
+    tokenizer = make_family("Mixtral", tmp_path / "own_tokenizer", base_tokenizer_folder)
+    settings = SIZES | {"vocab_size": len(tokenizer), "pad_token_id": None} | MIXTURES[kind]
+    settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    base = tmp_path / "base"
+    model_of(AutoConfig.for_model(kind, **settings), scale=0.06).save_pretrained(base)
+    save_tokenizer(tokenizer, base)
+    flags = (*IN_FP32, "--target_modules", "all", "--learning_rate", "1e-2")
+    adapter = run_stage("sft", base, records, tmp_path / "sft", *flags)
+    merged = tmp_path / "merged"
+    arguments = merge.MergeArguments(str(base), str(adapter), output_dir=str(merged), verify=True)
+    assert merge.main(arguments)["verification"]["passed"]
+    check_served(merged)
+
+    greedy = GenerationArguments(temperature=0, repetition_penalty=1.0, max_new_tokens=16)
+    found = {}
+    for name, given in {
+        "base": {"model_name_or_path": str(base)},
+        "adapter": {"model_name_or_path": str(base), "adapter_name_or_path": str(adapter)},
+        "adapter in 4 bits": {
+            **{"model_name_or_path": str(base), "adapter_name_or_path": str(adapter), "load_in_kbits": 4},
+        },
+        "merged": {"model_name_or_path": str(merged)},
+    }.items():
+        model_args = InferenceArguments(**given, dtype="float32")
+        engine = EnginePlan(model_args).load()
+        prompt = engine.encode([{"role": "user", "content": "Tell me about the sea."}])
+        answer = engine.generate([Request(prompt, greedy)])[0].token_ids
+        engine.close()
+        evaluation = EvalArguments(texts=[str(EXAMPLES / "pretrain" / "en_heldout.txt")], max_documents=3)
+        evaluation.output_dir = str(tmp_path / f"perplexity of {name}")
+        [row] = eval_perplexity.main(model_args, evaluation)["rows"]
+        found[name] = answer, row["perplexity"]
+    assert found["adapter"][0] == found["merged"][0] != found["base"][0]
+    assert found["adapter"][1] == pytest.approx(found["merged"][1], rel=1e-4)
+    assert found["adapter"][1] != pytest.approx(found["base"][1], rel=1e-3)
+    assert found["adapter in 4 bits"][1] == pytest.approx(found["merged"][1], rel=0.1)
+    check_exported(kind, merged, tmp_path / "gguf")
 
 
 @pytest.mark.parametrize("family", ["Gemma-3"])
