@@ -201,6 +201,7 @@ def run(folder, settings=None, **what):
     return arena.main(InferenceArguments(), settings, WebArguments(), ArenaArguments(output_dir=str(folder), **what))
 
 
+@pytest.mark.slow
 def test_a_judge_compares_models_files_and_servers(two_models, answers, english_bank, tmp_path, capsys, caplog):
     """A model loaded here, a file and a server, judged without a browser; killed half-way, it goes on."""
     caplog.set_level("INFO")

@@ -123,6 +123,7 @@ def test_the_best_checkpoint_is_what_is_saved(tiny_model_folder, preferences, tm
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["live", "precomputed"])
 def test_an_unfinished_run_goes_on(before, dpo_run, tiny_model_folder, preferences, tmp_path, caplog):
     """Cut off after step 9 of 12; with a precomputed reference the cache is used again."""

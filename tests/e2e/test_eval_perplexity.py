@@ -430,6 +430,7 @@ def test_a_finished_result_stays(tiny_model_folder, texts, tmp_path):
     assert len(json.loads((tmp_path / "perplexity.json").read_text(encoding="utf-8"))["rows"]) == 1
 
 
+@pytest.mark.slow
 def test_a_window_beyond_the_models_is_warned_about(tiny_model_folder, documents, tmp_path, caplog):
     result = score(tiny_model_folder, tmp_path / "out", {"few": documents["few"]})
     assert result["window"] == 512 and not caplog.records  # the model's own

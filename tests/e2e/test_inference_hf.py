@@ -687,6 +687,7 @@ def test_gpus_are_chosen_by_the_environment(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_in_one_line_without_traceback(tmp_path):
     result = subprocess.run(
         command("--base_model", tmp_path / "none", "--prompt", "x"), capture_output=True, text=True

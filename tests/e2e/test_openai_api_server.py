@@ -550,6 +550,7 @@ def fuzz(app, count, seed):
     return statuses
 
 
+@pytest.mark.slow
 def test_fuzzed_requests_get_described_replies(engine):
     statuses = fuzz(create_app(engine, ServingArguments(max_context=200)), 6, 0)
     assert statuses[200] > 5 and statuses[400] > 15

@@ -1,6 +1,7 @@
 """What the scripts are: their flags, dataclasses and imports."""
 
 import ast
+import functools
 import importlib
 import shlex
 import subprocess
@@ -30,11 +31,12 @@ def script_types(name: str) -> tuple[type, ...]:
     )
 
 
-def script_flags(name: str) -> set[str]:
+@functools.cache
+def script_flags(name: str) -> frozenset[str]:
     from utils.core.command_line import build_parser
 
     parser = build_parser(script_types(name))
-    return {option for action in parser._actions for option in action.option_strings}
+    return frozenset(option for action in parser._actions for option in action.option_strings)
 
 
 def next_words(log: str) -> list[str]:
