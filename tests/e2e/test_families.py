@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.families import make_family
+from support.merging import DENSE
 from support.models import model_of
 from support.paths import EXAMPLES
 from support.server import GREEDY, serving
@@ -32,8 +33,6 @@ from utils.generation.engine import Request
 from utils.generation.loading import EnginePlan
 from utils.gguf import llamacpp
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def make_base(family: str, folder: Path, base_tokenizer: Path) -> Path:
     return folder
 
 
-def grow_vocabulary(family: str, base: Path, out: Path, pieces: Path) -> Path:
+def grow_vocabulary(base: Path, out: Path, pieces: Path) -> Path:
     """New Chinese tokens: pieces where the base has a sentencepiece model, else merges trained on text."""
     if (base / "tokenizer.model").is_file():
         source: dict[str, Any] = {"chinese_sp_model_file": str(pieces), "max_new_tokens": 60}
@@ -188,13 +187,13 @@ def check_exported(family: str, model: Path, out: Path) -> None:
 @pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in SHAPES])
 def test_a_family_goes_from_vocabulary_to_server(family, base_tokenizer_folder, chinese_pieces, records, tmp_path):
     base = make_base(family, tmp_path / "base", base_tokenizer_folder)
-    grown = grow_vocabulary(family, base, tmp_path / "grown", chinese_pieces)
+    grown = grow_vocabulary(base, tmp_path / "grown", chinese_pieces)
     assert len(load_tokenizer(grown)) > len(load_tokenizer(base)) + 20
     whole = ("--tokenizer_name_or_path", grown, *IN_FP32)
     adapter = run_stage(
         "pt", base, records, tmp_path / "pt", *whole, *EVERY_ROW, "--target_modules", "all", "--learning_rate", "1e-2"
     )
-    assert adapted_layers(adapter) == set(LINEAR)
+    assert adapted_layers(adapter) == set(DENSE)
     pretrained = merge_as_peft_does(base, adapter, tmp_path / "pretrained")
     small = run_stage(
         "pt", base, records, tmp_path / "pt4", "--tokenizer_name_or_path", grown, *EVERY_ROW, "--load_in_kbits", "4"
@@ -208,7 +207,7 @@ def test_a_family_goes_from_vocabulary_to_server(family, base_tokenizer_folder, 
     run_stage("sft", pretrained, records, tmp_path / "sft4", "--load_in_kbits", "4", "--target_modules", "all")
     reward = run_stage("rm", assistant, records, tmp_path / "rm")
     run_stage("ppo", assistant, records, tmp_path / "ppo", "--reward_model", reward)
-    preferred = run_stage("dpo", assistant, records, tmp_path / "dpo", *IN_FP32, "--target_modules", ",".join(LINEAR))
+    preferred = run_stage("dpo", assistant, records, tmp_path / "dpo", *IN_FP32, "--target_modules", ",".join(DENSE))
     final = merge_as_peft_does(assistant, preferred, tmp_path / "final")
     check_served(final)
     check_exported(family, final, tmp_path / "gguf")
@@ -277,5 +276,5 @@ def test_a_family_is_tuned_and_merged(family, base_tokenizer_folder, records, tm
     1 + weight, two kinds of layers with two rotations, a tied head."""
     base = make_base(family, tmp_path / "base", base_tokenizer_folder)
     tuned = run_stage("sft", base, records, tmp_path / "sft", *IN_FP32, "--target_modules", "all")
-    assert adapted_layers(tuned) == set(LINEAR)
+    assert adapted_layers(tuned) == set(DENSE)
     merge_as_peft_does(base, tuned, tmp_path / "merged")

@@ -59,9 +59,8 @@ def describe_model(config: PreTrainedConfig, notes: list[str]) -> tuple[dict[str
     if problems:
         raise InputError(f"llama.cpp has no such {config.model_type} model: {', '.join(problems)}")
     window = getattr(config, "sliding_window", None)
-    if is_gemma:
-        pass  # it slides there as here
-    elif window and window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
+    slides = window and getattr(config, "use_sliding_window", True)
+    if slides and not is_gemma and window < config.max_position_embeddings:
         notes.append(
             f"llama.cpp attends to all earlier tokens, the model to the last {window}: texts longer than that are "
             "computed otherwise"
