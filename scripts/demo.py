@@ -94,9 +94,17 @@ def report_command(output_dir: str) -> list[str]:
 def alignment(method: str) -> Stage:
     """What it says to questions about right and wrong, beside what the tuned model says."""
     return Stage(f"alignment_{method}", f"alignment/{method}", "alignment.json", f"""
-        MODEL=$OUT/assistant LORA=$OUT/{method} OUT=$OUT/alignment/{method}
+        MODEL=$OUT/{method}_merged OUT=$OUT/alignment/{method}
         bash $SCRIPTS/run_eval_alignment.sh $ALIGNMENT --compare $OUT/alignment/assistant/alignment.json""",
-        needs=["assistant", method, "alignment_assistant"], beside=True)
+        needs=[f"{method}_merged", "alignment_assistant"], beside=True)
+
+
+def aligned(method: str) -> Stage:
+    """The tuned model with a part of what `method` changed: aligned as well, and what tuning taught is kept better."""
+    return Stage(f"{method}_merged", f"{method}_merged", "config.json", f"""
+        MODEL=$OUT/assistant LORA=$OUT/{method} OUT=$OUT/{method}_merged
+        bash $SCRIPTS/run_merge.sh --adapter_weights 0.8""",
+        needs=["assistant", method], beside=True)
 
 
 def answers(name: str, model: str, adapter: str = "", template: str = "tokenizer") -> Stage:
@@ -108,12 +116,13 @@ def answers(name: str, model: str, adapter: str = "", template: str = "tokenizer
         needs=[model, adapter] if adapter else [model], beside=True)
 
 
-def choices(name: str, model: str, adapter: str = "") -> Stage:
+def choices(name: str, model: str = "") -> Stage:
     """What it knows: questions with choices in unseen wordings."""
+    model = model or name
     return Stage(f"choices_{name}", f"choices/{name}", "multiple_choice.json", f"""
-        MODEL=$OUT/{model} {f"LORA=$OUT/{adapter}" if adapter else ""} BENCHMARK=$DATA/choices SHOTS=0
-        OUT=$OUT/choices/{name} bash $SCRIPTS/run_eval_multiple_choice.sh $CHOICES""",
-        needs=[model, adapter] if adapter else [model], beside=True)
+        MODEL=$OUT/{model} BENCHMARK=$DATA/choices SHOTS=0 OUT=$OUT/choices/{name}
+        bash $SCRIPTS/run_eval_multiple_choice.sh $CHOICES""",
+        needs=[model], beside=True)
 
 
 STAGES = [
@@ -169,8 +178,9 @@ STAGES = [
     Stage("alignment_assistant", "alignment/assistant", "alignment.json", """
         MODEL=$OUT/assistant OUT=$OUT/alignment/assistant bash $SCRIPTS/run_eval_alignment.sh $ALIGNMENT""",
         needs=["assistant"], beside=True),
+    aligned("dpo"),
     alignment("dpo"),
-    answers("dpo", "assistant", "dpo"),
+    answers("dpo", "dpo_merged"),
     # The critic learns faster than by default, and its values may move further: they are of the size of the scores,
     # about 3. Advantages keep their size: whitening would scale up what is left of them once most answers are right.
     Stage("ppo", "ppo", "all_results.json", """
@@ -182,22 +192,24 @@ STAGES = [
         --per_device_rollout_batch_size 64 --per_device_train_batch_size 32 --gradient_accumulation_steps 1
         --eval_steps 14 --save_steps 14 --save_total_limit 1""",
         needs=["assistant", "rm"]),
+    aligned("ppo"),
     alignment("ppo"),
-    answers("ppo", "assistant", "ppo"),
+    answers("ppo", "ppo_merged"),
     answers("base", "base", template="llama-2"),
     answers("adapter", "pretrained", "sft"),
     answers("assistant", "assistant"),
-    choices("base", "base"),
-    choices("pretrained", "pretrained"),
-    choices("assistant", "assistant"),
-    choices("ppo", "assistant", "ppo"),
-    choices("dpo", "assistant", "dpo"),
+    choices("base"),
+    choices("pretrained"),
+    choices("assistant"),
+    choices("ppo", "ppo_merged"),
+    choices("dpo", "dpo_merged"),
     # The held-out texts, by every model as it is and in 4 bits, in one paired table.
     Stage("perplexity", "perplexity", "perplexity.json", """
         MODEL=$OUT/base TEXTS=zh=$DATA/pretrain/zh_heldout.txt OUT=$OUT/perplexity KBITS="16 4"
         bash $SCRIPTS/run_eval_perplexity.sh --texts $HELDOUT
-        --other_models $OUT/pretrained $OUT/assistant $OUT/ppo $OUT/dpo --max_documents 60 --dtype float32""",
-        needs=["base", "pretrained", "assistant", "ppo", "dpo"], beside=True),
+        --other_models $OUT/pretrained $OUT/assistant $OUT/ppo_merged $OUT/dpo_merged
+        --max_documents 60 --dtype float32""",
+        needs=["base", "pretrained", "assistant", "ppo_merged", "dpo_merged"], beside=True),
 ]
 # fmt: on
 

@@ -238,7 +238,7 @@ def write_recipe_run(folder: Path, questions: list[dict], outputs: dict[str, lis
     write_training(folder, "sft", {}, 200)
     write(folder / "pretrain" / "embedding_init.json", EMBEDDING_INIT)
     merge = {"tensors": 39, "changed_tensors": 30, "vocab_size": 2944, "size_gb": 0.018, "seconds": 0.4}
-    for name in ("pretrained", "assistant"):
+    for name in ("pretrained", "assistant", "ppo_merged", "dpo_merged"):
         write(folder / name / "merge_report.json", merge)
     write(folder / "gguf" / "export_report.json", {"files": {}})
     write(folder / "quantization.json", {"scored_tokens": 12_345, "rows": FORMATS})

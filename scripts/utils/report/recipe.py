@@ -59,6 +59,12 @@ STAGES = {
     "rm": Stage(Text("奖励模型", "Reward model"), "rm/all_results.json", "run_rm.sh"),
     "ppo": Stage(Text("强化学习 PPO", "PPO"), "ppo/all_results.json", "run_ppo.sh"),
     "dpo": Stage(Text("偏好优化 DPO", "DPO"), "dpo/all_results.json", "run_dpo.sh"),
+    "ppo_merged": Stage(
+        Text("合并 PPO 的一部分", "PPO merged in part"), "ppo_merged/merge_report.json", "run_merge.sh"
+    ),
+    "dpo_merged": Stage(
+        Text("合并 DPO 的一部分", "DPO merged in part"), "dpo_merged/merge_report.json", "run_merge.sh"
+    ),
     "answers_base": Stage(Text("基座的回答", "Answers, base"), "answers/base.json", "run_inference.sh"),
     "answers_adapter": Stage(Text("适配器的回答", "Answers, adapter"), "answers/adapter.json", "run_inference.sh"),
     "answers_assistant": Stage(Text("助手的回答", "Answers, merged"), "answers/assistant.json", "run_inference.sh"),
@@ -89,7 +95,8 @@ TRAINING = ("base", "pretrain", "sft")
 PREFERENCE_TRAINING = ("rm", "ppo", "dpo")
 RLHF_STAGES = (
     *PREFERENCE_TRAINING,
-    *("answers_ppo", "answers_dpo", "alignment_assistant", "alignment_ppo", "alignment_dpo"),
+    *("ppo_merged", "dpo_merged", "answers_ppo", "answers_dpo"),
+    *("alignment_assistant", "alignment_ppo", "alignment_dpo"),
 )
 MERGES = ("pretrained", "assistant")
 ANSWERS = ("base", "adapter", "assistant", "ppo", "dpo")

@@ -335,7 +335,7 @@ def next_section(run: RecipeRun) -> Section:
         ),
         (
             Text("与 PPO 之后的助手对话", "chat with the assistant after PPO"),
-            shell_command(*chat, MODEL=folder / "assistant", LORA=folder / "ppo"),
+            shell_command(*chat, MODEL=folder / "ppo_merged"),
         ),
         (
             Text("重做精调和它之后的步骤", "tune again, with the stages after it and this report"),
