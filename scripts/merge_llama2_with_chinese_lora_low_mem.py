@@ -1,7 +1,7 @@
 """Merge one or more LoRA adapters into their base model, tensor by tensor, in about the memory of a few tensors.
 
 Base model + adapters -> a Hugging Face folder (safetensors, config, tokenizer, model card) or Meta's pth layout, with
-merge_report.json (what changed) and merge_manifest.json (SHA-256 of all that went in and came out).
+merge_report.json (what changed) and merge_manifest.json (hashes of all that went in and came out).
 
 python scripts/merge_llama2_with_chinese_lora_low_mem.py --base_model llama2-7b --lora_model output/pt \
     --output_dir merged
@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from utils.core.arguments import RopeArguments, arg
 from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
-from utils.core.files import atomic_folder, refuse_existing_output, write_json
+from utils.core.files import HashName, atomic_folder, new_hash, refuse_existing_output, write_json
 from utils.core.machine import peak_resident_bytes
 
 if TYPE_CHECKING:
     from utils.lora.inputs import MergeInputs
     from utils.lora.writer import MergeWriter
+    from utils.weights.streams import Digest
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ class MergeArguments:
         False,
         help="Before the folder gets its name, compare its logits with those of base + adapters, layer by layer.",
     )
+    hash: Literal["sha256", "blake3", "none"] = arg(
+        "sha256",
+        help="Of the weights, in the manifest: sha256; blake3 (pip install blake3), which takes a third of its time; "
+        "none: the manifest knows their sizes alone.",
+    )
     verify_only: str | None = arg(help="Merge nothing: compare this merged folder with its merge_manifest.json.")
     dry_run: bool = arg(False, help="Check everything and print the plan, sizes, memory and time; write nothing.")
     overwrite: bool = arg(False, help="Replace output_dir if it holds something, once the new model is complete.")
@@ -120,6 +126,10 @@ class MergeArguments:
         return self.chat_model, str(self.chat_model_base or self.model_name_or_path), self.chat_weight
 
     @property
+    def hash_name(self) -> HashName | None:
+        return None if self.hash == "none" else self.hash
+
+    @property
     def adapters(self) -> list[str]:
         return [name.strip() for name in (self.adapter_name_or_path or "").split(",") if name.strip()]
 
@@ -142,6 +152,8 @@ def main(args: MergeArguments, rope: RopeArguments | None = None) -> dict[str, A
     if args.verify_only:
         return verify_only(args.verify_only)
     refuse_existing_output(args.output_dir, args.overwrite)  # before the slow imports
+    if args.hash_name:
+        new_hash(args.hash_name)  # is it there?
     import torch
 
     from utils.lora.inputs import check_space, open_merge
@@ -158,9 +170,9 @@ def main(args: MergeArguments, rope: RopeArguments | None = None) -> dict[str, A
         inputs.config = scale_settings(inputs.config, rope)
         specs = inputs.model.specs(None if args.dtype == "auto" else getattr(torch, args.dtype))
         writer = (
-            MetaWriter(inputs, specs, args.num_parts)
+            MetaWriter(inputs, specs, args.num_parts, args.hash_name)
             if args.output_type == "pth"
-            else HuggingFaceWriter(inputs, specs, max_shard_bytes)
+            else HuggingFaceWriter(inputs, specs, max_shard_bytes, args.hash_name)
         )
         for note in inputs.model.notes:
             logger.info("%s", note)
@@ -215,6 +227,8 @@ def verify_only(folder: str) -> dict[str, Any]:
 
     result = verify_manifest(folder)
     logger.info("%s: all %d files (%.3f GB) are as the merge wrote them", folder, result["files"], result["gb"])
+    if result["by_size_alone"]:
+        logger.warning("%d of them by their size alone: merged with --hash none", result["by_size_alone"])
     return result
 
 
@@ -228,8 +242,8 @@ def check_verifiable(inputs: MergeInputs) -> None:
 # ---------------------------------------------------------------- output
 
 
-def write_weights(writer: MergeWriter, folder: Path) -> dict[str, str]:
-    """Stream all weights to the disk, with a progress bar. Returns: the SHA-256 of every file."""
+def write_weights(writer: MergeWriter, folder: Path) -> dict[str, Digest]:
+    """Stream all weights to the disk, with a progress bar. Returns: the hash of every file."""
     from tqdm import tqdm
 
     with tqdm(total=writer.num_bytes, unit="B", unit_scale=True, unit_divisor=1000, desc="merging") as bar:

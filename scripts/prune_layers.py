@@ -27,6 +27,7 @@ from utils.core.machine import peak_resident_bytes
 if TYPE_CHECKING:
     from utils.lora.inputs import MergeInputs
     from utils.lora.writer import HuggingFaceWriter
+    from utils.weights.streams import Digest
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,8 @@ def main(args: PruneArguments) -> dict[str, Any]:
     return report
 
 
-def write_weights(writer: HuggingFaceWriter, folder: Path) -> dict[str, str]:
-    """Stream the weights to the disk, with a progress bar. Returns: the SHA-256 of every file."""
+def write_weights(writer: HuggingFaceWriter, folder: Path) -> dict[str, Digest]:
+    """Stream the weights to the disk, with a progress bar. Returns: the hash of every file."""
     from tqdm import tqdm
 
     with tqdm(total=writer.num_bytes, unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:

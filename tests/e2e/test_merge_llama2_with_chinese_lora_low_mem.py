@@ -396,6 +396,29 @@ def test_the_manifest_names_every_file_with_its_hash(llama, simple_adapter, tmp_
     assert_manifest_is_true(tmp_path / "out2", old, tmp_path / "old")
 
 
+@pytest.mark.parametrize("kind", ["blake3", "none"])
+def test_the_manifest_has_the_hash_that_was_asked_for(llama, simple_adapter, tmp_path, kind, caplog):
+    blake3 = pytest.importorskip("blake3")
+    out = tmp_path / "out"
+    run_merge(llama, simple_adapter, out, hash=kind)
+    manifest = json.loads((out / "merge_manifest.json").read_text())
+    for folder, entries in ((out, manifest["outputs"]), (llama, manifest["inputs"]["base"]["files"])):
+        content = (folder / "model.safetensors").read_bytes()
+        digest = {"blake3": blake3.blake3(content).hexdigest()} if kind == "blake3" else {}
+        assert entries["model.safetensors"] == {"bytes": len(content)} | digest
+        assert set(entries["config.json"]) == {"bytes", "sha256"}
+    with caplog.at_level("INFO"):
+        merge.main(merge.MergeArguments(verify_only=str(out)))
+    assert ("by their size alone" in caplog.text) == (kind == "none")
+
+
+def test_a_hash_without_its_package_is_refused_before_anything(llama, simple_adapter, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(InputError, match="--hash blake3: the package is not installed; pip install blake3"):
+        run_merge(llama, simple_adapter, tmp_path / "out", hash="blake3")
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_only_finds_every_change(llama, simple_adapter, tmp_path):
     out = tmp_path / "out"
     run_merge(llama, simple_adapter, out)

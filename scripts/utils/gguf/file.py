@@ -313,8 +313,7 @@ def write_gguf(plan: GgufPlan, model: MergedModel, file_type: str, path: Path) -
             for tensor in plan.tensors:
                 _write_padded(writer, _tensor_blocks(tensor, model, blocks))
                 bar.update(_tensor_bytes(tensor, types[tensor.name]))
-    assert writer.sha256 is not None
-    return writer.sha256
+    return writer.digest["sha256"]
 
 
 def _write_padded(writer: FileWriter, blocks: Iterable[Any]) -> None:

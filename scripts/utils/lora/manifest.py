@@ -1,4 +1,4 @@
-"""The manifest of a merged model: SHA-256 of every file that went in and came out, and the check of a folder by it."""
+"""The manifest of a merged model: a hash of every file that went in or came out, and the check of a folder by it."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..core.errors import InputError
-from ..core.files import hash_file, read_json, remove, write_json
+from ..core.files import HashName, hash_file, read_json, remove, write_json
+from ..weights.streams import Digest
 
 MANIFEST = "merge_manifest.json"
 SMALL_FILES = (".json", ".model", ".jinja", ".txt")  # of an input, besides its weights
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
 
 
-def describe_file(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file; it is read only if its hash is not known yet."""
-    return {"bytes": path.stat().st_size, "sha256": sha256 or hash_file(path)}
+def describe_file(path: Path, digest: Digest | None = None) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file; it is read unless its hash, of any kind, is known."""
+    return {"bytes": path.stat().st_size} | ({"sha256": hash_file(path)} if digest is None else digest)
 
 
-def describe_folder(folder: Path, weights: Mapping[Path, str]) -> dict[str, Any]:
+def describe_folder(folder: Path, weights: Mapping[Path, Digest]) -> dict[str, Any]:
     """The files of an input folder that a merge depends on: `weights` with their hashes, and the small ones."""
     small = [item for item in sorted(folder.iterdir()) if item.is_file() and item.suffix in SMALL_FILES]
     files = {item.name: describe_file(item) for item in small}
-    files |= {path.name: describe_file(path, sha256) for path, sha256 in weights.items()}
+    files |= {path.name: describe_file(path, digest) for path, digest in weights.items()}
     return {"folder": str(folder), "files": files}
 
 
 def write_manifest(
-    folder: Path, inputs: dict[str, Any], settings: dict[str, Any], weights: Mapping[str, str]
+    folder: Path, inputs: dict[str, Any], settings: dict[str, Any], weights: Mapping[str, Digest]
 ) -> dict[str, Any]:
     """Write merge_manifest.json over all files of a finished folder. Returns: its content.
 
     Args:
         inputs: what describe_folder said of every input.
-        weights: {file name: SHA-256} of the weight files, known from writing them.
+        weights: {file name: hash} of the weight files, known from writing them.
     """
     files = sorted(item for item in folder.rglob("*") if item.is_file() and item.name != MANIFEST)
     outputs = {str(item.relative_to(folder)): item for item in files if not item.name.startswith(".")}
@@ -53,7 +54,9 @@ def write_manifest(
 
 
 def verify_manifest(folder: str | Path) -> dict[str, Any]:
-    """Compare a merged folder with its manifest, reading every file once. Returns: {"files", "gb"}.
+    """Compare a merged folder with its manifest, reading every file once.
+
+    Returns: {"files", "gb", "by_size_alone"}: how many files, their size, how many have no hash in the manifest.
 
     Raises: InputError listing files that are missing, changed, or weights that do not belong there.
     """
@@ -75,14 +78,20 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
                 problems.append(f"{name} is missing")
             elif path.stat().st_size != entry["bytes"]:
                 problems.append(f"{name} has {path.stat().st_size} bytes, need {entry['bytes']}")
-            elif hash_file(path) != entry.get("sha256"):
-                problems.append(f"{name} was changed: its SHA-256 is another")
+            elif any(hash_file(path, kind) != entry[kind] for kind in kinds(entry)):
+                problems.append(f"{name} was changed: its hash is another")
             bar.update(entry["bytes"])
     strange = [item.name for item in folder.iterdir() if item.suffix in WEIGHT_FILES and item.name not in outputs]
     problems += [f"{name} is not in the manifest; engines may load it" for name in sorted(strange)]
     if problems:
         raise InputError(f"{folder} is not what merge_manifest.json describes:\n  " + "\n  ".join(problems))
-    return {"files": len(outputs), "gb": round(total / 1e9, 3)}
+    unhashed = sum(not kinds(entry) for entry in outputs.values())
+    return {"files": len(outputs), "gb": round(total / 1e9, 3), "by_size_alone": unhashed}
+
+
+def kinds(entry: Mapping[str, Any]) -> list[HashName]:
+    """Which hashes an entry of a manifest has: one, or none where the merge was told so."""
+    return [kind for kind in get_args(HashName) if kind in entry]
 
 
 class Progress:
@@ -103,9 +112,9 @@ class Progress:
             if shard.is_file() and shard.stat().st_size == entry["bytes"]:
                 self.shards[entry["name"]] = entry
 
-    def add(self, name: str, num_bytes: int, sha256: str, squares: Mapping[str, Iterable[float]]) -> None:
+    def add(self, name: str, num_bytes: int, digest: Digest, squares: Mapping[str, Iterable[float]]) -> None:
         """Note a finished shard, with the squared norms of its tensors' changes (see MergedModel.squares)."""
-        entry = {"name": name, "bytes": num_bytes, "sha256": sha256, "squares": dict(squares)}
+        entry = {"name": name, "bytes": num_bytes, "digest": digest, "squares": dict(squares)}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()

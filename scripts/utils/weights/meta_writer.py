@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import hash_file, write_json
+from ..core.files import HashName, write_json
 from .meta_reader import (
     LLAMA3_ROPE,
     LLAMA3_THETA,
@@ -38,7 +38,7 @@ from .meta_reader import (
 )
 from .names import EMBEDDING, HEAD
 from .reader import TensorSpec, row_shape
-from .streams import FileWriter
+from .streams import Digest, FileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -241,12 +241,14 @@ def write_meta_checkpoint(
     specs: Sequence[TensorSpec],
     stream: Stream,
     num_parts: int | None = None,
-) -> dict[str, str]:
+    kind: HashName | None = "sha256",
+) -> dict[str, Digest]:
     """Write params.json and consolidated.NN.pth; arguments and errors are those of `plan_meta_checkpoint`.
 
     Args:
         stream: gives (spec, row block) for all blocks of all tensors it is asked for, in order.
-    Returns: {file name: SHA-256}.
+        kind: which hash is taken of the files.
+    Returns: {file name: its hash}.
     """
     plan = plan_meta_checkpoint(config, specs, num_parts)
     folder = Path(folder)
@@ -254,7 +256,7 @@ def write_meta_checkpoint(
     with contextlib.ExitStack() as stack:
         parts = [
             stack.enter_context(
-                _open_part(folder / f"consolidated.{part:02d}.pth", [item.spec(part) for item in plan.weights])
+                _open_part(folder / f"consolidated.{part:02d}.pth", [item.spec(part) for item in plan.weights], kind)
             )
             for part in range(plan.num_parts)
         ]
@@ -266,7 +268,7 @@ def write_meta_checkpoint(
                     for output, piece in zip(outputs, pieces, strict=True):
                         output.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
         assert next(blocks, None) is None, "more blocks than asked for"
-    return {PARAMS: hash_file(folder / PARAMS)} | {part.writer.path.name: part.writer.sha256 or "" for part in parts}
+    return {part.writer.path.name: part.writer.digest for part in parts}
 
 
 def _cut(item: PlannedWeight, head_dim: int, blocks: Iterator[Tensor]) -> Iterator[list[Tensor]]:
@@ -315,9 +317,9 @@ class _Part:
 
 
 @contextlib.contextmanager
-def _open_part(path: Path, specs: Sequence[TensorSpec]) -> Iterator[_Part]:
+def _open_part(path: Path, specs: Sequence[TensorSpec], kind: HashName | None) -> Iterator[_Part]:
     """A part ready for its tensors, which are the records data/0, data/1, ..."""
-    with FileWriter(path) as writer, zipfile.ZipFile(_Sink(writer), "w") as archive:
+    with FileWriter(path, kind) as writer, zipfile.ZipFile(_Sink(writer), "w") as archive:
         part = _Part(writer, archive)
         for name, data in (("data.pkl", _pickle_state(specs)), ("byteorder", b"little"), ("version", b"3\n")):
             with part.record(name) as record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import queue
@@ -12,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core.files import named_write_errors
+from ..core.files import HashName, named_write_errors, new_hash
 
 T = TypeVar("T")
+Digest = dict[str, str]  # {"sha256": hexadecimal} or {"blake3": ...} of a file; {} if nobody took it
 
 WINDOW = 64 << 20  # bytes read between two cleanings of the page cache
 QUEUE_LENGTH = 8  # blocks of some megabytes that wait between two threads
@@ -67,14 +67,14 @@ class FileWriter:
 
     Where the file system allows, bytes go to the disk past the page cache: that costs a fraction of the processor
     time and leaves the cache to others. In a `with` statement the file is finished at the end, or left incomplete
-    after an error.
+    after an error. Its hash is taken unless `kind` is None.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: HashName | None = "sha256"):
         self.path = Path(path)
         self.size = 0
-        self.sha256: str | None = None  # known after close()
-        self._hash = hashlib.sha256()
+        self.digest: Digest = {}  # complete after close()
+        self._kind, self._hash = kind, kind and new_hash(kind)
         self._queue: queue.Queue[memoryview | None] = queue.Queue(QUEUE_LENGTH)
         self._error: OSError | None = None
         self._descriptor: int | None = _open_direct(self.path)
@@ -98,15 +98,16 @@ class FileWriter:
         self._raise_error()
         view = memoryview(data).cast("B")
         self.size += len(view)
-        self._hash.update(view)  # in the caller's thread, side by side with the writing
+        if self._hash:
+            self._hash.update(view)  # in the caller's thread, side by side with the writing
         self._queue.put(view)
 
-    def close(self) -> str:
-        """Wait until everything is on the disk. Returns: the file's SHA-256 in hexadecimal. Raises: OSError."""
+    def close(self) -> None:
+        """Wait until everything is on the disk. Raises: OSError."""
         self._stop()
         self._raise_error()
-        self.sha256 = self._hash.hexdigest()
-        return self.sha256
+        if self._kind and self._hash:
+            self.digest = {self._kind: self._hash.hexdigest()}
 
     def abort(self) -> None:
         """Stop after an error elsewhere."""
@@ -173,12 +174,13 @@ def _open_direct(path: Path) -> int:
 
 
 class FileHasher:
-    """SHA-256 of files whose bytes pass by in parts, read for another purpose.
+    """The hashes of files whose bytes pass by in parts, read for another purpose.
 
     Parts that come in the order of the file are hashed as they come; only what nobody reads is read here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: HashName = "sha256") -> None:
+        self._kind: HashName = kind
         self._open: dict[Path, tuple[Any, int]] = {}  # file: (hash of the bytes so far, how many)
         self.finished: dict[Path, str] = {}
 
@@ -187,7 +189,7 @@ class FileHasher:
         if file in self.finished:
             return
         view = memoryview(data).cast("B")
-        digest, position = self._open.get(file) or (hashlib.sha256(), 0)
+        digest, position = self._open.get(file) or (new_hash(self._kind), 0)
         if offset > position:  # tensors that nobody asked for, or padding
             self._read(file, digest, position, offset)
             position = offset
@@ -199,7 +201,7 @@ class FileHasher:
     def finish(self, file: Path) -> str:
         """The hash of the whole file, in hexadecimal."""
         if file not in self.finished:
-            digest, position = self._open.pop(file, None) or (hashlib.sha256(), 0)
+            digest, position = self._open.pop(file) if file in self._open else (new_hash(self._kind), 0)
             self._read(file, digest, position, file.stat().st_size)
             self.finished[file] = digest.hexdigest()
         return self.finished[file]

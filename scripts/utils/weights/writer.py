@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import write_json
+from ..core.files import HashName, write_json
 from .reader import DTYPE_NAMES, SAFETENSORS, SAFETENSORS_INDEX, TensorSpec
-from .streams import FileWriter
+from .streams import Digest, FileWriter
 
 
 def parse_size(text: str) -> int:
@@ -61,8 +61,13 @@ def safetensors_header(specs: Sequence[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_shard(path: Path, specs: Sequence[TensorSpec], blocks: Iterator[tuple[TensorSpec, Tensor]]) -> str:
-    """Write one safetensors file. Returns: its SHA-256.
+def write_shard(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    blocks: Iterator[tuple[TensorSpec, Tensor]],
+    kind: HashName | None = "sha256",
+) -> Digest:
+    """Write one safetensors file. Returns: its hash of this kind.
 
     Args:
         blocks: (spec, values) of these tensors in this order, each cut anywhere, in the spec's type; what follows
@@ -71,7 +76,7 @@ def write_shard(path: Path, specs: Sequence[TensorSpec], blocks: Iterator[tuple[
     """
     expected = sum(spec.num_bytes for spec in specs)
     written = 0
-    with FileWriter(path) as file:
+    with FileWriter(path, kind) as file:
         file.write(safetensors_header(specs))
         while written < expected:
             spec, block = next(blocks)
@@ -79,7 +84,7 @@ def write_shard(path: Path, specs: Sequence[TensorSpec], blocks: Iterator[tuple[
             file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy())
             written += block.nbytes
         assert written == expected, f"{path.name}: {written} of {expected} bytes"
-    return str(file.sha256)
+    return file.digest
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:

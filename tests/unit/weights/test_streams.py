@@ -62,8 +62,22 @@ def test_files_are_what_was_written(tmp_path, size, direct, monkeypatch):
             file.write(piece)
     written = (tmp_path / "file").read_bytes()
     assert written == b"".join(content)
-    assert file.sha256 == hashlib.sha256(written).hexdigest()
+    assert file.digest == {"sha256": hashlib.sha256(written).hexdigest()}
     assert file.size == size
+
+
+def test_a_file_is_hashed_as_asked(tmp_path):
+    blake3 = pytest.importorskip("blake3")
+    content = os.urandom(100_000)
+    digests = {}
+    for kind in ("blake3", None):
+        with FileWriter(tmp_path / "file", kind) as file:
+            file.write(content)
+        digests[kind] = file.digest
+    assert digests == {"blake3": {"blake3": blake3.blake3(content).hexdigest()}, None: {}}
+    hasher = FileHasher("blake3")
+    hasher.update(tmp_path / "file", 5, content[5:70_000])
+    assert hasher.finish(tmp_path / "file") == digests["blake3"]["blake3"]
 
 
 def test_a_file_system_without_direct_writes(tmp_path, monkeypatch):
@@ -102,7 +116,7 @@ def test_an_error_elsewhere_ends_the_writer(tmp_path):
     with pytest.raises(ValueError, match="elsewhere"), FileWriter(tmp_path / "file") as file:
         file.write(b"abc")
         raise ValueError("elsewhere")
-    assert file.sha256 is None
+    assert file.digest == {}
     assert threading.active_count() == before
 
 
