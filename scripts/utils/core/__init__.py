@@ -10,7 +10,9 @@
   workers       Worker processes for long, independent pieces of work: results in order, memory bounded, no orphans
   figures       pictures in png files, in fonts that have Chinese, without pyplot
   hub           whether a name is a folder or a hub id, and what a hub id names, downloaded or from the cache
+  installation  required packages and what is there, whether they can be imported, processor, GPUs, compiler, network
   typed_json    JSON values as dataclasses: what is missing, or of another type, is named with its file and field
 
-Others import: errors, files, records, arguments, command_line, machine, workers, figures, hub, typed_json.
+Others import: errors, files, records, arguments, command_line, machine, workers, figures, hub, installation,
+typed_json.
 """

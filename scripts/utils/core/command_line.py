@@ -47,18 +47,46 @@ RECORDED_PACKAGES = (
 )
 
 
+INSTALL = (
+    "run `make setup`, or in an environment of your own: pip install -r requirements.txt -c constraints.txt; "
+    "python scripts/doctor.py says what else is missing"
+)
+
 # ---------------------------------------------------------------- parsing
 
 
 def build_parser(types: Sequence[type], description: str | None = None) -> ArgumentParser:
     """The argparse parser of some dataclasses; its long help text is the scripts' reference."""
-    from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
-
+    try:
+        from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
+    except ImportError as error:  # absent, or beside other packages than it needs
+        return _plain_parser(types, description, str(error).strip().partition("\n")[0])
     parser: ArgumentParser = HfArgumentParser(types, allow_abbrev=False, description=description)
     optional = _optional_names(types)
     for action in parser._actions:
         if action.dest in optional and action.choices is None and callable(action.type):
             action.type = _or_null(action.type)
+    return parser
+
+
+def _plain_parser(types: Sequence[type], description: str | None, reason: str) -> ArgumentParser:
+    """The same where transformers cannot be imported, for what says why: texts and switches alone.
+
+    Raises: InputError for flags of other kinds: such a script would not get far.
+    """
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    parser = ArgumentParser(allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter)
+    for kind in types:
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            name, help_text = f"--{item.name}", item.metadata["help"]
+            if hints[item.name] is bool and item.default is False:
+                parser.add_argument(name, action="store_true", help=help_text)
+            elif hints[item.name] in (str, str | None):
+                parser.add_argument(name, default=item.default, help=help_text)
+            else:
+                raise InputError(f"transformers cannot be imported ({reason}); {INSTALL}")
     return parser
 
 
@@ -305,6 +333,10 @@ def run(
         gc.freeze()
     except InputError as error:
         _fail(f"error: {error}", 2)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("utils", "None"):
+            raise  # this project's own fault
+        _fail(f"error: the package {error.name} is not installed; {INSTALL}", 2)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):  # of reading, too: the system does not say which it was
             place = f"{error.filename}: " if error.filename else ""

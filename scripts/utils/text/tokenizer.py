@@ -182,6 +182,22 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     )
 
 
+def share_cut_otherwise(folder: str | Path) -> float:
+    """Share of sample lines that transformers' AutoTokenizer, which other programs open a folder with, cuts otherwise.
+
+    Raises: InputError as load_tokenizer, or if AutoTokenizer cannot open it.
+    """
+    from transformers import AutoTokenizer
+
+    own = load_tokenizer(folder)
+    try:
+        other = AutoTokenizer.from_pretrained(str(_local_folder(folder)), local_files_only=True)
+    except Exception as error:  # whatever it makes of the files
+        raise InputError(f"{folder}: transformers' AutoTokenizer cannot open it: {error}") from None
+    ids = [[each(text, add_special_tokens=False)["input_ids"] for text in SAMPLE] for each in (own, other)]
+    return sum(a != b for a, b in zip(*ids, strict=True)) / len(SAMPLE)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is a tokenizer to open in the folder, whole or damaged."""
     model = folder / SENTENCEPIECE_FILE
