@@ -39,6 +39,7 @@ NEEDS = {
     "run_openai_api_server.sh": {"MODEL": "m"},
     "run_train_tokenizer.sh": {"DATA": "d"},
     "run_merge_tokenizers.sh": {"BASE": "b", "SP": "s"},
+    "run_download.sh": {"REPO": "r/r"},
     "run_plan_memory.sh": {"MODEL": "m"},
     "run_report.sh": {"RUN_DIR": "r", "QUESTIONS": "q"},
 }

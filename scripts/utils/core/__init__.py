@@ -11,8 +11,9 @@
   figures       pictures in png files, in fonts that have Chinese, without pyplot
   hub           whether a name is a folder or a hub id, and what a hub id names, downloaded or from the cache
   installation  required packages and what is there, whether they can be imported, processor, GPUs, compiler, network
+  downloads     what a repository of a hub holds, which of it is wanted, files that come whole and checked
   typed_json    JSON values as dataclasses: what is missing, or of another type, is named with its file and field
 
 Others import: errors, files, records, arguments, command_line, machine, workers, figures, hub, installation,
-typed_json.
+downloads, typed_json.
 """

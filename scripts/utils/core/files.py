@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from .errors import InputError
+from .errors import InputError, Unfinished
 
 HashName = Literal["sha256", "blake3"]  # BLAKE3 takes a third of the time
 
@@ -73,7 +73,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | N
     """Yield an empty sibling folder that becomes `path` only when the block ends well; hidden files are left out.
 
     What a killed run left under the sibling's name is removed first, unless it was made for the same `resume_key`:
-    then the block gets it back as it is. Ctrl-C leaves such a folder too, other errors do not.
+    then the block gets it back as it is. Ctrl-C and Unfinished leave such a folder too, other errors do not.
     The old folder stays until the new one is complete.
     Raises: InputError if `path` holds anything and `overwrite` is False, or another run is writing it.
     """
@@ -99,7 +99,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, resume_key: str | N
                     fsync_path(item)
             _publish(partial, path)
         except BaseException as error:
-            if resume_key is None or not isinstance(error, KeyboardInterrupt):
+            if resume_key is None or not isinstance(error, (KeyboardInterrupt, Unfinished)):
                 remove(partial)
             raise
 

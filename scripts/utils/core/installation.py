@@ -102,6 +102,7 @@ CAPABILITIES = (
     Capability("web chat, arena", ("gradio_demo", "arena"), (*_TRAINING, "gradio")),
     Capability("server", ("openai_api_server",), (*_TRAINING, "fastapi", "uvicorn", "pydantic", "starlette")),
     Capability("answers in JSON", (), ("llguidance",)),
+    Capability("downloads", ("download",), ("huggingface_hub", "tqdm", "filelock", "PyYAML")),
     Capability("models behind servers", (), ("openai",)),
     Capability("GGUF", ("export_gguf",), (*_MODELS, "gguf")),
     Capability("K-quants, GGUF files as models", (), ("llama-cpp-python",)),

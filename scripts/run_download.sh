@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# 下载模型或数据集 / Download a model or a data set.  REPO=Qwen/Qwen2.5-0.5B bash scripts/run_download.sh [any download.py flag]
+# 必填 / required: REPO 网站上的 所有者/名字 owner/name on the hub
+# 可选 / optional: HUB=huggingface (modelscope) KIND=model (dataset) OUT=output/models/NAME REVISION 分支、标签或提交 branch, tag or commit; DRY_RUN=0
+#   环境变量 / environment: HF_ENDPOINT 镜像 mirror, HF_TOKEN, MODELSCOPE_API_TOKEN.  中断后重新运行即可继续 / run it again to go on after an interruption
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+: "${REPO:?set REPO to OWNER/NAME as the hub has it}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/download.py" --repo_id "$REPO" --hub "${HUB:-huggingface}" --kind "${KIND:-model}" ${OUT:+--output_dir "$OUT"} \
+  ${REVISION:+--revision "$REVISION"} "$@"
