@@ -92,8 +92,6 @@ def main(
 ) -> dict[str, Any]:
     """Serve the page until Ctrl-C, have a model judge, or report; returns the figures of arena.json."""
     refuse_beams(settings)
-    for noisy in ("httpx", "httpx2"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)  # a line for every request
     if args.report:
         warn_unused(settings, "--report", but=("seed",))
         return report(args, settings.seed, find_votes(args))

@@ -40,6 +40,7 @@ NEEDS = {
     "run_train_tokenizer.sh": {"DATA": "d"},
     "run_merge_tokenizers.sh": {"BASE": "b", "SP": "s"},
     "run_download.sh": {"REPO": "r/r"},
+    "run_generate_instructions.sh": {"SERVER": "http://s/v1"},
     "run_plan_memory.sh": {"MODEL": "m"},
     "run_report.sh": {"RUN_DIR": "r", "QUESTIONS": "q"},
 }

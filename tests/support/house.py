@@ -284,8 +284,8 @@ def draw(package: Path = UTILS) -> str:
 
 # The scripts by task, as the picture's roof shows them.
 TASKS = {
-    "vocabulary": ("train_tokenizer.py", "merge_tokenizers.py"),
-    "training": ("pt.py", "sft.py"),
+    "begin": ("doctor.py", "download.py", "train_tokenizer.py", "merge_tokenizers.py"),
+    "training": ("pt.py", "sft.py", "generate_…py"),
     "alignment": ("rm.py", "ppo.py", "dpo.py"),
     "merge, export": ("merge_llama2_…py", "export_gguf.py", "quantize.py", "compare_formats.py"),
     "chat": ("inference_hf.py", "gradio_demo.py", "openai_api_server.py"),

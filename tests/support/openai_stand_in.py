@@ -9,7 +9,8 @@ class StandIn:
     """A server on a free port.
 
     Attributes:
-        reply: what it answers to messages: a text, or (status, error object) to fail.
+        reply: what it answers to messages: a text, a whole reply as an object, bytes to send as they are, or
+            (status, error object) to fail.
         requests: bodies of the questions it was asked.
         keys: what it was sent as Authorization.
     """
@@ -39,10 +40,12 @@ class StandIn:
                     said = owner.reply(body)
                 if isinstance(said, tuple):
                     return self.send(said[0], {"error": said[1]})
+                if isinstance(said, (dict, bytes)):
+                    return self.send(200, said)
                 return self.stream(said) if body.get("stream") else self.send(200, answer(said))
 
             def send(self, status, value):
-                data = json.dumps(value).encode()
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

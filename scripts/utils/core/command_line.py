@@ -318,6 +318,8 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # It warns about an optional kernel whenever it is imported without a GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for client in ("httpx", "httpx2"):  # they name every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     # torch.compile does nothing unless it is asked for: bitsandbytes calls it when it is imported, and loading the
     # compiler is a third of a start.
     undecided = "TORCHDYNAMO_DISABLE" not in os.environ

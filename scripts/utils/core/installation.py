@@ -103,7 +103,7 @@ CAPABILITIES = (
     Capability("server", ("openai_api_server",), (*_TRAINING, "fastapi", "uvicorn", "pydantic", "starlette")),
     Capability("answers in JSON", (), ("llguidance",)),
     Capability("downloads", ("download",), ("huggingface_hub", "tqdm", "filelock", "PyYAML")),
-    Capability("models behind servers", (), ("openai",)),
+    Capability("models behind servers", ("generate_instructions",), ("openai", "rapidfuzz", "tqdm", "PyYAML")),
     Capability("GGUF", ("export_gguf",), (*_MODELS, "gguf")),
     Capability("K-quants, GGUF files as models", (), ("llama-cpp-python",)),
     Capability("4- and 8-bit bases", ("quantize", "compare_formats"), (*_TRAINING, "bitsandbytes", "gguf")),

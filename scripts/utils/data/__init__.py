@@ -9,6 +9,7 @@
   preferences  Preference pairs and prompts for reward models, PPO and DPO: records -> messages -> token caches
   batches      rows padded to the longest, both answers of a pair in one row, and which rows make a batch
   sources      the arguments of a run -> the caches of its data, what is trained on and what is held out
+  self_instruct  tasks that a model writes after the example of others, read from its answer, and kept where new
 
-Others import: arguments, cache, corpora, samples, blocks, preferences, batches, sources.
+Others import: arguments, cache, corpora, samples, blocks, preferences, batches, sources, self_instruct.
 """

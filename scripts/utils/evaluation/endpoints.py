@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +60,20 @@ class EndpointError(Exception):
     """A request that failed, after all tries; its message says how."""
 
 
+@dataclass(frozen=True)
+class ServerAnswer:
+    """An answer in a chat.
+
+    Attributes:
+        tokens: of the prompt and of the answer, as the server counts them; None: it does not.
+        finish_reason: why it ended: stop, length and others.
+    """
+
+    text: str
+    tokens: tuple[int, int] | None
+    finish_reason: str | None
+
+
 class Endpoint:
     """A model behind a server.
 
@@ -104,15 +119,23 @@ class Endpoint:
 
     def ask(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         """The answer. Raises: EndpointError; InputError where no request can succeed."""
+        return self.answer(messages, options).text
+
+    def answer(self, messages: Sequence[Message], options: Mapping[str, Any]) -> ServerAnswer:
+        """The answer, and what it took. Raises: as `ask`."""
         import openai
 
         try:
             response = self._create(messages, options, stream=False)
         except openai.APIError as error:
             raise EndpointError(_describe(error)) from None
-        if not response.choices:
+        except ValueError as error:  # the client lets it pass
+            raise EndpointError(f"the server's reply is no JSON: {error}") from None
+        if not getattr(response, "choices", None):
             raise EndpointError("the server's answer has no choice in it")
-        return str(response.choices[0].message.content or "")
+        choice, usage = response.choices[0], response.usage
+        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
+        return ServerAnswer(str(choice.message.content or ""), tokens, choice.finish_reason)
 
     def complete(self, text: str, options: Mapping[str, Any]) -> str:
         """How a text goes on. Raises: EndpointError; InputError where no request can succeed."""

@@ -82,7 +82,6 @@ def launch(blocks: gr.Blocks, web: WebArguments, accounts: dict[str, str], css: 
     """Serve a page; returns while it is being served. Args: css: beside that of all pages."""
     from .base import launch_settings
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks its own server whether it is there
     settings: dict[str, Any] = launch_settings()
     blocks.queue(max_size=web.max_queue, status_update_rate=1, api_open=False)
     blocks.launch(

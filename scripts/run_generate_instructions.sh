@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# 用服务器上的模型生成指令数据 / Self-Instruct through a server.  SERVER=https://api.openai.com/v1#MODEL bash scripts/run_generate_instructions.sh [any generate_instructions.py flag]
+# 必填 / required: SERVER 兼容 OpenAI 的服务器地址 (可加 #模型名) URL, or URL#MODEL, of an OpenAI-compatible server; 密钥 / key: OPENAI_API_KEY
+# 可选 / optional: LANGUAGE_OF_TASKS=zh (en) SEEDS=examples/data/instructions/seed_tasks.json OUT=output/instructions MAX_TASKS=1000; DRY_RUN=0
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+: "${SERVER:?set SERVER to the URL of an OpenAI-compatible server, or URL#MODEL}"
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"
+run "$HERE/generate_instructions.py" --server_url "$SERVER" --language "${LANGUAGE_OF_TASKS:-zh}" \
+  --seed_tasks "${SEEDS:-$HERE/../examples/data/instructions/seed_tasks.json}" --output_dir "${OUT:-output/instructions}" \
+  --max_tasks "${MAX_TASKS:-1000}" "$@"
