@@ -23,7 +23,7 @@ from utils.core.errors import InputError, raise_problems
 from utils.core.files import atomic_folder, read_json, read_text, refuse_existing_output
 from utils.core.machine import interruptible
 from utils.core.records import BadRecords
-from utils.text.text_sample import iter_corpus, list_corpus, sample_texts
+from utils.text.text_sample import Sample, iter_corpus, list_corpus, sample_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +87,10 @@ class MergeTokenizersArguments:
     report_text: list[str] = list_arg(
         help="Held-out files or folders to measure efficiency on, each optionally name=path; equal names get a number."
     )
+    training_text: list[str] = list_arg(
+        help="Files or folders that will be trained on: the report says how many pieces they support, and whether "
+        "extending pays; default: those of --input."
+    )
     model_config: str | None = arg(
         help="Model folder or config.json for the cost figures; default: the base's folder."
     )
@@ -126,13 +130,16 @@ def main(args: MergeTokenizersArguments) -> dict[str, Any]:
     refuse_existing_output(args.output_dir, args.overwrite)
     template = read_chat_template(args.chat_template)
     model_size = read_model_size(args)
+    base = load_tokenizer(args.base_tokenizer)
+    check_kind(base, args)
     bad_records = BadRecords(args.on_bad_record)
     held_out = parse_corpora(args.report_text) if args.report_text else {}
-    texts = {name: read_texts(paths, args, bad_records) for name, paths in held_out.items()}
-    sample = read_texts(list_corpus(args.base_language_sample), args, bad_records) if args.base_language_sample else []
-    base = load_tokenizer(args.base_tokenizer)
-    selection = Selection(args.keep_unreachable, args.keep_base_language_pieces, args.max_new_tokens, sample)
-    extended = extend(base, args, selection, bad_records)
+    texts = {name: read_texts(paths, args, bad_records).texts for name, paths in held_out.items()}
+    base_language = read_texts(list_corpus(args.base_language_sample), args, bad_records).texts
+    new_text = read_texts(list_corpus(args.input), args, bad_records)
+    training = read_texts(list_corpus(args.training_text), args, bad_records) if args.training_text else new_text
+    selection = Selection(args.keep_unreachable, args.keep_base_language_pieces, args.max_new_tokens, base_language)
+    extended = extend(base, args, selection, new_text.texts)
     with atomic_folder(args.output_dir, args.overwrite) as folder:
         tokenizer = save_extended(
             base,
@@ -145,7 +152,9 @@ def main(args: MergeTokenizersArguments) -> dict[str, Any]:
         check(
             base, tokenizer, folder, [*HARD_TEXTS, *itertools.islice(itertools.chain(*texts.values()), CHECKED_TEXTS)]
         )
-        report = build_report(base, tokenizer, selection, model_size, compare(base, tokenizer, texts))
+        scale = training.total_bytes / max(training.bytes, 1)
+        comparison = compare(base, tokenizer, texts, training.texts, scale)
+        report = build_report(base, tokenizer, selection, model_size, comparison)
         report |= {"bad_lines_skipped": bad_records.skipped, "seconds": round(time.monotonic() - started, 1)}
         write_report(report, folder)
         save_run_config(folder, describe_arguments(args))
@@ -184,25 +193,9 @@ def read_model_size(args: MergeTokenizersArguments) -> Any:
     return None if args.hidden_size is None else ModelSize(args.hidden_size, tied=False)
 
 
-def read_texts(paths: list[Path], args: MergeTokenizersArguments, bad_records: BadRecords) -> list[str]:
-    """A seeded sample of the documents of some files."""
-    documents = itertools.chain.from_iterable(iter_corpus(paths, args.text_column, bad_records))
-    return sample_texts(documents, args.sample_bytes, None, args.seed).texts
-
-
-# ---------------------------------------------------------------- extending
-
-
-def extend(
-    base: PreTrainedTokenizerBase, args: MergeTokenizersArguments, selection: Selection, bad_records: BadRecords
-) -> Any:
-    """The extended ModelProto (sentencepiece bases) or tokenizers.Tokenizer (byte-level bases).
-
-    Raises: InputError if the base is of the other kind than the source of new pieces.
-    """
-    from utils.text.pieces import read_sentencepiece_model
-    from utils.text.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
-    from utils.text.vocabulary import base_with_added_tokens, extend_byte_level, merge_sentencepiece
+def check_kind(base: PreTrainedTokenizerBase, args: MergeTokenizersArguments) -> None:
+    """Raises: InputError if the base is of the other kind than the source of new pieces."""
+    from utils.text.tokenizer import SentencePieceTokenizer
 
     if isinstance(base, SentencePieceTokenizer):
         if args.chinese_sp_model_file is None:
@@ -210,15 +203,37 @@ def extend(
                 f"{args.base_tokenizer} is a sentencepiece tokenizer: train new pieces with train_tokenizer.py, then "
                 "pass them as --chinese_sp_model_file"
             )
-        file = Path(args.chinese_sp_model_file)
-        extra = read_sentencepiece_model(file / SENTENCEPIECE_FILE if file.is_dir() else file)
-        return merge_sentencepiece(base_with_added_tokens(base), extra, selection)
-    if not args.input:
+    elif not args.input:
         raise InputError(
             f"{args.base_tokenizer} has no sentencepiece model (tokenizer.model) to merge into: pass the original "
             "folder, or, for byte-level bases (Llama-3, Qwen), text as --input"
         )
-    texts = read_texts(list_corpus(args.input), args, bad_records)
+
+
+def read_texts(paths: list[Path], args: MergeTokenizersArguments, bad_records: BadRecords) -> Sample:
+    """A seeded sample of the documents of some files; empty if there is no file."""
+    if not paths:
+        return Sample([], 0, 0, 0)
+    documents = itertools.chain.from_iterable(iter_corpus(paths, args.text_column, bad_records))
+    return sample_texts(documents, args.sample_bytes, None, args.seed)
+
+
+# ---------------------------------------------------------------- extending
+
+
+def extend(
+    base: PreTrainedTokenizerBase, args: MergeTokenizersArguments, selection: Selection, texts: list[str]
+) -> Any:
+    """The extended ModelProto (sentencepiece bases) or tokenizers.Tokenizer (byte-level bases, from `texts`)."""
+    from utils.text.pieces import read_sentencepiece_model
+    from utils.text.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
+    from utils.text.vocabulary import base_with_added_tokens, extend_byte_level, merge_sentencepiece
+
+    if isinstance(base, SentencePieceTokenizer):
+        assert args.chinese_sp_model_file is not None
+        file = Path(args.chinese_sp_model_file)
+        extra = read_sentencepiece_model(file / SENTENCEPIECE_FILE if file.is_dir() else file)
+        return merge_sentencepiece(base_with_added_tokens(base), extra, selection)
     batches = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
     number = args.max_new_tokens or DEFAULT_NEW_TOKENS
     logger.info("training up to %d merges on %d documents", number, len(texts))
@@ -261,7 +276,7 @@ def build_report(
     """Everything vocabulary_report.json holds but the times."""
     from utils.text.tokenizer import SentencePieceTokenizer, embedding_rows
     from utils.text.vocabulary import unreachable_pieces, unreachable_tokens
-    from utils.text.vocabulary_report import describe_cost
+    from utils.text.vocabulary_report import describe_cost, judge
 
     if isinstance(tokenizer, SentencePieceTokenizer):
         unreachable = len(unreachable_pieces(tokenizer.proto, len(base)))
@@ -270,7 +285,7 @@ def build_report(
         unreachable = len(unreachable_tokens(tokenizer.backend_tokenizer, added))
     rows = embedding_rows(tokenizer)
     cost = None if model_size is None else describe_cost(model_size, len(base), rows, comparison["languages"])
-    return {
+    report = {
         "base_vocabulary": len(base),
         "vocabulary": len(tokenizer),
         "embedding_rows": rows,
@@ -279,6 +294,7 @@ def build_report(
         **comparison,
         "cost": cost,
     }
+    return report | {"verdict": judge(report)}
 
 
 def log_summary(report: dict[str, Any], args: MergeTokenizersArguments) -> None:
@@ -289,6 +305,7 @@ def log_summary(report: dict[str, Any], args: MergeTokenizersArguments) -> None:
         lines.append(f"{name}: {old:.2f} -> {new:.2f} characters/token, {language['tokens_saved']:.1%} fewer tokens")
     if not report["languages"]:
         lines.append("efficiency: skipped, no --report_text")
+    lines += [f"verdict: {line}" for line in report["verdict"]]
     lines.append(f"{args.output_dir}: tokenizer and vocabulary_report.md ({report['seconds']} s)")
     places = {"MODEL": str(args.base_tokenizer), "TOKENIZER": str(args.output_dir), "DATA": "zh.txt"}
     lines.append(f"next: {shell_command('bash', 'scripts/run_pt.sh', **places)}")

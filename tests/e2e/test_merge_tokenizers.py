@@ -42,6 +42,7 @@ def test_a_merged_folder_is_complete_and_reported(tmp_path, settings, base_token
         "pad_token": "<pad>",
         "pad_to_multiple_of": 64,
         "model_config": str(tiny_model_folder),
+        "training_text": [str(PRETRAIN / "zh_train.txt")],
     }
     report = main(MergeTokenizersArguments(output_dir=str(out), **settings, **args))
     assert sorted(path.name for path in out.iterdir()) == FILES
@@ -61,6 +62,11 @@ def test_a_merged_folder_is_complete_and_reported(tmp_path, settings, base_token
         tokens = sum(map(len, encode_texts(which, lines)))
         assert zh[side]["tokens"] == tokens
         assert zh[side]["characters_per_token"] == sum(map(len, lines)) / tokens
+    pieces, *texts = report["verdict"]  # English is cut as before, nothing to judge
+    assert pieces.startswith("this corpus supports about ") and [line.partition(":")[0] for line in texts][:1] == [
+        "zh"
+    ]
+    assert all(line in (out / "vocabulary_report.md").read_text(encoding="utf-8") for line in report["verdict"])
     assert report["cost"]["added_parameters"] == 2 * 32 * (report["embedding_rows"] - 400)
     assert report == json.loads((out / "vocabulary_report.json").read_text(encoding="utf-8"))
     with pytest.raises(InputError, match="not empty"):

@@ -25,6 +25,15 @@ REASONS = {
     "added": "added",
 }
 BATCH = 10_000  # texts cut at a time: ids of one batch are held in memory
+# A new row is taken to have learnt once it was seen so often in training. It is the --vocabulary-threshold of
+# subword-nmt and sentencepiece, below which translation models do better without a piece.
+SEEN_ENOUGH = 50
+COVERED = 0.95  # share of the text's new tokens that are to be such rows
+VERDICT_RULES = (
+    f"A row is taken to be learnt after {SEEN_ENOUGH} occurrences, a rule of thumb. Charged are all tokens to be read",
+    f"until {COVERED:.0%} of the new tokens are such rows, as if they taught nothing else; from the size named on",
+    "what is saved in training has paid for them.",
+)
 
 
 @dataclass
@@ -121,25 +130,139 @@ def describe_cost(size: ModelSize, old_rows: int, new_rows: int, languages: Mapp
     return cost
 
 
+# ---------------------------------------------------------------- what a text supports, and when extending pays
+
+
+def supported_pieces(added: np.ndarray, scale: float = 1.0) -> int:
+    """Added pieces that a text shows at least SEEN_ENOUGH times.
+
+    Args: added: (pieces,) occurrences in a sample; scale: size of the whole text over that of the sample.
+    """
+    return int((added * scale >= SEEN_ENOUGH).sum())
+
+
+def tokens_to_learn(added: np.ndarray, tokens: int) -> float | None:
+    """Tokens of a text to read until COVERED of its new tokens are pieces seen SEEN_ENOUGH times each.
+
+    The commonest pieces that make up COVERED of them are needed; the rarest of these, with n of `tokens`, is seen
+    SEEN_ENOUGH times in SEEN_ENOUGH * tokens / n.
+    Args: added: (pieces,) occurrences in the text of `tokens` tokens. Returns: None if it has no added piece.
+    """
+    if not added.any():
+        return None
+    falling = np.sort(added)[::-1]
+    last = int(np.searchsorted(np.cumsum(falling), COVERED * falling.sum()))
+    return SEEN_ENOUGH * tokens / float(falling[last])
+
+
+def tokens_to_pay(learning: float | None, token_ratio: float, cost_ratio: float = 1.0) -> float | None:
+    """Tokens, cut by the extended tokenizer, of training text at which extending has paid for itself in computation.
+
+    Charged is all that is read until the rows are learnt, `learning` tokens at cost_ratio each. A text of T old tokens
+    costs cost_ratio * token_ratio * T instead of T. Both are equal at
+    T = cost_ratio * learning / (1 - cost_ratio * token_ratio), which are token_ratio * T new tokens.
+    Args: token_ratio: tokens after / before; cost_ratio: of a token, after / before. Returns: None for never.
+    """
+    text_cost = cost_ratio * token_ratio
+    if learning is None or text_cost >= 1:
+        return None
+    return token_ratio * cost_ratio * learning / (1 - text_cost)
+
+
+def judge(report: Mapping[str, Any]) -> list[str]:
+    """The report's verdict in plain words: one line about the pieces, one about each text."""
+    cost_ratio = (report.get("cost") or {}).get("compute_per_token_ratio")
+    training = report.get("training_text")
+    lines = [_judge_pieces(report, training)] if report["selection"].get("added") else []
+    texts = report["languages"] if training is None else {**report["languages"], "the text to train on": training}
+    for name, text in texts.items():
+        if text["after"]["tokens"] == text["before"]["tokens"]:
+            continue
+        ratio = text["after"]["tokens"] / max(text["before"]["tokens"], 1)
+        needed = tokens_to_pay(text["tokens_to_learn"], ratio, cost_ratio or 1.0)
+        text_cost = ratio * (cost_ratio or 1.0)
+        if needed is None:
+            lines.append(
+                f"{name}: {1 - ratio:.0%} fewer tokens, {text_cost:.2f} times the computation: never worth it"
+            )
+            continue
+        what = "computation" if cost_ratio else "tokens (--model_config says what a token costs)"
+        line = (
+            f"{name}: saves {1 - text_cost:.0%} of the {what}: not worth it below {round_figure(needed)} tokens of it"
+        )
+        if text is training:
+            answer = "enough" if training["tokens"] >= needed else "too few: leave the vocabulary as it is"
+            line += f"; it has {round_figure(training['tokens'])}, {answer}"
+        lines.append(line)
+    return lines
+
+
+def _judge_pieces(report: Mapping[str, Any], training: Mapping[str, Any] | None) -> str:
+    added, unused = report["selection"]["added"], report["unused_added_tokens"]
+    if training is None:
+        if unused is None:
+            return "unknown what these pieces are worth: name text with --report_text, or --training_text"
+        return (
+            f"{unused:,} of {added:,} added pieces unused in the text measured; how many the text to train on "
+            "supports, --training_text says"
+        )
+    supported = training["supported_pieces"]
+    line = (
+        f"this corpus supports about {supported:,} pieces ({SEEN_ENOUGH} occurrences each); of {added:,} added "
+        f"{training['unused_added_tokens']:,} are unused in its sample"
+    )
+    if supported < 0.8 * added:
+        line += f": lower --vocab_size, or pass --max_new_tokens {max(supported, 1)}"
+    return line
+
+
+def round_figure(number: float) -> str:
+    """Two digits with a unit: 1,234,567 -> 1.2M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        # What two digits round up to the unit stands in it.
+        if number >= 0.995 * size:
+            return f"{float(f'{number / size:.2g}'):g}{unit}"
+    return f"{float(f'{number:.2g}'):g}"
+
+
 # ---------------------------------------------------------------- the report
 
 
 def compare(
-    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]]
+    before: PreTrainedTokenizerBase,
+    after: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+    training: Sequence[str] = (),
+    scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Both tokenizers on each body of text, and how many added ids none of it uses."""
-    languages = {}
-    surfaces = token_surfaces(after)
-    used: np.ndarray = np.zeros(len(surfaces), np.int64)
-    for name, body in texts.items():
-        old, _ = measure(before, body)
-        new, occurrences = measure(after, body)
-        used += occurrences
-        saved = 1 - new.tokens / max(old.tokens, 1)
-        languages[name] = {"before": asdict(old), "after": asdict(new), "tokens_saved": saved}
+    """Both tokenizers on each body of text, and how many added ids none of it uses.
+
+    Args: training: a sample of the text to be trained on; scale: size of all of it over that of the sample.
+    """
     # Special tokens stand for no text.
-    unused = sum(not used[index] for index in range(len(before), len(surfaces)) if surfaces[index])
-    return {"languages": languages, "unused_added_tokens": unused if texts else None}
+    added = [index for index, surface in enumerate(token_surfaces(after)) if index >= len(before) and surface]
+    languages = {}
+    used: np.ndarray = np.zeros(len(added), np.int64)
+    for name, body in texts.items():
+        languages[name], occurrences = _compare_text(before, after, body, added)
+        used += occurrences
+    report: dict[str, Any] = {"languages": languages, "unused_added_tokens": int((used == 0).sum()) if texts else None}
+    if training:
+        figures, occurrences = _compare_text(before, after, training, added)
+        figures |= {"tokens": figures["after"]["tokens"] * scale, "unused_added_tokens": int((occurrences == 0).sum())}
+        report["training_text"] = figures | {"supported_pieces": supported_pieces(occurrences, scale)}
+    return report
+
+
+def _compare_text(
+    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, body: Sequence[str], added: Sequence[int]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The figures of one text, and how often each of the added ids occurs in it."""
+    old, _ = measure(before, body)
+    new, occurrences = measure(after, body)
+    figures = {"before": asdict(old), "after": asdict(new), "tokens_saved": 1 - new.tokens / max(old.tokens, 1)}
+    figures["tokens_to_learn"] = tokens_to_learn(occurrences[added], new.tokens)
+    return figures, occurrences[added]
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -169,7 +292,10 @@ def _markdown(report: Mapping[str, Any]) -> list[str]:
         lines += ["", "![characters per token](vocabulary_report.png)"]
     else:
         lines += ["Skipped: no held-out text was given (--report_text name=path)."]
-    return [*lines, "", "## Cost", "", *_cost_lines(report.get("cost"))]
+    lines += ["", "## Cost", "", *_cost_lines(report.get("cost"))]
+    if report.get("verdict"):
+        lines += ["", "## Verdict", "", *(f"- {line}" for line in report["verdict"]), "", *VERDICT_RULES]
+    return lines
 
 
 def _row(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
