@@ -10,12 +10,13 @@ import yaml
 
 from support import house
 from support.paths import EXAMPLES, ROOT, SCRIPTS
+from support.scripts import command_mistakes, commands_in, tracked
 from utils.core.old_flags import DROPPED, RENAMED, REPLACED_SWITCHES
 from utils.text.prompts import CHAT_TEMPLATES, LONG_SYSTEM_PROMPT, SYSTEM_PROMPT
 
 READMES = ("README.md", "README_EN.md")
 TURNS = (("user", "你好"), ("assistant", "你好！"), ("user", "天空是什么颜色？"), ("assistant", "蓝色。"))
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted(tracked("*.md"))
 
 
 def read(name):
@@ -125,31 +126,63 @@ def test_readme_errors_are_in_the_faq(name):
     assert len(rows) > 8
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
-    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"https?:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        linked = path.parent / file if file else path
-        assert linked.exists(), f"{path.name}: {target}"
-        if anchor:
-            assert f'<a id="{anchor}"></a>' in linked.read_text(encoding="utf-8"), f"{path.name}: {target}"
+    mistakes = [fault for target in links_in(path.read_text(encoding="utf-8")) if (fault := link_fault(path, target))]
+    assert mistakes == []
 
 
-def test_commands_with_torchrun_parse_too():
-    from support.scripts import old_names, script_flags
+def links_in(text):
+    """Targets of a markdown text's links and pictures, also of HTML's; code is no text."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    return [one or other for one, other in re.findall(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"", text)]
 
-    checked = 0
-    for path in DOCUMENTS:
-        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                if match := re.search(r"torchrun .*?scripts/(\S+\.py)(.*)", line):
-                    flags = {word.split("=")[0] for word in match[2].split() if word.startswith("--")}
-                    assert not flags - script_flags(match[1]) - old_names(), line
-                    checked += 1
-    assert checked >= 4
+
+def link_fault(path, target):
+    """None where a relative link leads to a tracked kind of file or folder, and to an anchor or heading in it."""
+    if re.match(r"https?:|mailto:", target):
+        return None
+    file, _, anchor = target.partition("#")
+    linked = path.parent / file if file else path
+    if not linked.exists():
+        return f"{target}: no such file"
+    if anchor and anchor not in anchors_of(linked):
+        return f"{target}: no such anchor"
+    return None
+
+
+def anchors_of(path):
+    """Anchors as GitHub has them: <a id>, and headings in lower case without punctuation, spaces as hyphens."""
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
+    return {*re.findall(r'<a id="([^"]+)"', text), *slugs}
+
+
+def test_faulty_links_are_found(tmp_path):
+    (tmp_path / "other.md").write_text('# A heading: `x`, 中文\n<a id="here"></a>\n', encoding="utf-8")
+    page = tmp_path / "page.md"
+    text = '[a](other.md#here) ![b](none.png) `[c](no)` [d](other.md#a-heading-x-中文) <a href="other.md#gone">'
+    assert [link_fault(page, target) for target in links_in(text)] == [
+        None, "none.png: no such file", None, "other.md#gone: no such anchor",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents_parse(path):
+    """Every command that starts a file of this repository: it exists, its flags and variables are known."""
+    assert [fault for line in commands_in(path.read_text(encoding="utf-8")) for fault in command_mistakes(line)] == []
+
+
+def test_faulty_commands_are_found():
+    good = "PLAN=1 NPROC=8 MODEL=m DATA=d bash scripts/run_pt.sh --gpu_memory 24GiB --replay_share=0.1 && ls --all"
+    assert command_mistakes(good) == [] and len(commands_in(f"```bash\n# bash scripts/x.sh\n{good}\n```")) == 1
+    for bad in (
+        "bash scripts/run_no.sh", "MODELL=m bash scripts/run_sft.sh", "python scripts/pt.py --gpu_memory 1GB",
+        "torchrun --nproc_per_node 8 scripts/sft.py --lora_rnk 8", "ls; PYTHON=p bash scripts/run_pt.sh --x",
+    ):  # fmt: skip
+        assert len(command_mistakes(bad)) == 1, bad
+    assert sum(len(commands_in(path.read_text(encoding="utf-8"))) for path in DOCUMENTS) > 150
 
 
 def test_workflow_and_issue_forms_are_sound():

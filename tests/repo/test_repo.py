@@ -11,11 +11,10 @@ import pytest
 
 from support import house
 from support.paths import ROOT, SCRIPTS
-from support.scripts import old_names, script_flags, script_types, tracked
+from support.scripts import LAUNCHER_NAMES, old_names, script_flags, script_types, tracked
 
 PYTHON_SCRIPTS = sorted(path for path in SCRIPTS.glob("*.py"))
 LAUNCHERS = sorted(path for path in SCRIPTS.glob("run_*.sh"))
-OTHER_NAMES = {"merge_llama2_with_chinese_lora_low_mem": "merge", "inference_hf": "inference"}
 TRAINING_SCRIPTS = {"pt.py", "sft.py", "rm.py", "ppo.py", "dpo.py"}
 # What each launcher needs in its environment to print its command.
 NEEDS = {
@@ -47,7 +46,7 @@ NEEDS = {
 
 
 def test_every_script_has_its_launcher_and_back():
-    expected = {f"run_{OTHER_NAMES.get(path.stem, path.stem)}.sh" for path in PYTHON_SCRIPTS}
+    expected = {f"run_{LAUNCHER_NAMES.get(path.stem, path.stem)}.sh" for path in PYTHON_SCRIPTS}
     assert {path.name for path in LAUNCHERS} == expected
 
 
@@ -180,37 +179,6 @@ def test_both_languages_carry_the_same_code(pair):
     chinese, english = pair
     assert english.is_file()
     assert code_blocks(chinese) == code_blocks(english)
-
-
-def test_commands_in_documents_parse():
-    """Every `python scripts/X.py ...` and `bash scripts/run_X.sh ...` names a script and known flags."""
-    checked = 0
-    for chinese, _ in document_pairs():
-        for block in code_blocks(chinese):
-            for line in block.replace("\\\n", " ").splitlines():
-                match = re.search(r"(?:python|bash) scripts/(\S+\.(?:py|sh))(.*)", line)
-                if not match:
-                    continue
-                assert (SCRIPTS / match[1]).is_file(), line
-                script = match[1] if match[1].endswith(".py") else launcher_script(match[1])
-                if script is None:
-                    continue
-                flags = {word.split("=")[0] for word in match[2].split() if word.startswith("--")}
-                known = script_flags(script) | old_names()
-                if "PLAN=1" in line:  # any training command may be planned, and a plan has the flags of the command
-                    known |= script_flags("plan_memory.py")
-                elif script == "plan_memory.py":
-                    known |= set().union(*(script_flags(f"{stage}.py") for stage in ("pt", "sft", "rm", "ppo", "dpo")))
-                unknown = flags - known
-                assert not unknown, f"{chinese.name}: {line}: {unknown}"
-                checked += 1
-    assert checked > 5
-
-
-def launcher_script(launcher: str) -> str | None:
-    stem = launcher.removeprefix("run_").removesuffix(".sh")
-    stem = {short: name for name, short in OTHER_NAMES.items()}.get(stem, stem)
-    return f"{stem}.py" if (SCRIPTS / f"{stem}.py").is_file() else None
 
 
 def test_readmes_are_short():
