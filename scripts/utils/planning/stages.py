@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.arguments import LoraArguments, ModelArguments
 from ..lora.config import load_adapter_config
-from ..models.experts import linear_experts
+from ..models.experts import counted_by_router, linear_experts
 from ..models.lm_loss import install_loss_head, loss_targets
 from ..models.loading import causal_model, quantization_config
 from ..models.training_model import adapts_experts, attach_adapter
@@ -309,9 +309,10 @@ def _batch(job: Job) -> Any:
 
 
 def _token_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    with loss_targets(model, batch["input_ids"]):
+    ids = batch["input_ids"]
+    with loss_targets(model, ids), counted_by_router(model, ids.bool()):
         outputs = model(**batch, use_cache=False)
-    loss: Tensor = outputs.logits.sum() / batch["input_ids"].numel()
+    loss: Tensor = outputs.logits.sum() / ids.numel()
     auxiliary = getattr(outputs, "aux_loss", None)
     return loss + auxiliary if torch.is_tensor(auxiliary) else loss
 
@@ -324,7 +325,8 @@ def _scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    with loss_targets(model, batch["input_ids"], "tokens"):
+    ids = batch["input_ids"]
+    with loss_targets(model, ids, "tokens"), counted_by_router(model, ids.bool()):
         losses: Tensor = model(**batch, use_cache=False).logits
     return losses
 

@@ -162,5 +162,16 @@ def test_experts_are_counted():
     assert step.frozen == 4 * count_weights(config) + 4 * 16 // 2 * 2  # and the rotation's two buffers
 
 
+@pytest.mark.parametrize("stage", ["pt", "dpo"])
+def test_a_mixtures_router_loss_is_rehearsed(stage):
+    """Rows that mask each other have a square mask, which the router's loss must not take for the tokens."""
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    lora = LoraArguments(target_modules="q_proj", lora_dropout=0.0)
+    plain, router = (
+        footprint(job(stage, config, lora=dataclasses.replace(lora, output_router_logits=on))) for on in (False, True)
+    )
+    assert router.num_weights == plain.num_weights and router.frozen == plain.frozen
+
+
 def test_a_model_is_built_without_memory():
     assert all(parameter.is_meta for parameter in build(job()).parameters())
