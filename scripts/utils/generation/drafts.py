@@ -18,7 +18,7 @@ from ..text.tokenizer import encode_raw, encode_text, token_surfaces
 from .batching import forward
 from .cache import SlotCache, common_prefix
 from .engine import TokenSequence
-from .sampling import Sampler, draw, process_logits
+from .sampling import Sampler, argmax_tokens, draw, process_logits
 from .speculation import Draft, DraftLengthController, Proposal, SpeculativeScheduler, distribution
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class _TokenDraft(Draft):
         pending = self._begin([sequence.tokens for sequence in sequences], sequences)
         while any(left):  # all slots are computed together: those that need no more tokens too
             scores = process_logits(self._logits(pending, sequences), forks)
-            tokens: list[int] = scores.argmax(-1).tolist()
+            tokens = argmax_tokens(scores)
             for row in (row for row, count in enumerate(left) if count):
                 if random[row]:
                     probabilities = distribution(scores[row], forks[row])

@@ -114,7 +114,8 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list
     Args: logits: (B, V), of the model. The samplers are not advanced.
     Raises: InputError if a row's first logits are no numbers; of later ones it would cost a synchronisation each.
     """
-    if any(not sampler.length for sampler in samplers) and not bool(torch.isfinite(logits).all()):
+    first = [row for row, sampler in enumerate(samplers) if not sampler.length]
+    if first and not _finite(logits if len(first) == len(samplers) else logits[first]):
         raise InputError(
             "the model's logits are not finite: its weights are damaged, or float16 is too narrow for it; "
             "try --dtype bfloat16 or float32"
@@ -132,9 +133,17 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list
 
 def argmax_tokens(scores: Tensor) -> list[int]:
     """The likeliest token of each row of (B, V); on the CPU numpy finds it ten times faster than torch."""
-    plain = scores.device.type == "cpu" and scores.dtype == torch.float32
-    tokens: list[int] = (scores.numpy() if plain else scores).argmax(-1).tolist()
+    on_cpu = scores.device.type == "cpu"
+    if on_cpu and scores.dtype != torch.float32:
+        # Row by row, since numpy knows no bfloat16: a row in float32 stays in the cache, all of them would not.
+        return [int(row.float().numpy().argmax()) for row in scores]
+    tokens: list[int] = (scores.numpy() if on_cpu else scores).argmax(-1).tolist()
     return tokens
+
+
+def _finite(logits: Tensor) -> bool:
+    """Whether all are numbers: their extremes are, since a nan is both of them."""
+    return all(math.isfinite(float(extreme)) for extreme in logits.aminmax())
 
 
 # ---------------------------------------------------------------- what changes logits

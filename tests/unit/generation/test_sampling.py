@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils.core.arguments import GenerationArguments
-from utils.generation.sampling import Sampler, choose, process_logits
+from utils.core.errors import InputError
+from utils.generation.sampling import Sampler, argmax_tokens, choose, process_logits
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.999)])
@@ -59,3 +60,27 @@ def test_rows_of_a_batch_have_settings_of_their_own():
     together, _ = choose(scores[:5], samplers[0])
     alone = [choose(scores[row : row + 1], [samplers[1][row]])[0][0] for row in range(5)]
     assert together == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_token_in_every_precision(dtype):
+    scores = torch.randn(7, 1000, generator=torch.Generator().manual_seed(4)).to(dtype)
+    scores[2] -= 100  # all below zero
+    scores[3, [11, 900]] = 50  # the first of equals
+    scores[4, 999] = math.inf
+    expected = [max(range(1000), key=row.__getitem__) for row in scores.tolist()]
+    assert argmax_tokens(scores) == expected
+    assert argmax_tokens(scores[3:4]) == [11]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_first_logits_that_are_no_numbers_are_refused_in_their_own_row(dtype, value):
+    new, older = (Sampler(GenerationArguments(temperature=0.0, repetition_penalty=1.0), [0], [], 0) for _ in range(2))
+    older.advance(1)
+    logits = torch.randn(2, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
+    logits[0, 63] = value
+    with pytest.raises(InputError, match="not finite"):
+        choose(logits, [new, older])
+    tokens, _ = choose(logits, [older, new])
+    assert tokens[1] == int(logits[1].float().argmax())
