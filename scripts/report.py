@@ -30,7 +30,7 @@ class ReportArguments:
 
     results: list[str] = list_arg(
         help="Result files of evaluations (multiple_choice.json, longbench.json, perplexity.json, alignment.json, "
-        "arena.json), or folders with them, each optionally as MODEL=path."
+        "answers.json, arena.json), or folders with them, each optionally as MODEL=path."
     )
     output_dir: str | None = arg(help="With --results: folder for the page; default: output/evaluation.")
     run_dir: str | None = arg(

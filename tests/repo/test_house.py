@@ -90,6 +90,10 @@ def test_a_leaf_is_its_scripts_alone(package):
     plant(package, "second.py", "from utils.high.leaf import deep\n")
     scripts = [package.parent / "run.py", package.parent / "second.py"]
     assert house.find_faults(package, scripts) == ["high.leaf: a leaf of several scripts: run.py, second.py"]
+    (package / "high" / "leaf" / "__init__.py").write_text(
+        '"""Of run.py and second.py.\n\nOthers import: deep.\n"""\n'
+    )
+    assert house.find_faults(package, scripts) == []
 
 
 def test_a_script_with_the_name_of_a_wing_stands_outside_it(package):

@@ -24,6 +24,7 @@ NEEDS = {
     "run_ppo.sh": {"MODEL": "m", "DATA": "d"},
     "run_dpo.sh": {"MODEL": "m", "DATA": "d"},
     "run_eval_alignment.sh": {"MODEL": "m"},
+    "run_eval_answers.sh": {"MODEL": "m", "QUESTIONS": "q"},
     "run_eval_multiple_choice.sh": {"MODEL": "m", "DATA": "d"},
     "run_eval_perplexity.sh": {"MODEL": "m", "TEXTS": "t"},
     "run_eval_longbench.sh": {"MODEL": "m"},

@@ -167,3 +167,31 @@ def arena(groups=1, votes="hash of votes") -> dict:
         "answering": {}, "environment": ENVIRONMENT, "battles": 13, "models": models, "pairs": pairs,
         "groups": [["x", "y", "z"]] if groups == 1 else [["x", "y"], ["z"]], "categories": {}, "judges": {},
     }  # fmt: skip
+
+
+def answers(
+    metric="exact", texts=(("东京", "东京。"), ("大阪", "东京")), question="日本的首都？", names=("x", "y")
+) -> dict:
+    """Two models and two questions; in `texts` what both said to each."""
+    one, other = names
+
+    def score(value):
+        return {"score": value, "interval": [value / 2, (100 + value) / 2], "questions": 2}
+
+    def model(name, *values):
+        source = {"from": f"out/{name}", "weights": [f"print of out/{name}"], "template": "llama-2"}
+        scores = dict(zip(("exact", "chrf"), map(score, values), strict=True))
+        return {"metric": metric, "source": source, "scores": scores, "by_category": {"geo": scores}}
+
+    changes = {"better": 1, "worse": 0, "same": 1, "p_value": 1.0, "difference": 50.0, "interval": [-19.3, 100.0]}
+    return {
+        "kind": "answers", "settings": {"metric": metric}, "environment": ENVIRONMENT, "judge": None,
+        "question_files": {"my.json": "hash of questions"},
+        "models": {one: model(one, 50.0, 60.0), other: {**model(other, 100.0, 95.0), "changes": changes}},
+        "questions": [
+            {"id": str(n), "category": "geo", "question": f"{question}{n}", "reference": "东京",
+             "answers": {one: {"text": x, "scores": {"exact": float(x == "东京"), "chrf": 0.6}},
+                         other: {"text": y, "scores": {"exact": 1.0, "chrf": 0.95}, "change": n - 1}}}
+            for n, (x, y) in enumerate(texts, 1)
+        ],
+    }  # fmt: skip

@@ -165,7 +165,7 @@ def _face_faults(package: Path, scripts: list[Path]) -> Iterator[str]:
 
 
 def _leaf_faults(package: Path, scripts: list[Path]) -> Iterator[str]:
-    """A folder within a wing is a leaf: one script imports it, and no module that stands elsewhere."""
+    """A folder within a wing is a leaf: one script imports it, or those its docstring names; no module elsewhere."""
     modules = module_paths(package)
     users: dict[str, set[str]] = defaultdict(set)
     for name, path in [*modules.items(), *((path.name, path) for path in scripts)]:
@@ -177,7 +177,9 @@ def _leaf_faults(package: Path, scripts: list[Path]) -> Iterator[str]:
                 yield f"{name}:{found.line}: imports {found.module}, of a leaf, which is its script's alone"
             users[leaf].add(name)
     for leaf, names in sorted(users.items()):
-        if len(found_scripts := sorted(names - set(modules))) > 1:
+        said = (package / Path(*leaf.split(".")) / "__init__.py").read_text(encoding="utf-8")
+        found_scripts = sorted(names - set(modules))
+        if len(found_scripts) > 1 and not all(name in said for name in found_scripts):
             yield f"{leaf}: a leaf of several scripts: {', '.join(found_scripts)}"
 
 

@@ -19,5 +19,5 @@
   banks          questions of files of records, each under an id of its own
 
 Others import: intervals, plots, progress, models, endpoints, likelihood, perplexity, alignment, contamination,
-formats, result_files, arguments, banks.
+formats, result_files, arguments, banks, rolling_hash.
 """

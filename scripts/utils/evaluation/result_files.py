@@ -363,6 +363,80 @@ class ArenaResult(ArenaFigures, ResultFile):
     judges: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+# ---------------------------------------------------------------- answers to open questions
+
+SHARES = ("exact", "contained", "number")  # scores that are 0 or 1 of each answer; the others are graded
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScore:
+    """The mean of a metric over the questions that it speaks of; too few of them have no interval."""
+
+    score: float
+    interval: Interval | None
+    questions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerChanges:
+    """What changed from the first model's answers; by a judge there is no difference of means."""
+
+    better: int
+    worse: int
+    same: int
+    p_value: float | None
+    difference: float | None = None
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersFigures:
+    """A model's; metric: the one of its scores that says which answers are better."""
+
+    metric: str
+    source: dict[str, Any]
+    scores: dict[str, AnswerScore]
+    by_category: dict[str, dict[str, AnswerScore]] = field(default_factory=dict)
+    changes: AnswerChanges | None = None
+    judged: AnswerChanges | None = None
+
+    @property
+    def main(self) -> AnswerScore | None:
+        """Of that metric; None where it speaks of no question."""
+        return self.scores.get(self.metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenAnswer:
+    """An answer; change: 1 better than the first model's, 0 the same, -1 worse."""
+
+    text: str
+    scores: dict[str, float]  # 0-1
+    change: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredQuestion:
+    """A question and what the models said; `before` are the turns of a conversation that stand before it."""
+
+    id: str
+    category: str
+    question: str
+    reference: str
+    before: list[dict[str, Any]] = field(default_factory=list)
+    answers: dict[str, GivenAnswer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersResult(ResultFile):
+    """answers.json; the first of the models is the one that the others are compared with."""
+
+    question_files: dict[str, str]
+    judge: str | None = None
+    models: dict[str, AnswersFigures]
+    questions: list[AnsweredQuestion]
+
+
 # ---------------------------------------------------------------- reading and writing
 
 KINDS: dict[str, type[ResultFile]] = {
@@ -371,6 +445,7 @@ KINDS: dict[str, type[ResultFile]] = {
     "perplexity": PerplexityResult,
     "alignment": AlignmentResult,
     "arena": ArenaResult,
+    "answers": AnswersResult,
 }
 
 

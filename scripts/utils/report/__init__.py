@@ -10,7 +10,8 @@
                 compared
   sections      Tables and pictures of evaluations, models as rows: a section for each benchmark
   evaluation    one page from any set of result files, with what the models were asked, and how
+  answers       models' answers to one's own questions next to each other, with what changed
   summary       the figures that sum up a recipe's run: summary.json
 
-Others import: stage_runner, run, results, evaluation.
+Others import: stage_runner, run, results, evaluation, answers.
 """

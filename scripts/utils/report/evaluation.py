@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.result_files import AlignmentResult, ChoiceResult, ResultFile
+from ..evaluation.result_files import AlignmentResult, AnswersResult, ChoiceResult, ResultFile
 from .pages import Block, Cell, Page, Paragraph, Section, Table, Text, columns, write_page
 from .results import Entry
 from .sections import (
     alignment_sections,
+    answers_sections,
     arena_sections,
     choice_sections,
     group_columns,
@@ -51,6 +52,7 @@ def build_page(entries: Sequence[Entry[Any]]) -> Page:
         *longbench_sections(entries),
         *perplexity_sections(entries),
         *alignment_sections(entries),
+        *answers_sections(entries),
         *arena_sections(entries),
         prompts_section(entries),
         settings_section(entries),
@@ -115,6 +117,8 @@ def example_of(file: ResultFile) -> str:
         example = file.prompts.example
     elif isinstance(file, AlignmentResult):
         example = file.answers[0].question
+    elif isinstance(file, AnswersResult) and file.questions:
+        example = file.questions[0].question
     if isinstance(example, list):
         return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in example)
     return "—" if example is None else str(example)

@@ -33,7 +33,14 @@ class Answer(NamedTuple):
     right: bool
 
 
-Cell = str | Text | Answer
+class Change(NamedTuple):
+    """A table cell that is marked better (1), worse (-1) or the same (0) than another one."""
+
+    text: str
+    change: int
+
+
+Cell = str | Text | Answer | Change
 
 
 @dataclass
@@ -92,6 +99,26 @@ class Table:
 
 
 @dataclass
+class Filtered:
+    """A table of which a reader may see some rows alone, without scripts.
+
+    Attributes:
+        groups: what can be chosen; a row may belong to several.
+        members: of every row, the places of its groups.
+    """
+
+    kind: ClassVar[str] = "filtered"
+    name: str  # unlike any other on the page
+    table: Table
+    groups: Sequence[Text]
+    members: Sequence[set[int]]
+
+    def count(self, group: int) -> int:
+        """Rows of a group."""
+        return sum(group in members for members in self.members)
+
+
+@dataclass
 class Picture:
     """An <svg> element from charts, or a png; `file` is where Markdown finds it, relative to the page."""
 
@@ -129,7 +156,7 @@ class Commands:
     commands: list[tuple[Text, str]]
 
 
-Block = Paragraph | Cards | Strip | Table | Pictures | Beside | Commands
+Block = Paragraph | Cards | Strip | Table | Filtered | Pictures | Beside | Commands
 
 
 @dataclass

@@ -15,6 +15,8 @@ from ..core.errors import InputError
 from ..core.files import hash_json
 from ..evaluation.result_files import (
     AlignmentResult,
+    AnswersFigures,
+    AnswersResult,
     ArenaResult,
     ChoiceFigures,
     ChoiceResult,
@@ -29,7 +31,8 @@ from ..evaluation.result_files import (
 )
 
 FILES = tuple(
-    f"{name}.json" for name in ("multiple_choice", "longbench", "longbench_e", "perplexity", "alignment", "arena")
+    f"{name}.json"
+    for name in ("multiple_choice", "longbench", "longbench_e", "perplexity", "alignment", "answers", "arena")
 )
 DECODING = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "stop")
 FRACTION = 0.1  # scores that are all within 0-1, one of them above this, are no percents
@@ -43,7 +46,7 @@ class Curve:
 
 
 # What an entry has: of a file of one model the file itself, of perplexity a row or a curve.
-Figures = ChoiceResult | LongbenchResult | DocumentRow | Curve | AlignmentResult | ArenaResult
+Figures = ChoiceResult | LongbenchResult | DocumentRow | Curve | AlignmentResult | ArenaResult | AnswersFigures
 F = TypeVar("F", bound=Figures)
 
 
@@ -379,10 +382,36 @@ def _read_arena(path: Path, file: ArenaResult) -> Iterator[Entry[ArenaResult]]:
     )
 
 
+def _read_answers(path: Path, file: AnswersResult) -> Iterator[Entry[AnswersFigures]]:
+    for name, figures in file.models.items():
+        for score in figures.scores.values():
+            _check_percent(score.score, score.interval or [0, 100], path)
+        source = str(figures.source.get("from", name))
+        prints = list(figures.source.get("weights", [])) or [str(figures.source.get("sha256", source))]
+        yield Entry(
+            kind="answers",
+            benchmark="answers",
+            **_identify(name, source, prints, figures.source.get("load_in_kbits"), []),
+            column=f"answers, {figures.metric}",
+            details={
+                # The questions as they were asked, not the files: these may have been put together otherwise.
+                "data": [hash_json([[row.before, row.question, row.reference] for row in file.questions])],
+                **_chosen(file.settings, (*DECODING, "system_prompt")),
+            },
+            figures=figures,
+            path=path,
+            file=file,
+            settings=figures.source,
+            weights=dict(zip(source.split(" + "), figures.source.get("weights", []), strict=False)),
+            data={},  # the file has the questions themselves
+        )
+
+
 READERS: dict[type[ResultFile], Callable[[Path, Any], Iterator[Entry[Any]]]] = {
     ChoiceResult: _read_choices,
     LongbenchResult: _read_longbench,
     PerplexityResult: _read_perplexity,
     AlignmentResult: _read_alignment,
     ArenaResult: _read_arena,
+    AnswersResult: _read_answers,
 }

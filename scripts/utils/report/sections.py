@@ -12,6 +12,9 @@ from typing import Any, Generic, Protocol
 from ..core.files import hash_json
 from ..evaluation.result_files import (
     AlignmentResult,
+    AnswerChanges,
+    AnswerScore,
+    AnswersFigures,
     ArenaResult,
     AverageScore,
     ChoiceResult,
@@ -137,6 +140,8 @@ def main_figure(entry: Entry[Any]) -> float | None:
         return figures.bits_per_byte
     if isinstance(figures, Curve):
         return figures.rows[-1].bits_per_byte_to_here
+    if isinstance(figures, AnswersFigures):
+        return None if figures.main is None else figures.main.score
     percent = main_percent(figures)
     return None if percent is None else percent[0]
 
@@ -149,6 +154,8 @@ def main_cell(entry: Entry[Any] | None) -> str:
     if isinstance(figures, DocumentRow | Curve):
         interval = figures.bits_per_byte_interval if isinstance(figures, DocumentRow) else None
         return with_interval(main_figure(entry) or 0.0, interval)
+    if isinstance(figures, AnswersFigures):
+        return answer_cell(figures.main)
     return scored(main_percent(figures))
 
 
@@ -419,7 +426,7 @@ def curve_blocks(column: Column[Curve]) -> list[Block]:
     return [Beside(table, picture)]
 
 
-# ---------------------------------------------------------------- alignment and the arena
+# ---------------------------------------------------------------- alignment, open questions and the arena
 
 
 def alignment_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
@@ -455,6 +462,67 @@ def aligned_table(column: Column[AlignmentResult]) -> Table:
         return [scored(figures.percent), *by_side, f"{figures.unclear:,}", f"{len(figures.answers):,}"]
 
     return table_of(list(by_model), header, cells)
+
+
+METRICS = {
+    "exact": Text("完全一致", "exact"),
+    "contained": Text("含参考答案", "contained"),
+    "number": Text("数字", "number"),
+    "rouge_l": Text("ROUGE-L", ""),
+    "chrf": Text("chrF", ""),
+}
+
+
+def answers_sections(entries: Sequence[Entry[Any]]) -> list[Section]:
+    """Scores of answers to one's own questions, and what changed from each file's first model."""
+    found, notes = group_columns(select(entries, AnswersFigures))
+    if not found:
+        return []
+    blocks: list[Block] = []
+    for column in found:
+        blocks += answers_tables(column.by_model, Text(column.heading, ""))
+    return [Section("answers", Text("自己的问题", "Own questions"), [*blocks, *notes])]
+
+
+def answers_tables(by_model: Mapping[str, AnswersFigures], title: Text | None = None) -> list[Block]:
+    """A row for each model: every metric with its interval; and what changed from the first model."""
+    known = [name for name in METRICS if any(name in figures.scores for figures in by_model.values())]
+    scores = table_of(
+        list(by_model),
+        [METRICS[name] for name in known],
+        lambda model: [answer_cell(by_model[model].scores.get(name)) for name in known],
+    )
+    scores.title = title
+    others = [model for model, figures in by_model.items() if figures.changes]
+    if not others:
+        return [scores]
+    metric = METRICS[by_model[others[0]].metric]
+    header = [Text(f"{metric.zh}：更好/更差/相同", f"{metric.en or metric.zh}: better/worse/same")]
+    header += columns("差|difference", "p|")
+    judged = any(figures.judged for figures in by_model.values())
+    header += columns("评判：更好/更差/相同|judged better/worse/same", "p|") * judged
+
+    def cells(model: str) -> list[Cell]:
+        by_judge = change_cells(by_model[model].judged)
+        return [*change_cells(by_model[model].changes), *([by_judge[0], by_judge[2]] * judged)]
+
+    changes = table_of(others, header, cells)
+    changes.title = Text("与第一个模型相比", "against the first model")
+    return [scores, changes]
+
+
+def answer_cell(score: AnswerScore | None) -> str:
+    """A mean in percent with its interval."""
+    return "—" if score is None else with_interval(score.score, score.interval, 1)
+
+
+def change_cells(changes: AnswerChanges | None) -> list[str]:
+    """How many are better, worse and the same; the difference of means; the p-value."""
+    if changes is None:
+        return ["—"] * 3
+    difference = "—" if changes.difference is None else with_interval(changes.difference, changes.interval, 1, "+")
+    p_value = "—" if changes.p_value is None else f"{changes.p_value:.2g}"
+    return [f"{changes.better} / {changes.worse} / {changes.same}", difference, p_value]
 
 
 def arena_sections(entries: Sequence[Entry[Any]]) -> list[Section]:

@@ -26,6 +26,7 @@ RECORDS = [
     fake.curve(),
     {"kind": "alignment", **fake.alignment()},
     fake.arena(),
+    fake.answers(),
 ]
 assert set(KINDS) == {record["kind"] for record in RECORDS}
 

@@ -43,7 +43,7 @@ def rows_of(entries, title):
 
 def test_every_kind_is_in_one_page(put, tmp_path):
     files = [fake.multiple_choice(), fake.multiple_choice("out/base", (2, 3, 3)), fake.longbench(), fake.perplexity()]
-    files += [fake.alignment(), fake.arena(), fake.curve()]
+    files += [fake.alignment(), fake.arena(), fake.curve(), fake.answers(names=("sft", "base"))]
     entries = read_results([put(file) for file in files])
     figures = write_evaluation(entries, tmp_path / "page")
     assert figures == {
@@ -52,11 +52,12 @@ def test_every_kind_is_in_one_page(put, tmp_path):
         "news, window 512": {"base": 1.2, "sft": 1.0},
         "novel, by position": {"base": 0.75},
         "alignment": {"sft": 75.0},
+        "answers, exact": {"sft": 50.0, "base": 100.0},
     }
     page = (tmp_path / "page" / "evaluation.html").read_text(encoding="utf-8")
     names = re.findall(r'<section id="([^"]+)"', page)
-    assert names == ["overview", "choices-1", "longbench-1", "perplexity", "alignment", "arena-1", "prompts",
-                     "settings", "data", "environment"]  # fmt: skip
+    assert names == ["overview", "choices-1", "longbench-1", "perplexity", "alignment", "answers", "arena-1",
+                     "prompts", "settings", "data", "environment"]  # fmt: skip
     assert "<script" not in page and "src=" not in page and "<b>1+1</b>" not in page and "&lt;b&gt;1+1" in page
     # CMMLU by category (two models), LongBench in Chinese and all, and of the overview the model that has all three.
     assert page.count('fill-opacity="0.08"') == 2 + 2 + 1
@@ -77,6 +78,16 @@ def test_alignment_is_shown_in_percent(put):
     assert rows_of(entries, "对齐")["sft"] == [
         *("75.0 (37.5–87.5)", "50.0 (25.0–75.0)", "100.0 (50.0–100.0)", "1", "4"),
     ]
+
+
+def test_answers_have_every_score_and_what_changed(put):
+    entries = read_results([put(fake.answers())])
+    rows = rows_of(entries, "自己的问题")
+    assert rows["x"] == ["50.0 (25.0 – 75.0)", "60.0 (30.0 – 80.0)"]
+    assert "| y | 1 / 0 / 1 | +50.0 (-19.3 – +100.0) | 1 |" in render_markdown(build_page(entries))
+    other = fake.answers(question="法国的首都？")
+    entries = read_results([put(fake.answers()), put(other)])
+    assert headings(entries) == ["answers, exact¹", "answers, exact²"], "other questions, another column"
 
 
 def test_perplexity_pairs_models_and_marks_other_tokenizers(put):
@@ -223,13 +234,14 @@ def test_files_that_do_not_fit_are_named(put, file, words):
         read_results([path])
 
 
-KINDS = [fake.multiple_choice, fake.longbench, fake.perplexity, fake.curve, fake.alignment, fake.arena]
+KINDS = [fake.multiple_choice, fake.longbench, fake.perplexity, fake.curve, fake.alignment, fake.answers, fake.arena]
 LATER = {
     fake.multiple_choice: ("prompts", "preset_version"),
     fake.longbench: ("averages", "zh", "groups"),
     fake.perplexity: ("rows", 1, "documents"),
     fake.curve: ("rows", 1, "bits_per_byte_to_here"),
     fake.alignment: ("by_expected", "no", "interval"),
+    fake.answers: ("questions", 1, "answers", "y", "scores"),
     fake.arena: ("pairs", 0, "battles"),
 }  # fields that a file of an older version could lack
 
@@ -286,7 +298,7 @@ def test_broken_and_missing_files_are_named(put, tmp_path):
         read_results([str(tmp_path / "empty")])
 
 
-@pytest.mark.parametrize("file", [fake.multiple_choice, fake.longbench, fake.perplexity, fake.alignment, fake.arena])
+@pytest.mark.parametrize("file", [*KINDS[:3], *KINDS[4:]])
 def test_two_results_of_one_model_and_one_benchmark_are_refused(put, file):
     first, second = put(file()), put(file())
     with pytest.raises(InputError, match=f"{re.escape(second)}: .* is in {re.escape(first)} too; pass one of them"):

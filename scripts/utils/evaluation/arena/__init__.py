@@ -1,4 +1,5 @@
-"""The arena: blind battles, votes, ratings and a model as judge. Only its script imports it.
+"""The arena: blind battles, votes, ratings and a model as judge. Of the scripts arena.py alone imports it, and
+eval_answers.py, which asks the same players and has the same judge.
 
   votes        what was said of two models' answers, in a file of votes that no crash loses, and that counts each
                once

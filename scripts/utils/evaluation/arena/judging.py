@@ -91,7 +91,8 @@ def read_judge_prompt(path: str | None) -> str:
 
 def fill_judge_prompt(template: str, question: Question, answers: Sequence[str]) -> str:
     """The prompt with its texts; what they hold in braces stays as it is."""
-    texts = (question.text, question.reference or NO_REFERENCE, *(answer.strip() or NO_ANSWER for answer in answers))
+    asked = "\n".join([*(f"[{turn['role']}] {turn['content']}" for turn in question.before), question.text])
+    texts = (asked, question.reference or NO_REFERENCE, *(answer.strip() or NO_ANSWER for answer in answers))
     values = dict(zip(SLOTS, texts, strict=True))
     return re.sub(r"\{(" + "|".join(SLOTS) + r")\}", lambda match: values[match[1]], template)
 
@@ -124,7 +125,7 @@ class Judge:
 
     def id_of(self, battle: Battle) -> str:
         """The same for the same judge, prompt, question and answers, so that none is judged twice."""
-        question = (battle.question.text, battle.question.reference)
+        question = (battle.question.text, battle.question.reference, *battle.question.before)
         return hash_json([self.name, self.prompt, self._options, question, battle.models, battle.answers])[:32]
 
     def decide(self, battle: Battle) -> Vote:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ...core.errors import InputError
 from ...core.records import text_field
+from ...text.prompts import Message
 from .. import banks
 from .votes import Vote, VoteFile
 
@@ -25,12 +26,22 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Question:
-    """What both models of a battle are asked; the reference is a right answer, which only a judge sees."""
+    """What both models of a battle are asked; the reference is a right answer, which only a judge sees.
+
+    Attributes:
+        before: the turns that stand before the text, where it is asked within a conversation.
+    """
 
     text: str
     category: str = TYPED
     id: str | None = None
     reference: str | None = None
+    before: tuple[Message, ...] = ()
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that is asked."""
+        return [*self.before, {"role": "user", "content": self.text}]
 
 
 def read_bank(paths: Sequence[str], categories: Sequence[str] = ()) -> list[Question]:

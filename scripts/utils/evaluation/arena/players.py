@@ -57,7 +57,7 @@ class Player(Protocol):
 
 def ask(question: Question, system_prompt: str | None) -> list[Message]:
     """The messages that a question is."""
-    return with_system_prompt([{"role": "user", "content": question.text}], system_prompt)
+    return with_system_prompt(question.messages, system_prompt)
 
 
 class LocalPlayer:
@@ -285,12 +285,12 @@ def answer_bank(
         if missing:
             raise InputError(
                 f"{player.name}: no answer to {len(missing)} of {len(questions)} questions, such as "
-                f"'{missing[0].text:.60}'; answer the same questions, or narrow them by --categories"
+                f"'{missing[0].text:.60}'; answer the same questions, or leave out those that are not answered"
             )
         return [player.submit(question, settings, 0).wait().text for question in questions]
     record = {**describe_arguments(settings), **player.source}
-    texts = [question.text for question in questions]
-    predictions = Predictions(path, texts, record, overwrite, flag="--output_dir")
+    asked = [question.messages if question.before else question.text for question in questions]
+    predictions = Predictions(path, asked, record, overwrite, flag="--output_dir")
 
     @contextlib.contextmanager
     def loaded() -> Iterator[Player]:
