@@ -3,12 +3,14 @@
   python benchmarks/moe.py      (Mixtral's shape: hidden 512, 8 experts of which 2 compute, vocabulary 32,000; CPU)
 The dense twin is a Llama of the same active parameters. All linear layers but the head have LoRA of rank 8. Each side
 runs in its own process; sides alternate, medians are reported. Memory is anonymous memory: files that are only mapped
-do not count. Seconds are processor seconds. Experts: bytes of their weights with the constants of quantisation.
+do not count. Seconds are processor seconds of one thread: those of more count how long they wait for each other, which
+on a busy machine is most. Experts: bytes of their weights with the constants of quantisation.
 """
 
 import argparse
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -173,7 +175,8 @@ def main() -> None:
         for _ in range(args.repeats):
             for side, results in runs.items():
                 command = [sys.executable, __file__, *sys.argv[1:], "--measure", side, folder]
-                finished = subprocess.run(command, capture_output=True, text=True)
+                one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+                finished = subprocess.run(command, capture_output=True, text=True, env=one_thread)
                 if finished.returncode:
                     raise SystemExit(f"{side}: {finished.stderr[-2000:]}")
                 results.append(json.loads(finished.stdout.splitlines()[-1]))

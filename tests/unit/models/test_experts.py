@@ -233,6 +233,43 @@ def test_tokens_come_back_in_order_and_idle_experts_cost_nothing():
     assert [expert.calls for expert in experts] == [1, 1, 1, 0]
 
 
+def test_a_layer_computes_what_its_experts_do_token_by_token(mixtures):
+    block = adapted(mixtures["mixtral"]).model.model.layers[0].mlp
+    torch.manual_seed(1)
+    x = torch.randn(61, 64, requires_grad=True)  # counts that are rounded up
+    weights = torch.rand(61, 2, requires_grad=True)
+    chosen = torch.stack([torch.randperm(3)[:2] for _ in x])  # and an expert without tokens
+    trained = [value for value in block.experts.parameters() if value.requires_grad]
+    rows = [
+        sum(share * block.experts[number](row[None])[0] for number, share in zip(numbers, shares, strict=True))
+        for row, numbers, shares in zip(x, chosen.tolist(), weights, strict=True)
+    ]
+    expected, got = torch.stack(rows), block.experts(x, chosen, weights)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    toward, inputs = torch.randn_like(x), [x, weights, *trained]
+    theirs = torch.autograd.grad(expected, inputs, toward, materialize_grads=True, allow_unused=True)
+    ours = torch.autograd.grad(got, inputs, toward)
+    for value, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
+
+
+def test_products_have_few_shapes_on_a_cpu_where_each_new_one_is_compiled():
+    class Widths(torch.nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x
+
+    experts, sizes, counts = Experts(Widths() for _ in range(8)), [], []
+    torch.manual_seed(0)
+    for _ in range(40):
+        chosen = torch.rand(512, 8).topk(2).indices
+        counts += torch.bincount(chosen.flatten(), minlength=8).tolist()
+        x = torch.randn(512, 4)
+        torch.testing.assert_close(experts(x, chosen, torch.full((512, 2), 0.5)), x)
+    assert len(set(counts)) > 40 and len(set(sizes)) < 10
+    assert all(count <= size <= 9 / 8 * count for count, size in zip(counts, sizes, strict=True))
+
+
 def test_what_experts_cannot_do_is_refused_by_name(mixtures, tmp_path, tiny_model_folder):
     def refused(words, folder, bits=4, **lora):
         with pytest.raises(InputError, match=words):
