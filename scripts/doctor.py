@@ -123,11 +123,11 @@ def check_model(model: str) -> list[Finding]:
     try:
         share = share_cut_otherwise(model)
     except InputError as error:
-        return findings if str(error) in check.refused else [*findings, Finding("tokenizers", "wrong", str(error))]
+        return findings if str(error) in check.refused else [*findings, Finding("same tokens", "wrong", str(error))]
     if share:
         text = f"other programs (AutoTokenizer) cut {100 * share:.0f} % of sample lines unlike the model's own file"
-        return [*findings, Finding("tokenizers", "wrong", text)]
-    return [*findings, Finding("tokenizers", "ok", "other programs (AutoTokenizer) cut all sample lines alike")]
+        return [*findings, Finding("same tokens", "wrong", text)]
+    return [*findings, Finding("same tokens", "ok", "other programs (AutoTokenizer) cut all sample lines alike")]
 
 
 # ---------------------------------------------------------------- telling

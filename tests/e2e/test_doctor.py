@@ -1,6 +1,7 @@
 """doctor.py: starts where nothing is installed, says what works, looks at a model's folder."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_what_works_here_and_a_model(quick_imports, tiny_model_folder, capsys):
     assert not told["works"]["vLLM"]["works"] and not any("requirements-gpu" in each for each in told["remedies"])
     printed = capsys.readouterr().out
     assert "\nwhat works here:\n" in printed and "pt.py, sft.py" in printed
-    assert "ok      tokenizers" in printed and "model" in printed
+    assert "ok      same tokens" in printed and "model" in printed
 
 
 def test_a_broken_model_folder_ends_with_status_1(quick_imports, tiny_model_folder, tmp_path, capsys):
@@ -77,3 +78,16 @@ def test_the_whole_of_it():
     told = json.loads(done.stdout)
     states = {each["name"]: each["state"] for each in told["findings"]}
     assert done.returncode == 0 and told["core_works"] and states["torch"] == states["deepspeed"] == "ok"
+
+
+def test_a_folder_that_other_programs_cut_otherwise_is_said(quick_imports, tiny_model_folder, tmp_path, capsys):
+    """tokenizer.model, which this project reads, and a tokenizer.json beside it that has lost its merges."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        doctor.main(doctor.DoctorArguments(model=str(folder)))
+    printed = capsys.readouterr().out
+    assert re.search(r"\nwrong   same tokens +other programs .* cut [1-9]\d* % of sample lines unlike", printed)

@@ -16,7 +16,8 @@ class HubStandIn:
         files: content by path, of the repository owner/name.
         large: paths that are stored elsewhere, with a SHA-256; the others have a git hash.
         faults: by path, what happens to its next requests, one after another: "cut" (half of the bytes, then the
-            connection ends), "busy" (503), "limited" (429, Retry-After 0), "whole" (no ranges), "other" (other bytes).
+            ends), "busy" (503), "limited" (429, Retry-After 0), "no part" (416), "whole" (no ranges), "other" (other
+            bytes).
         served: (path, Range, bytes sent) of each request for a file; keys: (host, header, value) of keys that came.
         page: most files of a page of ModelScope's data sets.
     """
@@ -102,9 +103,10 @@ class HubStandIn:
         content, asked = self.files[name], handler.headers["Range"]
         waiting = self.faults.get(name) or [None]
         fault = waiting.pop(0)
-        if fault in ("busy", "limited"):
+        statuses = {"busy": 503, "limited": 429, "no part": 416}
+        if fault in statuses:
             self.served.append((name, asked, 0))
-            return self.send_json(handler, {}, 503 if fault == "busy" else 429)
+            return self.send_json(handler, {}, statuses[fault])
         if fault == "other":
             content = bytes(byte ^ 1 for byte in content)
         begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and fault != "whole" else 0

@@ -356,6 +356,9 @@ def _transfer(
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
+                if getattr(error, "code", None) == 416:  # no such part: what is there is not of this file
+                    output.truncate(0)
+                    progress(-start)
                 failures += 1
                 if failures >= TRIES or not _may_pass(error):
                     raise Unfinished(

@@ -143,9 +143,11 @@ def test_what_an_earlier_run_left_is_gone_on_with(hub, tmp_path):
 
 
 def test_a_server_without_ranges_sends_it_all_again(hub, tmp_path):
-    hub.faults["big.bin"] = ["cut", "whole"]
-    assert bring(tmp_path, remote(hub)) == len(CONTENT)
-    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    for faults in (["cut", "whole"], ["cut", "no part"]):
+        hub.faults["big.bin"] = list(faults)
+        assert bring(tmp_path, remote(hub)) == len(CONTENT)
+        assert (tmp_path / "big.bin").read_bytes() == CONTENT
+        (tmp_path / "big.bin").unlink()
 
 
 def test_wrong_bytes_are_fetched_again_once_and_then_refused(hub, tmp_path):
