@@ -128,12 +128,13 @@ def test_a_wrong_hash_leaves_no_folder(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "variable"), [("huggingface", "HF_TOKEN"), ("modelscope", "MODELSCOPE_API_TOKEN")])
-def test_keys_come_from_the_environment(hub, name, variable, tmp_path, monkeypatch):
+def test_keys_come_from_the_environment(hub, name, variable, tmp_path, monkeypatch, caplog):
     hub.locked = True
     with pytest.raises(InputError, match=f"accept its terms on its page and set {variable}"):
         run_main(tmp_path / "m", hub=name)
     monkeypatch.setenv(variable, "secret")
     run_main(tmp_path / "m", hub=name)
+    assert ("HF_TOKEN is sent to HF_ENDPOINT" in caplog.text) == (name == "huggingface")  # which is a mirror here
     assert hub.keys and all(host == hub.url for host, *_ in hub.keys)
     assert not any(b"secret" in content for content in contents(tmp_path / "m").values())
     assert "secret" not in (tmp_path / "m" / "run_config.yaml").read_text()

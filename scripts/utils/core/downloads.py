@@ -22,7 +22,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -177,7 +177,7 @@ def _read_json(address: str, headers: dict[str, str]) -> Any:
         except (OSError, http.client.HTTPException) as error:
             if number == TRIES - 1 or not _may_pass(error):
                 raise
-            time.sleep(_wait(number, error))
+            time.sleep(_pause(number, error))
     raise AssertionError("unreachable")
 
 
@@ -289,7 +289,7 @@ def download_files(repository: Repository, folder: Path, connections: int, progr
     with ThreadPoolExecutor(connections) as pool:
         waiting = [pool.submit(_bring, file, folder, repository.headers, progress, stop) for file in repository.files]
         try:
-            for each in waiting:
+            for each in wait(waiting, return_when=FIRST_EXCEPTION).done:
                 each.result()
         except BaseException:  # Ctrl-C too: the threads end with the next block
             stop.set()
@@ -364,9 +364,9 @@ def _transfer(
                     raise Unfinished(
                         f"{file.path}: {_reason(error)}; run the same command again to go on with what is there"
                     ) from None
-                wait = _wait(failures - 1, error)
-                logger.warning("%s: %s; going on in %.0f s", file.path, _reason(error), wait)
-                stop.wait(wait)
+                pause = _pause(failures - 1, error)
+                logger.warning("%s: %s; going on in %.0f s", file.path, _reason(error), pause)
+                stop.wait(pause)
 
 
 @contextlib.contextmanager
@@ -390,7 +390,7 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, urllib.error.HTTPError) or error.code in (408, 416, 429) or error.code >= 500
 
 
-def _wait(failures: int, error: Exception) -> float:
+def _pause(failures: int, error: Exception) -> float:
     """Seconds until the next try: as the server asks (Retry-After), else longer each time."""
     asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
     return min(float(asked) if asked.isdecimal() else FIRST_WAIT * 2**failures, LONGEST_WAIT)

@@ -5,6 +5,7 @@ import hashlib
 import random
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -172,6 +173,19 @@ def test_it_gives_up_after_some_tries_and_keeps_what_came(hub, tmp_path):
     with pytest.raises(Unfinished, match="Service Unavailable; run the same command again"):
         bring(tmp_path, remote(hub))
     assert bytes_here(tmp_path, remote(hub)) == len(CONTENT) // 2 and len(hub.served) == downloads.TRIES
+
+
+def test_an_empty_file_and_one_that_fails_beside_a_slow_one(hub, tmp_path, monkeypatch):
+    hub.files["empty"] = b""
+    assert bring(tmp_path, remote(hub, "empty")) == 0 and (tmp_path / "empty").read_bytes() == b""
+    monkeypatch.setattr(
+        downloads, "FIRST_WAIT", 60.0
+    )  # the first file waits so long, unless the second's error ends it
+    hub.faults["big.bin"] = ["busy"]
+    began = time.monotonic()
+    with pytest.raises(Unfinished, match="Not Found"):
+        bring(tmp_path, remote(hub), remote(hub, "small.json", url=f"{hub.url}/owner/name/resolve/main/nothing"))
+    assert time.monotonic() - began < 30
 
 
 def test_what_is_not_there_is_not_asked_for_again(hub, tmp_path):
