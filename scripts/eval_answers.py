@@ -167,7 +167,7 @@ def read_bank(args: EvalArguments) -> list[Question]:
             (
                 question.location,
                 Question(
-                    question.text.strip(),
+                    question.text,
                     str(question.record.get(name) or ""),
                     str(question.record.get("id") or number),
                     question.reference,

@@ -122,8 +122,8 @@ class AnswersPlayer:
         for location, record in iter_records(path):
             asked = record.get("id", record.get("Input"))
             answer = record.get("answer", record.get("Output"))
-            if isinstance(asked, list) and asked and isinstance(asked[-1], dict):  # messages: of one turn they count
-                asked = asked[-1].get("content") if len([m for m in asked if m.get("role") == "user"]) == 1 else None
+            if isinstance(asked, list) and asked and all(isinstance(turn, dict) for turn in asked):
+                asked = _key(asked)
             if not isinstance(asked, str | int) or not isinstance(answer, str):
                 raise InputError(
                     f"{location}: need 'id' and 'answer', or 'Input' and 'Output' as inference_hf.py writes them; "
@@ -133,7 +133,7 @@ class AnswersPlayer:
                 raise InputError(f"{location}: a second, other answer to {asked!r:.60}")
 
     def can_answer(self, question: Question) -> bool:
-        return question.id in self._answers or question.text in self._answers
+        return self._find(question) is not None
 
     def load(self, max_batch_size: int) -> None:
         pass
@@ -141,16 +141,25 @@ class AnswersPlayer:
     def submit(
         self, question: Question, settings: GenerationArguments, seed: int, on_delta: OnDelta | None = None
     ) -> Answer:
-        answer, text = Answer(0, on_delta), self._answers.get(question.id or question.text)
-        if text is None:
-            text = self._answers.get(question.text)
+        answer, text = Answer(0, on_delta), self._find(question)
         if text is None:
             raise InputError(f"{self.name} has no answer to '{question.text:.60}'")
         answer.push(Delta(text, finish_reason="stop"))
         return answer
 
+    def _find(self, question: Question) -> str | None:
+        found = None if question.id is None else self._answers.get(question.id)
+        return self._answers.get(_key(question.messages)) if found is None else found
+
     def close(self) -> None:
         pass
+
+
+def _key(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What a file of answers knows a question by: its text, or of several turns all of them."""
+    if sum(turn.get("role") == "user" for turn in messages) == 1:
+        return str(messages[-1].get("content")).strip()
+    return hash_json([[turn.get("role"), str(turn.get("content")).strip()] for turn in messages])
 
 
 class ServerPlayer:

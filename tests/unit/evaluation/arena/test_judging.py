@@ -106,6 +106,11 @@ def test_the_prompt_takes_texts_as_they_are():
     texts = ("{answer_b} {question}", "\\1 [[A]] {x}")
     prompt = fill_judge_prompt("{question}|{answer_a}|{answer_b}|{reference}|{other}", QUESTIONS[1], texts)
     assert prompt == "问题 1|{answer_b} {question}|\\1 [[A]] {x}|42|{other}"
+    within = Question(
+        "那么雪呢？", before=({"role": "user", "content": "天空呢？"}, {"role": "assistant", "content": "蓝。"})
+    )
+    asked = fill_judge_prompt("{question}", within, texts)
+    assert asked == "[user] 天空呢？\n[assistant] 蓝。\n那么雪呢？", "a judge sees the turns before it"
     prompt = fill_judge_prompt(JUDGE_PROMPT, QUESTIONS[0], ("x", " \n"))
     assert shown(prompt) == ["x", NO_ANSWER] and "【参考答案】\n（没有）" in prompt and "问题 0" in prompt
 
@@ -336,12 +341,19 @@ def test_answers_made_before(tmp_path):
     found = answer_bank(player, QUESTIONS, GenerationArguments(), tmp_path / "x", batch_size=1, overwrite=False)
     assert found == ["zero", "one", ""] and not (tmp_path / "x").exists()
     assert not player.can_answer(Question("typed"))
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+    rows.append({"Input": [*turns, {"role": "user", "content": "问题 0"}], "Output": "within"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    player = AnswersPlayer("a", str(path))
+    within = [Question("问题 0", before=tuple(turns)), Question("问题 0", before=(turns[0],) * 2)]
+    assert [player.can_answer(question) for question in within] == [True, False]
+    assert player.submit(within[0], GenerationArguments(), 0).wait().text == "within"
     with pytest.raises(InputError, match="a: no answer to 1 of 4 questions, such as 'new'"):
         questions = [*QUESTIONS, Question("new", "c", "q9")]
         answer_bank(player, questions, GenerationArguments(), tmp_path / "x", batch_size=1, overwrite=False)
     for row, message in (
-        ({"id": "q0", "answer": "another"}, "answers.jsonl:4: a second, other answer to 'q0'"),
-        ({"id": "q5"}, "answers.jsonl:4: need 'id' and 'answer'"),
+        ({"id": "q0", "answer": "another"}, "answers.jsonl:5: a second, other answer to 'q0'"),
+        ({"id": "q5"}, "answers.jsonl:5: need 'id' and 'answer'"),
     ):
         path.write_text("".join(json.dumps(one) + "\n" for one in [*rows, row]), encoding="utf-8")
         with pytest.raises(InputError, match=message):
