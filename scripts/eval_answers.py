@@ -113,15 +113,20 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         )
         for player in players
     }
-    scores = {
-        name: [
-            score_answer(answer, question.reference or "") for answer, question in zip(said, questions, strict=True)
-        ]
-        for name, said in answers.items()
-    }
+    pairs = {name: zip(said, questions, strict=True) for name, said in answers.items()}
+    scores = {name: [score_answer(said, asked.reference or "") for said, asked in own] for name, own in pairs.items()}
     verdicts = judge(judging, args, questions, answers) if judging else {}
-    changes = find_changes(args.metric, scores, verdicts)
-    record: dict[str, Any] = {
+    models = {
+        player.name: {
+            "metric": args.metric,
+            "source": player.source,
+            "scores": mean_scores(scores[player.name]),
+            "by_category": by_category(questions, scores[player.name]),
+            **compare_with_first(args.metric, player.name, scores, verdicts),
+        }
+        for player in players
+    }
+    record = {
         "kind": "answers",
         "settings": describe_arguments(model_args, settings, args),
         "question_files": {
@@ -129,24 +134,15 @@ def main(model_args: InferenceArguments, settings: AnswerArguments, args: EvalAr
         },
         "judge": judging.name if judging else None,
         "environment": describe_environment(),
-        "models": {
-            player.name: {
-                "metric": args.metric,
-                "source": player.source,
-                "scores": mean_scores(scores[player.name]),
-                "by_category": by_category(questions, scores[player.name]),
-                **compare_with_first(args.metric, player.name, scores, verdicts),
-            }
-            for player in players
-        },
-        "questions": describe_questions(questions, answers, scores, changes),
+        "models": models,
+        "questions": describe_questions(questions, answers, scores, find_changes(args.metric, scores, verdicts)),
     }
     # Made of the answers, which are kept: an older result is replaced, so that one more model can be added.
     write_result(folder / RESULT, record)
     write_answers(read_result_of(AnswersResult, folder / RESULT), folder / PAGE, FEW)
-    print_table(record["models"])
-    report(record, folder, FEW)
-    return dict(record["models"])
+    print_table(models)
+    report(models, len(questions), folder, FEW)
+    return models
 
 
 # ---------------------------------------------------------------- questions and models
@@ -169,7 +165,7 @@ def read_bank(args: EvalArguments) -> list[Question]:
                 Question(
                     question.text,
                     str(question.record.get(name) or ""),
-                    str(question.record.get("id") or number),
+                    str(number if question.record.get("id") is None else question.record["id"]),
                     question.reference,
                     tuple(question.messages[:-1]),
                 ),
@@ -243,7 +239,9 @@ def find_changes(
     from utils.evaluation.answers.comparison import change_of
 
     first, *others = scores
-    return (verdicts and dict(verdicts)) or {
+    if verdicts:
+        return verdicts
+    return {
         name: [change_of(metric, a, b) for a, b in zip(scores[first], scores[name], strict=True)] for name in others
     }
 
@@ -320,9 +318,8 @@ def metric_of(models: Mapping[str, Mapping[str, Any]]) -> str:
     return str(next(iter(models.values()))["metric"])
 
 
-def report(record: Mapping[str, Any], folder: Path, few: int) -> None:
+def report(models: Mapping[str, Mapping[str, Any]], count: int, folder: Path, few: int) -> None:
     """What changed from the first model, the files and the next command, in the log."""
-    models, count = record["models"], len(record["questions"])
     first, *others = models
     if count < few:
         logger.warning("only %d questions: differences are mostly chance; ask %d at least", count, few)
