@@ -2,6 +2,16 @@
 # Sourced by all launchers: how processes are started is decided here only.  DRY_RUN=1 prints the command.
 # PLAN=1: 不训练，估算显存 / instead of training, plan_memory.py says what the command will need.
 
+# --help: 打印启动脚本开头的说明 / print the head of the launcher that sourced this, in both languages.
+for word in "$@"; do
+  if [[ $word == --help || $word == -h ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+    script=$(sed -n 's/.*\$HERE\/\([a-z0-9_]*\.py\).*/\1/p' "${BASH_SOURCE[1]}" | tail -n 1)
+    echo "全部参数 / every flag: python scripts/${script:-plan_memory.py} --help;  报错 / errors: docs/faq.md, docs/faq_EN.md"
+    exit
+  fi
+done
+
 # run SCRIPT FLAGS...: 单进程 / one process
 run() {
   local command=("${PYTHON:-python}" "$@")

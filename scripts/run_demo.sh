@@ -4,11 +4,14 @@
 #   tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> merge -> tuning -> merge -> GGUF, formats -> reward model, PPO, DPO -> answers -> report
 # 可选 / optional: OUT=output/demo SEED=42 DRY_RUN=0.  已完成的步骤会跳过; 删除某一步的目录即可重跑该步及其后的步骤; --dry_run 只打印各步的命令
 # Finished stages are skipped; delete a stage's folder to run it and those after it again. --dry_run prints the commands of all stages.
+# 写出 / writes: OUT: report.html, summary.json, 各步的目录 a folder for each stage
+# 常用 / often used: --dry_run 只打印命令 print the commands only, --seed 随机种子 random seed, --output_dir 输出目录 output folder
+# 例 / example (make demo 之后 after it): OUT=output/demo bash scripts/run_demo.sh --dry_run
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"  # shows this head for --help
 export PYTHON=${PYTHON:-python} HF_HUB_OFFLINE=1
 # Memory that a step has freed stays with the process for the next one: asking the system for it again costs a tenth of the run time.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-# shellcheck source=scripts/launch.sh
-source "$HERE/launch.sh"
 run "$HERE/demo.py" --output_dir "${OUT:-output/demo}" --seed "${SEED:-42}" "$@"

@@ -76,16 +76,49 @@ def test_decided_once():
 def test_launcher_prints_a_command_its_script_parses(launcher, tmp_path):
     environment = {**os.environ, "DRY_RUN": "1", "PYTHON": "python", **NEEDS.get(launcher.name, {})}
     result = subprocess.run(
-        ["bash", str(launcher), "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        ["bash", str(launcher), "--x"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     words = shlex.split(result.stdout.strip().splitlines()[-1])
     script = next(Path(word) for word in words if word.endswith(".py"))
     assert script.is_absolute() and script.is_file()
-    flags = words[words.index(str(script)) + 1 : -1]
+    assert words.count("--x") == 1
+    flags = [word for word in words[words.index(str(script)) + 1 :] if word != "--x"]
     known = script_flags(script.name) | old_names()
     if script.name == "plan_memory.py":  # it takes the flags of the stage that it names
         known |= script_flags(f"{flags[0]}.py")
     assert {word for word in flags if word.startswith("--")} <= known
+
+
+def printed_by(launcher: Path, *flags: str, **environment: str) -> str:
+    """What a launcher prints without the variables that it needs."""
+    bare = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    command = ["bash", str(launcher), *flags]
+    return subprocess.run(command, env=bare | environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
+def test_launchers_explain_themselves_in_both_languages(launcher):
+    """--help: what it does, needs and writes, its variables, flags, an example that its script parses."""
+    text, code = printed_by(launcher, "--help"), launcher.read_text(encoding="utf-8")
+    for part in ("写出 / writes: ", "常用 / often used: ", "例 / example "):
+        assert len(re.findall(f"^{part}", text, re.M)) == 1, part
+    variables = set(re.findall(r"\$\{([A-Z_]+)[:?+}]", code)) | set(re.findall(r":([A-Z]+)(?= |;)", code))
+    variables -= {"PYTHON", "BASH_SOURCE", "FLAG", "NAME", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    assert [name for name in variables if not re.search(rf"\b{name}\b", text)] == []
+    assert re.search("[\u4e00-\u9fff]", text.split("\n")[0]) and "/ " in text.split("\n")[0]
+    script = launcher_script(launcher.name)
+    assert f"python scripts/{script} --help" in text
+    used = re.findall(r"--\w+", re.search("often used: (.*)", text)[1])
+    assert 3 <= len(used) <= 5 and set(used) <= script_flags(script) | {"--tokenizer_path"}
+    example = re.search(r"^例 / example .*?: (.*)", text, re.M)[1]
+    position = example.index("bash scripts/")
+    assert example[position:].startswith(f"bash scripts/{launcher.name}")
+    for place in re.findall(r"examples/[\w/.]+", example):
+        assert (ROOT / place).exists(), place
+    given = dict(word.split("=", 1) for word in shlex.split(example[:position]))
+    command = shlex.split(printed_by(launcher, *shlex.split(example[position:])[2:], DRY_RUN="1", **given))
+    known = script_flags(script) | old_names() | (script_flags("sft.py") if script == "plan_memory.py" else set())
+    assert {word.split("=")[0] for word in command if word.startswith("--")} <= known
 
 
 @pytest.mark.parametrize("launcher", [path for path in LAUNCHERS if path.name in NEEDS], ids=lambda path: path.name)
