@@ -57,6 +57,27 @@ def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     ]
 
 
+def without_prefix(model: Path, folder: Path) -> Path:
+    """The folder as LlamaModel, below the head, saves it: names without "model."."""
+    weights = load_file(model / "model.safetensors")
+    shutil.copytree(model, folder)
+    inner = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    assert "embed_tokens.weight" in inner and "norm.weight" in inner
+    save_file(inner, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_without_the_models_prefix_are_read_as_transformers_reads_them(tmp_path, tied):
+    base = make_base(tmp_path / "base", tie_word_embeddings=tied)
+    bare = without_prefix(base, tmp_path / "bare")
+    make_adapter(bare, tmp_path / "adapter")  # by transformers and PEFT
+    run_merge(bare, tmp_path / "adapter", tmp_path / "out")
+    assert (
+        differences(load_file(tmp_path / "out" / "model.safetensors"), all_weights(tmp_path / "adapter/oracle")) == []
+    )
+
+
 def assert_logits_close(folder: Path, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     logits = load(folder, torch.float32)(TEXT).logits
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()

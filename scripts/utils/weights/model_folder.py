@@ -207,7 +207,7 @@ def loadable_folder(checkpoint: Checkpoint) -> Iterator[Path]:
         for item in checkpoint.folder.iterdir():
             if item.name != index_name:
                 (Path(links) / item.name).symlink_to(item.resolve())
-        names = {checkpoint.wrapper + name: info.file.name for name, info in checkpoint.tensors.items()}
+        names = {checkpoint.stored_name(name): info.file.name for name, info in checkpoint.tensors.items()}
         size = sum(info.num_bytes for info in checkpoint.tensors.values())
         write_json(Path(links) / index_name, {"metadata": {"total_size": size}, "weight_map": names})
         yield Path(links)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in order of preference
 EMBEDDING = "model.embed_tokens.weight"
+INNER_MODEL = "model."  # where all but the head stands
 HEAD = "lm_head.weight"
 SCORE = "score.weight"  # the head of a reward model, without a bias
 CLASSIFIER = "ForSequenceClassification"  # how transformers names the classes

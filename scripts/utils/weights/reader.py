@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import read_object
-from ..core.hub import find_folder
-from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..core.hub import find_folder, not_found
+from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD, INNER_MODEL, SCORE
 from .streams import WINDOW, FileHasher
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -201,13 +201,15 @@ def _weight_map(index: Path) -> dict[str, str]:
 class Checkpoint:
     """The tensors of a folder. Files are opened at the first read; `close()`, or use it in a `with` statement.
 
-    `wrapper` stands before every name in the files, and is left off here.
+    Attributes:
+        wrapper: stands before every name in the files, and is left off here.
+        inner: the files are of the model below its head (LlamaModel): their names lack the "model." of these here.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], wrapper: str = ""):
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], wrapper: str = "", inner: bool = False):
         self.folder = folder
         self.tensors = tensors
-        self.wrapper = wrapper
+        self.wrapper, self.inner = wrapper, inner
         self._descriptors: dict[Path, int] = {}
         self._whole: tuple[Path, dict[str, Tensor]] | None = None
         self._dropped: dict[Path, int] = {}  # bytes of a file that were told to leave the page cache
@@ -216,6 +218,10 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files."""
+        return self.wrapper + (name.removeprefix(INNER_MODEL) if self.inner else name)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -247,7 +253,7 @@ class Checkpoint:
 
     def _read_elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         if info.offset is None:
-            return self._read_whole_file(info.file)[self.wrapper + info.name].reshape(-1)[start:stop].clone()
+            return self._read_whole_file(info.file)[self.stored_name(info.name)].reshape(-1)[start:stop].clone()
         descriptor = self._descriptor(info.file)
         size = info.dtype.itemsize
         data = torch.empty((stop - start) * size, dtype=torch.uint8)
@@ -301,7 +307,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     found = find_folder(folder)
     if found is None:
-        raise InputError(f"folder not found: {folder}")
+        raise not_found(folder, "model")
     files, index = _weight_files(found)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -317,10 +323,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in tensors)), "") if tensors else ""
     if wrapper:
-        tensors = {
-            (name := old.removeprefix(wrapper)): dataclasses.replace(info, name=name) for old, info in tensors.items()
-        }
-    return Checkpoint(found, tensors, wrapper)
+        tensors = _renamed(tensors, lambda name: name.removeprefix(wrapper))
+    # As transformers reads it, too.
+    inner = EMBEDDING not in tensors and EMBEDDING.removeprefix(INNER_MODEL) in tensors
+    if inner:
+        tensors = _renamed(tensors, lambda name: name if name in (HEAD, SCORE) else INNER_MODEL + name)
+    return Checkpoint(found, tensors, wrapper, inner)
+
+
+def _renamed(tensors: dict[str, TensorInfo], rename: Callable[[str], str]) -> dict[str, TensorInfo]:
+    return {(name := rename(old)): dataclasses.replace(info, name=name) for old, info in tensors.items()}
 
 
 # ---------------------------------------------------------------- row blocks
