@@ -159,6 +159,14 @@ def anchors_of(path):
     return {*re.findall(r'<a id="([^"]+)"', text), *slugs}
 
 
+@pytest.mark.parametrize("suffix", ["", "_EN"])
+def test_the_index_has_every_page_and_notebook(suffix):
+    linked = set(links_in(read(f"docs/README{suffix}.md")))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md") if path.stem.endswith("_EN") == bool(suffix)}
+    notebooks = {f"../notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert (pages | notebooks) - {f"README{suffix}.md"} <= linked
+
+
 def test_faulty_links_are_found(tmp_path):
     (tmp_path / "other.md").write_text('# A heading: `x`, 中文\n<a id="here"></a>\n', encoding="utf-8")
     page = tmp_path / "page.md"
