@@ -337,7 +337,7 @@ def log_report(result: dict[str, Any], folder: Path, paths: Sequence[Path]) -> N
         "%d battles%s\n  files in %s: %s, %s, %s\n  next: %s",
         *(result["battles"], f" (left out: {left_out})" if left_out else ""),
         *(folder, RESULT, RATINGS, PAIRS),
-        shell_command("bash", "scripts/run_arena.sh", "--report", "--votes", *paths, "--categories", "NAME"),
+        shell_command("bash", "scripts/run_arena.sh", "--report", "--votes", *paths),
     )
 
 

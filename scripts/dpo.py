@@ -88,7 +88,11 @@ def main(
     logger.info("%s", describe_model(model))
     trainer = DPOTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, objective)
     return train_and_save(
-        trainer, training_run, f"Preference tuning ({preference_args.loss})", "run_inference.sh", planned
+        trainer,
+        training_run,
+        f"Preference tuning ({preference_args.loss})",
+        ("run_inference.sh", "--interactive"),
+        planned,
     )
 
 

@@ -240,10 +240,7 @@ def report(figures: dict[str, Any], folder: Path, args: EvalArguments) -> None:
         "aligned: %.1f %% (%.1f - %.1f) of %d answers, %d unclear%s\n  files in %s: %s, %s%s\n  next: %s",
         *(100 * figures["aligned"], 100 * low, 100 * high, figures["questions"], figures["unclear"], compared),
         *(folder, RESULT, PICTURE, "" if args.answers else f", {ANSWERS}"),
-        shell_command(
-            *("bash", "scripts/run_eval_alignment.sh", "--compare", folder / RESULT),
-            **{"MODEL": "ANOTHER", "OUT": "ANOTHER_FOLDER"},
-        ),
+        shell_command("python", "scripts/report.py", "--results", folder / RESULT),
     )
 
 

@@ -275,10 +275,7 @@ def report(result: Mapping[str, Any], args: EvalArguments) -> None:
         *(whole["score"], *whole["interval"], len(whole["groups"]), len(GROUPS), len(datasets)),
         *(sum(found["samples"] for found in datasets.values()), cut, args.output_dir, args.result.name),
         *(args.result.with_suffix(".png").name, args.predictions.name),
-        shell_command(
-            *("bash", "scripts/run_eval_longbench.sh"),
-            **{"MODEL": "ANOTHER", "DATA": args.data_dir, "OUT": "ANOTHER_FOLDER"},
-        ),
+        shell_command("python", "scripts/report.py", "--results", args.result),
     )
 
 

@@ -334,13 +334,11 @@ def report(result: Mapping[str, Any], args: EvalArguments) -> None:
         problems += (
             f"\n  {found['contaminated']} questions stand in the training data, {found['too_short']} are too short"
         )
-    places = {"MODEL": "ANOTHER", "BENCHMARK": args.benchmark, "DATA": args.data_dir, "OUT": "ANOTHER_FOLDER"}
-    given = {name: value for name, value in places.items() if value}
     logger.info(
         "%s (%s), %s, %d-shot, preset %s: %s, %d questions%s\n  files in %s: %s\n  next: %s",
         *(benchmark["name"], benchmark["split"], prompts["mode"], args.num_fewshot, args.preset, score),
         *(result["questions"], problems, args.output_dir, ", ".join(files)),
-        shell_command("bash", "scripts/run_eval_multiple_choice.sh", **given),
+        shell_command("python", "scripts/report.py", "--results", Path(args.output_dir) / RESULT),
     )
 
 

@@ -305,17 +305,10 @@ def describe_row(candidate: Candidate, text: str) -> dict[str, Any]:
 def report(candidates: Sequence[Candidate], files: dict[str, list[Path]], args: EvalArguments) -> None:
     """The files and the next command, in the log."""
     names = [RESULT, PICTURE] + ([] if args.lengths else [DOCUMENTS])
-    model = str(candidates[0].args.model_name_or_path)
-    following = shell_command(
-        *("bash", "scripts/run_inference.sh", "--interactive", "--rope_scaling", "SETTING"), MODEL=model
-    )
-    if not args.lengths:
-        places = {"MODEL": model, "TEXTS": args.texts[0], "OTHERS": "ANOTHER", "OUT": "ANOTHER_FOLDER"}
-        following = shell_command("bash", "scripts/run_eval_perplexity.sh", **places)
     logger.info(
         "%d texts, %d lines\n  files in %s: %s\n  next: %s",
         *(len(files), len(candidates), args.output_dir, ", ".join(names)),
-        following,
+        shell_command("python", "scripts/report.py", "--results", Path(args.output_dir) / RESULT),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import RopeArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
+from utils.core.command_line import CHECKOUT, describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
 from utils.core.files import atomic_folder, refuse_existing_output, write_json
 from utils.core.machine import peak_resident_bytes
@@ -93,9 +93,8 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
     from utils.models.rope import scale_settings
 
     started = time.monotonic()
-    types = parse_types(args.types, args.imatrix)
-    if quantized := [name for name in types if name in QUANTIZED_TYPES]:
-        require_llama_cpp(f"--types {' '.join(quantized).lower()}")
+    types, not_made = choose_types(parse_types(args.types, args.imatrix))
+    quantized = [name for name in types if name in QUANTIZED_TYPES]
     if args.self_test in ("full", "tokens") or (args.self_test == "auto" and is_installed()):
         require_llama_cpp(f"--self_test {args.self_test}")
     imatrix = read_imatrix(args.imatrix) if args.imatrix else None
@@ -123,6 +122,7 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
                 "vocab_size": inputs.model.vocab_size,
                 "notes": [*inputs.model.notes, *plan.notes],
                 "files": files,
+                "not_made": not_made,
                 "self_test": {"level": level, "reason": reason, "token_texts": count, "results": results},
                 "seconds": round(time.monotonic() - started, 2),
                 "peak_memory_gb": round(peak_resident_bytes() / 1e9, 3),
@@ -134,6 +134,30 @@ def main(args: ExportArguments, rope: RopeArguments | None = None) -> dict[str, 
 
 
 # ---------------------------------------------------------------- before weights are read
+
+
+def choose_types(types: list[str]) -> tuple[list[str], list[str]]:
+    """The types that can be made here, and those that cannot, llama.cpp being absent, which the log names.
+
+    Raises: InputError if none can be made, or llama.cpp is there and does not run.
+    """
+    from utils.gguf.file import QUANTIZED_TYPES, WRITTEN_TYPES
+    from utils.gguf.llamacpp import is_installed, require_llama_cpp
+
+    quantized = [name for name in types if name in QUANTIZED_TYPES]
+    written = [name for name in types if name not in quantized]
+    if not quantized:
+        return types, []
+    purpose = f"--types {' '.join(quantized).lower()}"
+    if is_installed() or not written:
+        require_llama_cpp(f"{purpose} (without it: {' '.join(WRITTEN_TYPES).lower()})")
+        return types, []
+    logger.warning(
+        "NOT MADE: %s needs llama-cpp-python; the other types are made: %s. To have it: pip install -r "
+        "requirements-llamacpp.txt, then the same command with %s and another --output_dir",
+        *(purpose, " ".join(written).lower(), purpose),
+    )
+    return written, quantized
 
 
 def read_texts(names: list[str]) -> list[str]:
@@ -309,6 +333,8 @@ def write_modelfiles(inputs: MergeInputs, types: list[str], folder: Path) -> Non
 
 def log_summary(report: dict[str, Any], output: str) -> None:
     """The last lines of the log: files, what was proven, the next command."""
+    from utils.gguf.llamacpp import is_installed
+
     lines = []
     for name, file in report["files"].items():
         line = f"  {output}/{file['file']}: {file['size_gb']:.3f} GB"
@@ -323,7 +349,9 @@ def log_summary(report: dict[str, Any], output: str) -> None:
     logger.info(
         "exported in %.1f s, peak memory %.2f GB, self-test: %s\n%s\n  next: %s",
         *(report["seconds"], report["peak_memory_gb"], report["self_test"]["level"], "\n".join(lines)),
-        shell_command("llama-cli", "-m", last, "-cnv"),
+        shell_command(*("bash", "scripts/run_inference.sh", "--engine", "llama.cpp", "--interactive"), MODEL=last)
+        if is_installed()
+        else shell_command("pip", "install", "-r", CHECKOUT / "requirements-llamacpp.txt"),
     )
 
 

@@ -68,6 +68,9 @@ class TaskArguments:
     overwrite: bool = arg(
         False, help="Replace a predictions file that is finished or holds other answers; an unfinished one goes on."
     )
+    language: Literal["auto", "zh", "en"] = arg(
+        "auto", help="Of --interactive's own words: zh, en; auto: that of the shell (LANG)."
+    )
     on_bad_record: Literal["error", "skip"] = arg(
         "error", help="A line or record that cannot be read or used: stop with file:line, or skip and count."
     )
@@ -125,7 +128,7 @@ def main(
     engine = plan.load(max_batch_size=task.batch_size * settings.prompts_per_answer)
     try:
         if task.interactive:
-            result = chat(engine, settings, model_args.system_prompt)
+            result = chat(engine, settings, model_args.system_prompt, asked_language(task))
         elif predictions is None:
             result = answer_one(engine, settings, questions[0], prompts[0])
         else:
@@ -394,15 +397,23 @@ def print_answer(engine: Engine, request: Request) -> Completion:
 # ---------------------------------------------------------------- the chat
 
 
-def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | None) -> dict[str, Any]:
+def asked_language(task: TaskArguments) -> str:
+    """That of --language, or of the shell."""
+    from utils.core.language import shell_language
+
+    return shell_language() if task.language == "auto" else task.language
+
+
+def chat(
+    engine: Engine, settings: GenerationArguments, system_prompt: str | None, language: str = "en"
+) -> dict[str, Any]:
     """A conversation on the terminal until an empty line, /exit, end of input or Ctrl-C."""
     use_utf8()
-    mode = "the conversation is remembered" if engine.template else "each text is continued; --with_prompt to chat"
-    print(f"Type and press Enter ({mode}). Empty line or /exit: leave. /help: commands. Ctrl-C: leave.")
-    terminal = TerminalChat(system_prompt)
+    terminal = TerminalChat(system_prompt, language)
+    print(terminal.say("start", mode=terminal.say("remembers" if engine.template else "continues")))
     answers = 0  # also of what was taken back or cleared: no two of a run draw with the same seed
     try:
-        while (line := input("\nInput: ").strip()) not in ("", "/exit"):
+        while (line := input(f"\n{terminal.say('input')}").strip()) not in ("", "/exit"):
             try:
                 if line == "/continue":
                     terminal.go_on(engine, settings, settings.seed + answers)
@@ -417,29 +428,24 @@ def chat(engine: Engine, settings: GenerationArguments, system_prompt: str | Non
     except EOFError:
         print()
     except KeyboardInterrupt:
-        print("\n[left]")
+        print(f"\n[{terminal.say('left')}]")
     return {"turns": answers}
-
-
-HELP = """/system TEXT   another system prompt (none: /system alone), and a new conversation
-/reset, /clear  forget what was said
-/undo          take back the last question with its answer
-/retry         answer the last question again, with other random numbers
-/edit TEXT     another last question instead of the one asked
-/continue      go on where the last answer ended
-/history       what was said so far
-/save FILE     write the conversation to a json file; /load FILE reads one
-/help          this; an empty line or /exit leaves"""
 
 
 class TerminalChat:
     """The web demo's conversation, led by lines that are typed."""
 
-    def __init__(self, system_prompt: str | None) -> None:
+    def __init__(self, system_prompt: str | None, language: str = "en") -> None:
         from utils.web.chat import Conversation
 
-        self.system_prompt = system_prompt
+        self.system_prompt, self.language = system_prompt, language
         self.conversation = Conversation()
+
+    def say(self, name: str, **values: object) -> str:
+        """A text in the chat's language."""
+        from utils.web.texts import TERMINAL_TEXTS, translate
+
+        return translate(name, self.language, TERMINAL_TEXTS, **values)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -457,11 +463,11 @@ class TerminalChat:
         text = text.strip()
         if name in ("/reset", "/clear"):
             self.conversation.clear()
-            print("The conversation was cleared.")
+            print(self.say("cleared"))
         elif name == "/system":
             self.system_prompt = text
             self.conversation.clear()
-            print("A new conversation under another system prompt." if text else "A new one without a system prompt.")
+            print(self.say("new_prompt" if text else "no_prompt"))
         elif name in ("/undo", "/retry", "/edit"):
             if not self.conversation.turns:
                 raise InputError("nothing has been asked yet")
@@ -470,7 +476,7 @@ class TerminalChat:
             question = self.conversation.undo()
             if name != "/undo":
                 return text if name == "/edit" else question
-            print("The last question was taken back.")
+            print(self.say("taken_back"))
         elif name == "/history":
             for message in self.messages:
                 print(f"{message['role']}: {message['content']}")
@@ -483,7 +489,7 @@ class TerminalChat:
             except (OSError, ValueError) as error:  # a name may hold what no file's can
                 raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
         elif name == "/help":
-            print(HELP)
+            print(self.say("help"))
         else:
             raise InputError(f"{name} is no command; /help lists them (a question cannot begin with /)")
         return None
@@ -495,7 +501,7 @@ class TerminalChat:
         if path.exists():
             raise InputError("is there already; choose another name")
         write_json(path, {"messages": self.messages})
-        print(f"{len(self.messages)} messages in {path}")
+        print(self.say("saved", count=len(self.messages), path=path))
 
     def load(self, path: Path) -> None:
         """Read what `save` or the web demo wrote, or one conversation of training data."""
@@ -504,13 +510,13 @@ class TerminalChat:
         saved = load_chat(path.read_bytes())
         self.conversation.replace(saved.turns)
         self.system_prompt = self.system_prompt if saved.system_prompt is None else saved.system_prompt
-        print(f"{len(self.conversation.messages())} messages from {path}")
+        print(self.say("loaded", count=len(self.conversation.messages()), path=path))
 
     def answer(self, engine: Engine, settings: GenerationArguments, question: str, seed: int) -> None:
         """Print the answer to a question, and remember both; without a template nothing is remembered."""
         from utils.web.chat import Reply
 
-        print("Output: ", end="", flush=True)
+        print(self.say("output"), end="", flush=True)
         if engine.template is None:
             print(question, end="", flush=True)
             print_answer(engine, ask(engine, settings, question, engine.encode_text(question), seed))
@@ -523,7 +529,7 @@ class TerminalChat:
             self.conversation.take_back()
             raise
         if completion.finish_reason == "length":
-            print(f"[cut after {len(completion.token_ids)} tokens; /continue goes on, see --max_new_tokens]")
+            print(f"[{self.say('cut', count=len(completion.token_ids))}]")
         self.conversation.turns[-1].replies = [Reply(completion.text, completion.finish_reason)]
         del self.conversation.turns[: dropped // 2]  # what was left out is forgotten: two messages a turn
 
@@ -533,7 +539,7 @@ class TerminalChat:
 
         request, dropped = plan_request(engine, self.conversation.messages(), settings, seed, self.system_prompt)
         if dropped:
-            print(f"[the {dropped} oldest messages no longer fit the context of {engine.context} tokens] ", end="")
+            print(f"[{self.say('dropped', count=dropped, context=engine.context)}] ", end="")
         return request, dropped
 
     def go_on(self, engine: Engine, settings: GenerationArguments, seed: int) -> None:
@@ -542,7 +548,7 @@ class TerminalChat:
             raise InputError("there is no answer to go on with")
         request, dropped = self.plan(engine, settings, seed)
         reply = self.conversation.turns[-1].replies[0]
-        print(f"Output: {reply.text}", end="", flush=True)
+        print(f"{self.say('output')}{reply.text}", end="", flush=True)
         completion = print_answer(engine, request)
         reply.text, reply.finish_reason = reply.text + completion.text, completion.finish_reason
         del self.conversation.turns[: dropped // 2]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from utils.core.arguments import RopeArguments, arg
-from utils.core.command_line import describe_arguments, run, save_run_config, shell_command
+from utils.core.command_line import EXAMPLE_PAIRS, describe_arguments, run, save_run_config, shell_command
 from utils.core.errors import InputError
 from utils.core.files import HashName, atomic_folder, new_hash, refuse_existing_output, write_json
 from utils.core.machine import peak_resident_bytes
@@ -213,7 +213,7 @@ def show_plan(writer: MergeWriter, args: MergeArguments) -> dict[str, Any]:
     }
     logger.info(
         "dry run, nothing is written\n  %d of %d tensors change; vocabulary %s\n%s\n  %.3f GB in all, about %.0f s if "
-        "the disk keeps up, about %.2f GB of memory\n  next: the same command without --dry_run",
+        "the disk keeps up, about %.2f GB of memory\n  then: the same command without --dry_run",
         *(plan["changed_tensors"], plan["tensors"], plan["vocab_size"]),
         "\n".join(f"  {Path(args.output_dir) / name}: {size / 1e9:.3f} GB" for name, size in files.items()),
         *(plan["size_gb"], plan["expected_seconds"], plan["expected_memory_gb"]),
@@ -281,6 +281,13 @@ def verify_logits(inputs: MergeInputs, folder: Path) -> dict[str, Any]:
     if not result.passed:
         raise InputError(f"--verify: {result.verdict}; nothing was published")
     logger.info("%s", result.verdict)
+    if differing := round((1 - result.token_agreement) * result.tokens):
+        logger.warning(
+            "at %d of %d places the likeliest next token is another than before the merge, so greedy answers may "
+            "differ: two tokens were about as likely, and %s rounds; --dtype float32 keeps what base and adapters "
+            "compute, in a folder of four bytes a parameter",
+            *(differing, result.tokens, " and ".join(result.dtypes)),
+        )
     return result.to_dict()
 
 
@@ -347,7 +354,7 @@ def log_summary(report: dict[str, Any], args: MergeArguments) -> None:
     """The last lines of the log: figures, files, the next command."""
     words = ["inference_hf.py", "--with_prompt", "--interactive", "--base_model"]
     if report["reward_model"]:
-        words = ["rm.py", "--score", "FILE", "--model_name_or_path"]
+        words = ["rm.py", "--score", EXAMPLE_PAIRS, "--model_name_or_path"]
     merged = f"{len(report['adapters'])} adapter(s)" + (" and a chat vector" if report["chat_vector"] else "")
     if args.output_type == "pth":
         words = ["merge_llama2_with_chinese_lora_low_mem.py", "--verify_only"]

@@ -307,8 +307,10 @@ def log_summary(report: dict[str, Any], args: MergeTokenizersArguments) -> None:
         lines.append("efficiency: skipped, no --report_text")
     lines += [f"verdict: {line}" for line in report["verdict"]]
     lines.append(f"{args.output_dir}: tokenizer and vocabulary_report.md ({report['seconds']} s)")
-    places = {"MODEL": str(args.base_tokenizer), "TOKENIZER": str(args.output_dir), "DATA": "zh.txt"}
-    lines.append(f"next: {shell_command('bash', 'scripts/run_pt.sh', **places)}")
+    places = {"MODEL": str(args.base_tokenizer), "TOKENIZER": str(args.output_dir), "DATA": "TEXT"}
+    lines.append(
+        f"then, with a file or folder of your text for TEXT: {shell_command('bash', 'scripts/run_pt.sh', **places)}"
+    )
     logger.info("%s", "\n".join(lines))
 
 

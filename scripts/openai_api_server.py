@@ -78,7 +78,7 @@ def find_adapters(args: ServingArguments) -> dict[str, str]:
     from utils.lora.config import load_adapter_config
     from utils.weights.config import local_folder
 
-    adapters = {name: str(local_folder(folder)) for name, folder in args.adapters.items()}
+    adapters = {name: str(local_folder(folder, "adapter")) for name, folder in args.adapters.items()}
     for folder in adapters.values():
         load_adapter_config(Path(folder))
     return adapters

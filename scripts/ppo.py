@@ -118,7 +118,7 @@ def main(
         tuning_set=tuning_set,
         end_ids=end_ids,
     )
-    return train_and_save(trainer, training_run, "PPO", "run_inference.sh", planned)
+    return train_and_save(trainer, training_run, "PPO", ("run_inference.sh", "--interactive"), planned)
 
 
 # ---------------------------------------------------------------- checks before anything slow

@@ -158,7 +158,7 @@ def summarise(report: dict[str, Any]) -> str:
 def log_plan(report: dict[str, Any], args: PruneArguments) -> None:
     """What would be written."""
     logger.info(
-        "dry run, nothing is written to %s\n  %s\n  next: the same command without --dry_run",
+        "dry run, nothing is written to %s\n  %s\n  then: the same command without --dry_run",
         *(args.output_dir, summarise(report)),
     )
 
@@ -184,7 +184,7 @@ def log_summary(report: dict[str, Any], args: PruneArguments) -> None:
         "%s, written in %.1f s, peak memory %.2f GB\n"
         "  files in %s (%s, merge_manifest.json lists every file)\n"
         "  the layers have not learnt to do without the others: train them before use, on text like the model's own\n"
-        "  next: %s",
+        "  then, with a file or folder of your text for TEXT: %s",
         *(summarise(report), report["seconds"], report["peak_memory_gb"], args.output_dir, REPORT),
         shell_command(
             *("bash", "scripts/run_pt.sh", "--full_finetuning"),

@@ -84,7 +84,10 @@ def main(
         first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
     trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
-    return train_and_save(trainer, training_run, "Continued pre-training", "run_sft.sh", planned)
+    return train_and_save(
+        *(trainer, training_run, "Continued pre-training", ("run_sft.sh",), planned),
+        DATA="examples/data/sft/train.json",
+    )
 
 
 def load_pretraining_data(

@@ -70,9 +70,9 @@ def report_results(args: ReportArguments) -> dict[str, Any]:
         for column, row in figures.items()
     ]
     logger.info(
-        "%d models in %d benchmarks, of %d files\n%s\n  files in %s: %s.html, %s.md\n  next: open %s in a browser",
+        "%d models in %d benchmarks, of %d files\n%s\n  files in %s: %s.html, %s.md\n  next: %s",
         *(len({e.model for e in entries if e.model}), len(figures), len({e.path for e in entries}), "\n".join(lines)),
-        *(folder, PAGE, PAGE, shell_command(folder / f"{PAGE}.html")),
+        *(folder, PAGE, PAGE, shell_command("python", "-m", "webbrowser", folder / f"{PAGE}.html")),
     )
     return figures
 
@@ -86,8 +86,8 @@ def report_run(args: ReportArguments) -> dict[str, Any]:
     logger.info(
         "bits per byte: zh %+.1f %%, en %+.1f %%; exact answers %.1f %% -> %.1f %%; merged %s adapter; %.0f s\n"
         "  alignment: tuned %.1f %% -> PPO %.1f %%, DPO %.1f %%; reward model right on %.1f %% of held-out pairs\n"
-        "  files in %s: report.html, report.md, summary.json\n"
-        "  next: open report.html in a browser, or: %s",
+        "  files in %s: report.html (open it in a browser), report.md, summary.json\n"
+        "  next: %s",
         *(-100 * summary.chinese_drop, 100 * summary.english_rise),
         *(100 * summary.exact_match["base"], 100 * summary.exact_match["sft"]),
         *("==" if summary.merged_equals_adapter else "!=", summary.seconds),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.core.arguments import DataArguments, LoraArguments, ModelArguments
-from utils.core.command_line import run
+from utils.core.command_line import EXAMPLE_PAIRS, run
 from utils.core.errors import InputError
 from utils.core.files import atomic_file
 from utils.core.records import iter_records
@@ -87,7 +87,7 @@ def main(
     )
     if not eval_sets:
         logger.warning("no validation pairs: the accuracy is not measured; pass --validation_split 0.05")
-    return train_and_save(trainer, training_run, "Reward model", "run_rm.sh --score FILE", planned)
+    return train_and_save(trainer, training_run, "Reward model", ("run_rm.sh", "--score", EXAMPLE_PAIRS), planned)
 
 
 def build_model(
@@ -222,10 +222,14 @@ def encode_records(
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread of all scores; of pairs accuracy and mean margin."""
+    from utils.rlhf.pair_trainer import doubt_few_pairs
+
     names = ("score", "chosen_score", "rejected_score")
     scores = [row[name] for row in rows for name in names if row.get(name) is not None]
     pairs = [(row.get("chosen_score"), row.get("rejected_score")) for row in rows]
     margins = [chosen - rejected for chosen, rejected in pairs if chosen is not None and rejected is not None]
+    for doubt in doubt_few_pairs("scored", len(margins)) if margins else ():
+        logger.warning("%s", doubt)
     summary: dict[str, Any] = {"records": len(rows), "scored_answers": len(scores)}
     summary |= {"score_mean": statistics.fmean(scores), "score_std": statistics.pstdev(scores)}
     if margins:

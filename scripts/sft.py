@@ -41,7 +41,7 @@ def main(
     from utils.models.new_rows import freeze_all_but_new_rows
     from utils.models.training_model import attach_adapter, build_training_model, check_training_request
     from utils.planning.request import plan_run
-    from utils.text.prompts import resolve_template
+    from utils.text.prompts import resolve_template, warn_of_replaced_template
     from utils.text.tokenizer import choose_tokenizer, embedding_rows, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.runs import open_run, start_run
@@ -57,6 +57,7 @@ def main(
     all_args = (model_args, extend_args, lora_args, data_args, tuning_args)
     training_run = open_run(training_args, *all_args)
     template = resolve_template(tuning_args.prompt_template, tokenizer)
+    warn_of_replaced_template(template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
     train_set, eval_sets, keys = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
     check_validation(training_args, list(eval_sets))
@@ -76,7 +77,7 @@ def main(
         first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
     trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
-    return train_and_save(trainer, training_run, "Instruction tuning", "run_inference.sh", planned)
+    return train_and_save(trainer, training_run, "Instruction tuning", ("run_inference.sh", "--interactive"), planned)
 
 
 def load_tuning_data(

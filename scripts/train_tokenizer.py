@@ -178,7 +178,8 @@ def explain(error: RuntimeError, args: TokenizerArguments) -> Exception:
 def log_summary(report: dict[str, Any], args: TokenizerArguments) -> None:
     """The figures, where the files are, and the next command."""
     logger.info(
-        "%d pieces from %d lines in %.1f s, %.2f characters/token on them -> %s\nnext: %s",
+        "%d pieces from %d lines in %.1f s, %.2f characters/token on them -> %s\n"
+        "then, with the folder of your base model's tokenizer for BASE: %s",
         report["vocabulary"],
         report["lines"],
         report["seconds"],

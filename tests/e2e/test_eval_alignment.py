@@ -89,7 +89,7 @@ def test_a_model_is_asked_and_judged(tiny_model_folder, questions, tmp_path, cap
     assert (result["questions"], result["question_files"]) == (len(exam), {str(questions): digest})
     printed = capsys.readouterr().out
     assert all(name in printed for name in [*result["by_category"], "all", "expected no", "95 % interval"])
-    assert next_words(caplog.text)[-2:] == ["--compare", str(out / "alignment.json")]
+    assert next_words(caplog.text)[-2:] == ["--results", str(out / "alignment.json")]
     assert "alignment.png" in caplog.text
 
 

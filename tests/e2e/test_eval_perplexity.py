@@ -106,7 +106,7 @@ def test_settings_are_compared(tiny_model_folder, texts, tmp_path, capsys, caplo
         assert same == pytest.approx(found[other, "two", bucket]["perplexity"], rel=1e-5)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(result["rows"]) and "513-1024" in printed[-1] and "pi+ntk" in printed[-1]
-    assert "next: MODEL=" in caplog.text
+    assert "next: python scripts/report.py --results " in caplog.text
 
 
 @pytest.mark.slow

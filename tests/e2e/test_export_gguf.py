@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.dying import die_of_sigill
@@ -342,6 +343,16 @@ def test_wrong_tokens_are_found_before_weights_are_read(llama, tmp_path, monkeyp
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_names_without_the_models_prefix_give_the_same_file(llama, tmp_path):
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    weights = {name.removeprefix("model."): weight for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for model, name in ((llama, "one"), (base, "two")):
+        run_export(model, tmp_path / name, "f16", self_test="none")
+    one, two = (read_tensors(tmp_path / name / "model-F16.gguf") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all((one[name].data == two[name].data).all() for name in one)
+
+
 # ---------------------------------------------------------------- what is tested where
 
 
@@ -351,6 +362,10 @@ def test_without_llama_cpp_files_are_written_and_called_unproven(llama, tmp_path
     assert report["self_test"]["level"] == "none" and "pip install" in report["self_test"]["reason"]
     assert "NOT TESTED" in caplog.text
     assert len(read_tensors(tmp_path / "out" / "model-F16.gguf")) == 21
+    report = run_export(llama, tmp_path / "some", "q4_k_m", "q8_0", "q6_k")
+    assert list(report["files"]) == ["Q8_0"] and report["not_made"] == ["Q4_K_M", "Q6_K"]
+    assert "NOT MADE: --types q4_k_m q6_k needs llama-cpp-python; the other types are made: q8_0" in caplog.text
+    assert "pip install -r requirements-llamacpp.txt" in caplog.text and not (tmp_path / "some/source.gguf").exists()
     for settings in ({"types": ["q4_k_m"]}, {"self_test": "full"}, {"self_test": "tokens"}):
         with pytest.raises(InputError, match=r"needs llama-cpp-python: pip install -r requirements-llamacpp\.txt"):
             run_export(llama, tmp_path / "other", **settings)
@@ -416,7 +431,9 @@ def test_command_line(llama, tmp_path):
     done = subprocess.run([*command, "--types", "f16", "q8_0", "--self_test", "none"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "old flags" not in done.stderr and "NOT TESTED" in done.stderr
-    assert next_words(done.stderr) == ["llama-cli", "-m", str(tmp_path / "o u=t.1" / "model-Q8_0.gguf"), "-cnv"]
+    place = f"MODEL={tmp_path / 'o u=t.1' / 'model-Q8_0.gguf'}"
+    flags = ["--engine", "llama.cpp", "--interactive"]
+    assert next_words(done.stderr) == [place, "bash", "scripts/run_inference.sh", *flags]
     done = subprocess.run([*command, "--types", "f16"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: output folder")

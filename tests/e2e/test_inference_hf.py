@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -693,7 +694,9 @@ def test_a_mistake_ends_in_one_line_without_traceback(tmp_path):
         command("--base_model", tmp_path / "none", "--prompt", "x"), capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("error: folder not found") and "Traceback" not in result.stderr
+    assert (
+        result.stderr.splitlines()[-1].startswith("error: model folder not found") and "Traceback" not in result.stderr
+    )
 
 
 # ---------------------------------------------------------------- commands of a conversation
@@ -798,3 +801,22 @@ def test_commands_that_cannot_be_done_change_nothing(line, message):
         with pytest.raises(InputError, match="needs the question"):
             terminal.command(line)
     assert terminal.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]
+
+
+def test_the_terminal_chat_speaks_the_language_of_the_shell(monkeypatch, capsys):
+    from inference_hf import asked_language
+
+    from utils.web.texts import TERMINAL_TEXTS
+
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert asked_language(TaskArguments()) == "zh" and asked_language(TaskArguments(language="en")) == "en"
+    for language in ("zh", "en"):
+        terminal = TerminalChat(None, language)
+        terminal.command("/help")
+        terminal.command("/reset")
+    chinese, english = capsys.readouterr().out.split("对话已清空。\n")
+    named = [sorted(set(re.findall(r"(?<!\w)/[a-z]+", text))) for text in (chinese, english)]
+    assert named[0] == named[1] and len(named[0]) == 12
+    assert english.endswith("The conversation was cleared.\n") and "换系统提示" in chinese
+    for texts in TERMINAL_TEXTS.values():
+        assert len({tuple(sorted(re.findall(r"{(\w+)}", text))) for text in texts}) == 1, texts

@@ -205,7 +205,7 @@ def test_the_forerunners_flag_and_the_launcher(tmp_path, settings):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "old flags" not in done.stderr
-    expected = [f"MODEL={settings['base_tokenizer']}", f"TOKENIZER={tmp_path / 'o u=t.1'}", "DATA=zh.txt"]
+    expected = [f"MODEL={settings['base_tokenizer']}", f"TOKENIZER={tmp_path / 'o u=t.1'}", "DATA=TEXT"]
     assert next_words(done.stderr) == [*expected, "bash", "scripts/run_pt.sh"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "DRY_RUN": "1", "OUT": str(tmp_path / "o u t")}
     environment |= {"BASE": settings["base_tokenizer"], "SP": settings["chinese_sp_model_file"]}

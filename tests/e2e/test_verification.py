@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,9 @@ def test_half_precision_is_no_mistake(tmp_path, dtype, stored):
     report = verify(base, tmp_path / "adapter", tmp_path / "out")
     assert report.passed, report.verdict
     assert report.dtypes == [HALF[dtype]] and report.logit_tolerance is None
+    assert f"base and adapters rounded to {HALF[dtype]} (every tensor is just that" in report.verdict, (
+        "the rule is said"
+    )
     assert report.relative_difference > 1e-4  # rounding does show in the logits
 
 
@@ -409,3 +413,15 @@ def test_memory_does_not_grow_with_depth(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         peaks[megabytes] = float(done.stdout)
     assert peaks[300] - peaks[40] < 0.03, peaks  # the model grew by 0.26 GB, one layer of it has 15 MB
+
+
+@pytest.mark.parametrize(("agreement", "warned"), [(1.0, False), (0.9, True)])
+def test_other_greedy_tokens_are_warned_of_with_the_remedy(agreement, warned, monkeypatch, caplog):
+    import merge_llama2_with_chinese_lora_low_mem as merge
+
+    found = SimpleNamespace(passed=True, verdict="rounded", token_agreement=agreement, tokens=80, dtypes=["bfloat16"])
+    found.to_dict = lambda: {}
+    monkeypatch.setattr("utils.lora.verify.verify_merge", lambda *args, **kwargs: found)
+    merge.verify_logits(SimpleNamespace(config={"num_hidden_layers": 2}), Path("out"))
+    assert ("at 8 of 80 places the likeliest next token is another" in caplog.text) == warned
+    assert ("bfloat16 rounds; --dtype float32 keeps" in caplog.text) == warned

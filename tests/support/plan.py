@@ -21,7 +21,6 @@ TESTED_ELSEWHERE = {
     "lora.verify": "e2e/test_verification: compares whole models",
     "lora.writer": "e2e/test_merge_llama2_with_chinese_lora_low_mem: whole merges, killed and gone on with",
     "models.gathering": "e2e/test_distributed: needs several processes",
-    "rlhf.pair_trainer": "unit/rlhf/test_dpo_trainer, e2e/test_rm: the trainers that are built on it",
     "serving.http": "unit/serving/test_app: asks the app, as clients do",
     "serving.planning": "unit/serving/test_app: asks the app, as clients do",
     "serving.responses": "unit/serving/test_app: asks the app, as clients do",

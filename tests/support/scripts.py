@@ -42,7 +42,7 @@ def script_flags(name: str) -> frozenset[str]:
 
 def next_words(log: str) -> list[str]:
     """The words a shell makes of the command that a script's last lines name."""
-    return shlex.split(log.rpartition("next: ")[2].partition("\n")[0])
+    return shlex.split(re.findall(r"\b(?:next|then, with .*): (.*)", log)[-1])
 
 
 def old_names() -> set[str]:

@@ -12,6 +12,7 @@ import enum
 import errno
 import gc
 import importlib
+import inspect
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import os
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, raise_problems
 from .files import atomic_file, read_text
+from .language import with_faq
 from .old_flags import DROPPED, NTK_FLAGS, RENAMED, REPLACED_SWITCHES, translate_old_flags
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
     from .arguments import InferenceArguments
 
+CHECKOUT = Path(__file__).parents[3]  # the folder of scripts and examples
+EXAMPLE_PAIRS = "examples/data/rlhf/preferences_heldout.jsonl"  # what a new reward model may be tried on
 RUN_CONFIG = "run_config.yaml"
 NULL = "null"  # no value: how YAML and JSON spell it, and so the command line
 RECORDED_PACKAGES = (
@@ -56,12 +61,29 @@ INSTALL = (
 
 
 def build_parser(types: Sequence[type], description: str | None = None) -> ArgumentParser:
-    """The argparse parser of some dataclasses; its long help text is the scripts' reference."""
+    """The argparse parser of some dataclasses; its help text is the scripts' reference: a part for each of them.
+
+    What a class inherits of transformers comes last, and but for its USUAL_FLAGS with --help_all alone.
+    """
+    import argparse
+
     try:
         from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
     except ImportError as error:  # absent, or beside other packages than it needs
         return _plain_parser(types, description, str(error).strip().partition("\n")[0])
-    parser: ArgumentParser = HfArgumentParser(types, allow_abbrev=False, description=description)
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise InputError(f"{message}; --help tells of every flag")  # without the list of all in front of it
+
+    parser: ArgumentParser = Parser(
+        types,
+        allow_abbrev=False,
+        description=description,
+        usage="%(prog)s [config.yaml] [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _group_flags(parser, types)
     optional = _optional_names(types)
     for action in parser._actions:
         if action.dest in optional and action.choices is None and callable(action.type):
@@ -88,6 +110,61 @@ def _plain_parser(types: Sequence[type], description: str | None, reason: str) -
             else:
                 raise InputError(f"transformers cannot be imported ({reason}); {INSTALL}")
     return parser
+
+
+def _group_flags(parser: ArgumentParser, types: Sequence[type]) -> None:
+    """Put the flags of each dataclass under its docstring's first line, and hide what few ask for."""
+    import argparse
+
+    hidden: dict[argparse.Action, str | None] = {}
+
+    def move(names: Sequence[str], title: str) -> list[argparse.Action]:
+        group = parser.add_argument_group(title)
+        moved = [action for action in parser._optionals._group_actions if action.dest in names]
+        for action in moved:  # of a switch that is on by default there are two, --x and --no_x
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
+        return moved
+
+    foreign: list[tuple[type, list[str]]] = []
+    for kind in types:
+        names = [field.name for field in dataclasses.fields(kind) if field.init]
+        own = {name for part in kind.__mro__ if not _is_foreign(part) for name in inspect.get_annotations(part)}
+        title = (kind.__doc__ or kind.__name__).strip().partition("\n")[0].rstrip(".")
+        move([name for name in names if name in own], title)
+        if others := [name for name in names if name not in own]:
+            foreign.append((kind, others))
+    for kind, names in foreign:
+        usual = getattr(kind, "USUAL_FLAGS", names)
+        move([name for name in names if name in usual], "Of transformers, those most asked for")
+        if rest := [name for name in names if name not in usual]:
+            hidden |= {
+                action: action.help for action in move(rest, f"Of transformers, {len(rest)} others (--help_all)")
+            }
+    if not hidden:
+        return
+    for action in hidden:
+        action.help = argparse.SUPPRESS
+
+    class HelpAll(argparse.Action):
+        def __call__(self, parser: ArgumentParser, *_: Any) -> None:
+            for action, text in hidden.items():
+                action.help = text
+            parser.print_help()
+            parser.exit()
+
+    parser.add_argument(
+        "--help_all",
+        action=HelpAll,
+        nargs=0,
+        help="this help, with all flags of transformers",
+        dest="help",
+        default=argparse.SUPPRESS,
+    )
+
+
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "transformers"
 
 
 def _optional_names(types: Sequence[type]) -> set[str]:
@@ -292,9 +369,19 @@ def installed_version(package: str) -> str | None:
 
 
 def shell_command(*words: str | Path, **variables: str | Path) -> str:
-    """A command to paste into a shell: NAME=value ... word ..., quoted where the shell would read them otherwise."""
-    settings = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
-    return " ".join([*settings, shlex.join(map(str, words))])
+    """A command to paste into a shell: NAME=value ... word ..., quoted where the shell would read them otherwise.
+
+    scripts/... and examples/... are this project's own, wherever the shell stands.
+    """
+    settings = [f"{name}={shlex.quote(_from_here(value))}" for name, value in variables.items()]
+    return " ".join([*settings, shlex.join(map(_from_here, words))])
+
+
+def _from_here(word: str | Path) -> str:
+    text = str(word)
+    if text.startswith(("scripts/", "examples/")) and not Path(text).exists() and (CHECKOUT / text).exists():
+        return str(CHECKOUT / text)
+    return text
 
 
 def select_gpus(args: InferenceArguments) -> None:
@@ -315,11 +402,7 @@ def run(
     # No telemetry from the libraries below; set before they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # It warns about an optional kernel whenever it is imported without a GPU.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for client in ("httpx", "httpx2"):  # they name every request
-        logging.getLogger(client).setLevel(logging.WARNING)
+    start_log()
     # torch.compile does nothing unless it is asked for: bitsandbytes calls it when it is imported, and loading the
     # compiler is a third of a start.
     undecided = "TORCHDYNAMO_DISABLE" not in os.environ
@@ -334,7 +417,7 @@ def run(
         # a cycle is not told of the end; files are closed where they are opened.)
         gc.freeze()
     except InputError as error:
-        _fail(f"error: {error}", 2)
+        _fail(with_faq(f"error: {error}"), 2)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("utils", "None"):
             raise  # this project's own fault
@@ -342,14 +425,36 @@ def run(
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):  # of reading, too: the system does not say which it was
             place = f"{error.filename}: " if error.filename else ""
-            _fail(f"error: {place}{error.strerror}; pass files that you may read and folders that you may write to", 2)
+            _fail(
+                with_faq(
+                    f"error: {place}{error.strerror}; pass files that you may read and folders that you may write to"
+                ),
+                2,
+            )
         if error.errno == errno.EROFS:
             _fail(f"error: {error.strerror}{_named(error)}; pass a folder that you may write to", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(f"error: no space left on the device{_named(error)}; free some, then run the same command again", 1)
+        problem = f"no space left on the device{_named(error)}; free some, then run the same command again"
+        _fail(with_faq(f"error: {problem}"), 1)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", 130)
+
+
+def start_log() -> None:
+    """Begin the log: lines with their time, without what libraries say of themselves."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    # It warns about an optional kernel whenever it is imported without a GPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The tensors that a reward model's base lacks, in a table: what is missing unasked has been refused before.
+    logging.getLogger("transformers.utils.loading_report").setLevel(logging.ERROR)
+    # It is imported on machines without a GPU, too, where nobody asked for it.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+    for client in ("httpx", "httpx2"):  # they name every request
+        logging.getLogger(client).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
 
 
 def _named(error: OSError) -> str:

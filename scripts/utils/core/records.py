@@ -44,14 +44,18 @@ def iter_json_values(file: IO[str]) -> Iterator[tuple[int, Any]]:
     Raises: JsonStreamError.
     """
     stream = _JsonStream(file)
-    is_list = stream.skip("[")
+    is_list, after_comma = stream.skip("["), False
     while not stream.at_end():
-        if is_list and stream.skip("]"):
+        if is_list and stream.next_is("]"):
+            if after_comma:
+                stream.fail("a comma before the end of the list; remove it")
+            stream.skip("]")
             if not stream.at_end():
                 stream.fail("something follows the end of the list")
             return
         yield stream.read_value()
-        if is_list and not stream.skip(",") and not stream.next_is("]"):
+        after_comma = is_list and stream.skip(",")
+        if is_list and not after_comma and not stream.next_is("]"):
             stream.fail("expecting ',' or ']' after a record")
     if is_list:
         stream.fail("the list is not closed by ']'")

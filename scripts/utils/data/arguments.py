@@ -43,8 +43,9 @@ class TuningArguments:
     """How conversations become rows."""
 
     max_seq_length: int = arg(1024, help="Longest sample in tokens; longer ones are cut, their end token is kept.")
-    prompt_template: str = arg(
-        "alpaca-2", help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template)."
+    prompt_template: str | None = arg(
+        help="alpaca-2, alpaca-2-long, llama-2, mixtral, alpaca, or tokenizer (its own chat template); default: the "
+        "tokenizer's own where it has one, else alpaca-2."
     )
     packing: bool = arg(True, help="Several samples a row, isolated from each other; off: one padded sample a row.")
 

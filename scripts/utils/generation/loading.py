@@ -47,7 +47,7 @@ def find_inference_files(args: InferenceArguments) -> InferenceArguments:
         raise InputError(
             f"--lora_model {args.adapter_name_or_path}: one adapter can be used here; merge several first"
         )
-    adapter = str(local_folder(args.adapter_name_or_path)) if args.adapter_name_or_path else None
+    adapter = str(local_folder(args.adapter_name_or_path, "adapter")) if args.adapter_name_or_path else None
     recorded = load_adapter_config(adapter).base_model_name_or_path if adapter else None
     if not (args.model_name_or_path or recorded):
         raise InputError("pass --base_model: a model folder or hub id")

@@ -46,7 +46,7 @@ def read_adapter(name_or_path: str, base: ModelFolder, reward_model: bool = Fals
     Args: reward_model: it may bring a score head.
     Raises: InputError if it is damaged, was trained on other weights than this base's, or does not fit its shapes.
     """
-    folder = local_folder(name_or_path)
+    folder = local_folder(name_or_path, "adapter")
     config, checkpoint = load_adapter_config(folder), open_checkpoint(folder)
     with base.checkpoint:  # its first values are read
         check_base(config, base.folder, base.checkpoint, read_object(base.folder / "config.json"), first=True)
@@ -73,7 +73,7 @@ def names_experts(name_or_path: str, otherwise: bool = False) -> bool:
 
     Args: otherwise: the answer where an adapter has nothing for experts and routers.
     """
-    folder = local_folder(name_or_path)
+    folder = local_folder(name_or_path, "adapter")
     if load_adapter_config(folder).target_parameters:
         return False
     names = open_checkpoint(folder).tensors
@@ -99,7 +99,7 @@ def load_with_peft(model: Any, adapters: Mapping[str, str], **settings: Any) -> 
 @contextlib.contextmanager
 def _loadable(name_or_path: str) -> Iterator[Path]:
     """A folder that PEFT loads: the adapter's own, or a copy of it with the names of today."""
-    folder = local_folder(name_or_path)
+    folder = local_folder(name_or_path, "adapter")
     with open_checkpoint(folder) as checkpoint:
         names = peft_spelling(checkpoint.tensors)
         if names.keys() <= checkpoint.tensors.keys():  # others are left aside by PEFT

@@ -162,7 +162,7 @@ def _check_apart(output: str | Path, source: Path) -> None:
 def _find_folders(base: str, adapters: Sequence[str], output: str | Path | None) -> tuple[Path, list[Path]]:
     """The base's and the adapters' folders. Raises: InputError for output that would touch them."""
     base_folder = local_folder(base)
-    adapter_folders = [local_folder(name) for name in adapters]
+    adapter_folders = [local_folder(name, "adapter") for name in adapters]
     if output is not None:
         for source in (base_folder, *adapter_folders):
             _check_apart(output, source)

@@ -181,6 +181,7 @@ def _report(comparison: Comparison, logits: Tensor, seconds: float) -> Verificat
     passed = not failed and same and (rounding is None or rounding <= LARGEST_ROUNDING)
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     figures = f"largest logit difference {difference:.3g} of {largest:.3g}, {agreement:.1%} of tokens agree"
+    stored = " and ".join(names)
     if failed:
         value, more = comparison.differences[failed[0]], f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         verdict = f"first apart at {failed[0]} (by {value:.2g}, allowed {limits[failed[0]]:.2g}){more}; {figures}"
@@ -188,11 +189,17 @@ def _report(comparison: Comparison, logits: Tensor, seconds: float) -> Verificat
         verdict = f"every tensor agrees, but the logits do not: {figures}"
     elif not passed:
         verdict = (
-            f"rounding to {' and '.join(names)} moves the logits {rounding:.2f} times as far as the adapters do, so "
+            f"rounding to {stored} moves the logits {rounding:.2f} times as far as the adapters do, so "
             f"that little of them is left: {figures}; merge with --dtype float32, or train the adapters further"
         )
     else:
         verdict = f"the merged model computes what base and adapters do: {figures}"
+        if tolerance is None:
+            share = "" if rounding is None else f", here {rounding:.3f}"
+            verdict = (
+                f"the merged model is base and adapters rounded to {stored} (every tensor is just that, and rounding "
+                f"may move the logits {LARGEST_ROUNDING:.0%} as far as the adapters do{share}): {figures}"
+            )
     return VerificationReport(
         passed=passed,
         verdict=verdict,

@@ -344,7 +344,7 @@ def _convert(value: Any, dtype: torch.dtype) -> Any:
 
 def check_adapter_fits(adapter: str, model: PreTrainedModel) -> None:
     """Raises: InputError if the adapter's embeddings have other rows than the model, or its files are damaged."""
-    folder = local_folder(adapter)
+    folder = local_folder(adapter, "adapter")
     load_adapter_config(folder)
     rows, shapes = full_shape(model.get_input_embeddings().weight)[0], open_checkpoint(folder).shapes
     for name, old in peft_spelling(shapes).items():

@@ -153,7 +153,7 @@ def _new_adapter(args: LoraArguments) -> LoraArguments:
     """An adapter to go on with, as one to begin of its shape."""
     if not args.adapter_name_or_path:
         return args
-    saved = load_adapter_config(local_folder(args.adapter_name_or_path))
+    saved = load_adapter_config(local_folder(args.adapter_name_or_path, "adapter"))
     targets = saved.target_modules
     return replace(
         args,

@@ -14,6 +14,6 @@
   ppo_trainer     the Trainer of ppo.py. A step is an iteration: sample answers, score them, then update actor and
                   critic on them
 
-Others import: arguments, objectives, reward_model, actor_critic, rewards, reference, dpo_trainer, reward_trainer,
-ppo_trainer.
+Others import: arguments, objectives, reward_model, actor_critic, rewards, reference, pair_trainer, dpo_trainer,
+reward_trainer, ppo_trainer.
 """

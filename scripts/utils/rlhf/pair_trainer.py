@@ -10,6 +10,18 @@ from torch import Tensor, nn
 from ..data.batches import LengthGroupedOrder, PairSet
 from ..training.trainer import CausalLMTrainer
 
+FEW_PAIRS = 20
+
+
+def doubt_few_pairs(name: str, count: int) -> list[str]:
+    """What to say of the figures on so few pairs; nothing of enough."""
+    if count >= FEW_PAIRS:
+        return []
+    return [
+        f"{name}: {count} pairs, of which each moves the accuracy by {100 / max(1, count):.0f} points; figures on "
+        f"fewer than {FEW_PAIRS} pairs say little: hold out more (--validation_split, --validation_data)"
+    ]
+
 
 class PairTrainer(CausalLMTrainer):
     """CausalLMTrainer on batches of a PairCollator. A subclass gives compute_loss, evaluate_pairs and its summary.
@@ -34,6 +46,11 @@ class PairTrainer(CausalLMTrainer):
         """The number of pairs of an optimizer step, over all processes."""
         count = torch.tensor(sum(len(batch["numbers"]) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count) if self.args.world_size > 1 else count
+
+    def doubts(self) -> list[str]:
+        """Sets with too few pairs."""
+        sets = self.eval_dataset or {}
+        return [doubt for name, pairs in sets.items() for doubt in doubt_few_pairs(name, len(pairs))]
 
     def evaluate_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """What evaluation needs of each pair of a batch, (P, n)."""

@@ -125,6 +125,25 @@ def resolve_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> st
     return _checked(text, tokenizer)
 
 
+def warn_of_replaced_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say before training that a model with a chat template of its own is to learn another, and how the two differ."""
+    if not tokenizer.chat_template:
+        return
+    try:
+        own = resolve_template(OWN_TEMPLATE, tokenizer)
+        if own == template:
+            return
+        messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+        rows = [render(messages, each, tokenizer, False) for each in (own, template)]
+    except InputError:  # a template of its own that cannot be used, which is why another was asked for
+        return
+    logger.warning(
+        "--prompt_template replaces the chat template that this model was trained with, so what it knows of questions "
+        "and answers counts for less; leave the flag out to keep it\n  the model's own: %r\n  now:             %r",
+        *rows,
+    )
+
+
 def _checked(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The template. Raises: InputError if it is no jinja."""
     from jinja2 import TemplateSyntaxError

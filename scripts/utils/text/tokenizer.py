@@ -22,7 +22,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from ..core.errors import InputError
 from ..core.files import Fields, hash_json, read_object, write_json
-from ..core.hub import fetch, find_folder, is_hub_id
+from ..core.hub import fetch, find_folder, is_hub_id, not_found
 from .pieces import (
     CONTROL,
     SAMPLE,
@@ -205,22 +205,21 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def choose_tokenizer(*names: str | None) -> str | None:
-    """The first of these folders or hub ids that has a tokenizer; the last, if none has."""
+    """The first of these models' and adapters' folders or hub ids that has a tokenizer; the last, if none has."""
     given = [name for name in names if name]
-    return next((name for name in given if has_tokenizer(_local_folder(name))), given[-1] if given else None)
+    found = (name for name in given if has_tokenizer(_local_folder(name, "model")))
+    return next(found, given[-1] if given else None)
 
 
-def _local_folder(name: str | Path) -> Path:
+def _local_folder(name: str | Path, kind: str = "tokenizer") -> Path:
     if folder := find_folder(name):
         return folder
     if not is_hub_id(name):
-        if Path(name).exists():
-            raise InputError(f"tokenizer {name} is a file; pass the folder it lies in")
-        raise InputError(f"tokenizer folder not found: {name}")
+        raise not_found(name, kind)
     from huggingface_hub import snapshot_download
 
     patterns = [*TOKENIZER_FILES, "config.json"]
-    return fetch(name, "a tokenizer of the hub", functools.partial(snapshot_download, allow_patterns=patterns))
+    return fetch(name, kind, functools.partial(snapshot_download, allow_patterns=patterns))
 
 
 def _is_tiktoken(path: Path) -> bool:

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -36,7 +36,16 @@ PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; matched by the first
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' TrainingArguments with this project's defaults and its rules for output folders."""
+    """How a run trains and where it writes: transformers' TrainingArguments with this project's defaults and rules."""
+
+    # Of transformers' flags, those that --help shows.
+    USUAL_FLAGS: ClassVar[tuple[str, ...]] = (
+        *("output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+        *("weight_decay", "max_grad_norm", "optim", "seed", "report_to", "deepspeed", "fsdp"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        *("gradient_checkpointing", "eval_strategy", "eval_steps", "save_steps"),
+        *("load_best_model_at_end", "metric_for_best_model"),
+    )
 
     if TYPE_CHECKING:  # inherited, named for the type checker
         fp16: bool

@@ -210,10 +210,16 @@ def prepare_process(seed: int) -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
 
 
+def format_number(value: Any) -> str:
+    """For a person: four digits that count, thousands set off; what is no number, or a name's, as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
 def finish_run(folder: Path, metrics: dict[str, Any], next_command: str) -> None:
     """Write the results, which marks the run finished, and log its summary."""
     write_json(folder / FINISHED, metrics)
     width = max(len(name) for name in metrics)
-    lines = [f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}"
-             for name, value in metrics.items()]  # fmt: skip
+    lines = [f"  {name:<{width}}  {format_number(value)}" for name, value in metrics.items()]
     logger.info("finished\n%s\n  files in %s\n  next: %s", "\n".join(lines), folder, next_command)

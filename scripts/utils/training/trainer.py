@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from ..core.command_line import shell_command
 from ..core.errors import InputError
@@ -28,7 +31,44 @@ from ..weights.names import is_embedding
 from .arguments import NO_EMBEDDINGS, RunArguments, peak_flops, peak_memory_gb
 from .memory import PlannedMemory
 from .plots import plot_losses
-from .runs import CHECKPOINT_PREFIX, Run, finish_run, last_checkpoint, named_disk_errors, seal_checkpoint
+from .runs import (
+    CHECKPOINT_PREFIX,
+    Run,
+    finish_run,
+    format_number,
+    last_checkpoint,
+    named_disk_errors,
+    seal_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+CURVE_POINTS = 10  # at least, of the training loss, where a run has so many steps
+
+
+class ShortRuns(TrainerCallback):
+    """Has a run that is hardly longer than --logging_steps logged more often, so that it has a curve, too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called once the number of steps is known."""
+        if state.max_steps < 2 * state.logging_steps:
+            state.logging_steps = max(1, state.max_steps // CURVE_POINTS)
+
+
+class LogLines(ProgressCallback):
+    """The progress bar, and lines of the log that a person reads."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Called with the figures of a line."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.write(describe_step(state.global_step, state.max_steps, logs))
+
+
+def describe_step(step: int, steps: int, logs: Mapping[str, Any]) -> str:
+    """One line: step, epoch, and the figures, of which total_flos says nothing to most."""
+    figures = [f"{name} {format_number(value)}" for name, value in logs.items() if name not in ("epoch", "total_flos")]
+    epoch = f" (epoch {logs['epoch']:.2f})" if "epoch" in logs else ""
+    return "  ".join([f"step {step:,}/{steps:,}{epoch}", *figures])
 
 
 class CausalLMTrainer(Trainer):
@@ -63,6 +103,10 @@ class CausalLMTrainer(Trainer):
             processing_class=tokenizer,
             compute_metrics=self._summarise_losses,
         )
+        self.add_callback(ShortRuns())
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LogLines())
         # The loss is divided by the number of scored tokens of the whole optimizer step, over all devices.
         self.loss_is_scaled_for_ga = True
         self.eval_bytes = 0
@@ -271,6 +315,10 @@ class CausalLMTrainer(Trainer):
             logs["peak_memory_gb"] = round(peak_memory_gb(), 3)
         super().log(logs, start_time)
 
+    def doubts(self) -> list[str]:
+        """What the reader of the last evaluation's figures has to know."""
+        return []
+
     def draw(self, folder: Path, title: str) -> None:
         """Pictures of the finished run."""
         plot_losses(self.state.log_history, folder / "loss.png", title, self.loss_unit)
@@ -288,13 +336,19 @@ def describe_model(model: nn.Module) -> str:
 
 
 def train_and_save(
-    trainer: CausalLMTrainer, run: Run, title: str, next_launcher: str, planned: PlannedMemory | None = None
+    trainer: CausalLMTrainer,
+    run: Run,
+    title: str,
+    next_words: Sequence[str],
+    planned: PlannedMemory | None = None,
+    **next_variables: str,
 ) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
 
     Args:
-        next_launcher: what a fully trained model goes into next; an adapter is merged first.
+        next_words: the launcher that a fully trained model goes into next, with its flags; an adapter is merged first.
         planned: what is compared with the memory that was taken.
+        next_variables: what that launcher needs besides MODEL.
     Returns: the metrics, as in all_results.json.
     """
     args, folder = trainer.args, run.folder
@@ -310,6 +364,8 @@ def train_and_save(
     }
     if trainer.eval_dataset:
         evaluated = trainer.evaluate()
+        for doubt in trainer.doubts():
+            logger.warning("%s", doubt)
         metrics |= {
             name: value for name, value in evaluated.items() if name.startswith("eval_") and "_per_second" not in name
         }
@@ -324,16 +380,15 @@ def train_and_save(
         figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()}
         write_model_card(folder, title, ["Settings: run_config.yaml. Losses: loss.png."], figures)
         trainer.draw(folder, title)
-        finish_run(
-            folder, metrics, next_command(trainer.accelerator.unwrap_model(trainer.model), folder, next_launcher)
-        )
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        finish_run(folder, metrics, next_command(trained, folder, next_words, next_variables))
     run.release()
     return metrics
 
 
-def next_command(model: Any, folder: Path, launcher: str) -> str:
+def next_command(model: Any, folder: Path, words: Sequence[str], variables: Mapping[str, str]) -> str:
     """The command to run on what this run made."""
     if not hasattr(model, "peft_config"):
-        return shell_command("bash", *f"scripts/{launcher}".split(), MODEL=folder)
+        return shell_command("bash", f"scripts/{words[0]}", *words[1:], MODEL=folder, **variables)
     base = model.peft_config["default"].base_model_name_or_path
     return shell_command("bash", "scripts/run_merge.sh", MODEL=base, LORA=folder, OUT=f"{folder}-merged")

@@ -103,3 +103,51 @@ def translate(name: str, language: str, texts: Mapping[str, tuple[str, str]] = T
     """The text in a language ("zh" or "en"), values filled in."""
     chinese, english = texts[name]
     return (english if language == "en" else chinese).format(**values)
+
+
+# The chat on a terminal.
+TERMINAL_TEXTS: dict[str, tuple[str, str]] = {
+    "start": (
+        "输入后按 Enter（{mode}）。空行或 /exit：离开。/help：命令。Ctrl-C：离开。",
+        "Type and press Enter ({mode}). Empty line or /exit: leave. /help: commands. Ctrl-C: leave.",
+    ),
+    "remembers": ("记得前文", "the conversation is remembered"),
+    "continues": ("每次续写一段；对话加 --with_prompt", "each text is continued; --with_prompt to chat"),
+    "input": ("输入：", "Input: "),
+    "output": ("回答：", "Output: "),
+    "left": ("已离开", "left"),
+    "cleared": ("对话已清空。", "The conversation was cleared."),
+    "new_prompt": ("换了系统提示，开始新的对话。", "A new conversation under another system prompt."),
+    "no_prompt": ("开始没有系统提示的新对话。", "A new one without a system prompt."),
+    "taken_back": ("已撤回上一个问题。", "The last question was taken back."),
+    "saved": ("{count} 条消息写入 {path}", "{count} messages in {path}"),
+    "loaded": ("从 {path} 读入 {count} 条消息", "{count} messages from {path}"),
+    "cut": (
+        "{count} 个词元后截断；/continue 接着写，长度见 --max_new_tokens",
+        "cut after {count} tokens; /continue goes on, see --max_new_tokens",
+    ),
+    "dropped": (
+        "上下文 {context} 词元放不下，舍去最早的 {count} 条消息",
+        "the {count} oldest messages no longer fit the context of {context} tokens",
+    ),
+    "help": (
+        """/system 文字    换系统提示，开始新的对话（只写 /system：没有系统提示）
+/reset, /clear  忘掉前文
+/undo           撤回上一个问题和回答
+/retry          用另一组随机数再答一次
+/edit 文字      换掉上一个问题
+/continue       接着上一个回答写
+/history        到此为止说过的话
+/save 文件      把对话写成 json；/load 文件 读入
+/help           本说明；空行或 /exit 离开""",
+        """/system TEXT   another system prompt (none: /system alone), and a new conversation
+/reset, /clear  forget what was said
+/undo          take back the last question with its answer
+/retry         answer the last question again, with other random numbers
+/edit TEXT     another last question instead of the one asked
+/continue      go on where the last answer ended
+/history       what was said so far
+/save FILE     write the conversation to a json file; /load FILE reads one
+/help          this; an empty line or /exit leaves""",
+    ),
+}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from ..core.files import read_object
-from ..core.hub import fetch, find_folder, is_hub_id
+from ..core.hub import fetch, find_folder, is_hub_id, not_found
 from .names import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise InputError(f"{path} has no config.json, so it is no model folder{adapter}")
     if path is not None:
         read_object(path / "config.json")  # a broken file is named with its line
+    if path is None and not is_hub_id(name_or_path):
+        raise not_found(name_or_path, "model")
     try:
         return AutoConfig.from_pretrained(folder_or_hub_id(name_or_path))
     except Exception as error:  # whatever the class of such a model makes of the fields
@@ -44,16 +46,17 @@ def expert_count(config: PreTrainedConfig) -> int:
     return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
 
 
-def local_folder(name_or_path: str) -> Path:
+def local_folder(name_or_path: str, kind: str = "model") -> Path:
     """The folder of a model or adapter: itself, or the download of a hub id (safetensors, else .bin, else .pth).
 
+    Args: kind: model or adapter, for the message.
     Raises: InputError if there is no such folder and the hub has (or reaches) nothing of that name.
     """
     if folder := find_folder(name_or_path):
         return folder
     if not is_hub_id(name_or_path):
-        raise InputError(f"folder not found: {name_or_path}")
-    return fetch(name_or_path, "a hub id", _download_model)
+        raise not_found(name_or_path, kind)
+    return fetch(name_or_path, kind, _download_model)
 
 
 def _download_model(hub_id: str) -> str:

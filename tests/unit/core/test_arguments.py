@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from support.paths import ROOT
 from utils.core.arguments import DataArguments, LoraArguments, ModelArguments, arg, list_arg
-from utils.core.command_line import describe_arguments, parse_args, run, save_run_config, shell_command
+from utils.core.command_line import build_parser, describe_arguments, parse_args, run, save_run_config, shell_command
 from utils.core.errors import InputError
 
 
@@ -193,3 +194,36 @@ def test_a_config_file_says_no_value_and_lists_of_any_words(tmp_path):
 def test_lists_under_an_old_name(tmp_path, caplog):
     (data,) = parse_args(DataArguments, argv=[write_yaml(tmp_path, "dataset_dir: [a, --b]\n")])
     assert data.train_data == ["a", "--b"] and "--dataset_dir is now --train_data" in caplog.text
+
+
+def test_help_shows_our_flags_in_parts_and_those_of_transformers_on_demand(capsys):
+    from support.flags import own_flags
+    from support.scripts import script_types
+
+    def parts(argv):
+        with pytest.raises(SystemExit):
+            parse_args(*script_types("sft.py"), argv=argv)
+        text = capsys.readouterr().out
+        split = re.split(r"^(\S.*):\n", text, flags=re.M)
+        return {
+            title: set(re.findall(r"^  (--\w+)", part, re.M))
+            for title, part in zip(split[1::2], split[2::2], strict=True)
+        }
+
+    short, long = parts(["--help"]), parts(["--help_all"])
+    own = {f"--{name}" for name in own_flags("sft.py")}
+    assert own <= set().union(*short.values())
+    assert {"--max_seq_length", "--packing"} <= short["How conversations become rows"]
+    usual = short["Of transformers, those most asked for"]
+    assert {"--learning_rate", "--output_dir", "--deepspeed"} <= usual and not usual & own
+    shown = set().union(*long.values())
+    assert "--adam_beta1" in shown and "--adam_beta1" not in set().union(*short.values())
+    actions = build_parser(script_types("sft.py"))._actions
+    assert {f"--{action.dest}" for action in actions} <= shown | {"--help"}
+
+
+def test_a_wrong_value_is_one_line():
+    with pytest.raises(
+        InputError, match=r"^argument --lora_rank/--lora-rank: invalid int value: 'x'; --help tells of every flag$"
+    ):
+        parse_args(LoraArguments, argv=["--lora_rank", "x"])

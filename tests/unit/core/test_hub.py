@@ -8,7 +8,7 @@ import pytest
 
 from support.paths import SCRIPTS
 from utils.core.errors import InputError
-from utils.core.hub import fetch, find_folder, is_hub_id
+from utils.core.hub import fetch, find_folder, is_hub_id, not_found
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -32,8 +32,17 @@ def test_what_cannot_be_fetched_is_named():
     def download(hub_id):
         raise FileNotFoundError(f"{hub_id} is not there\nmore")
 
-    with pytest.raises(InputError, match=r"no folder a/b, and as a hub id it cannot be fetched: a/b is not there; x"):
-        fetch("a/b", "a hub id", download, "; x")
+    with pytest.raises(InputError, match=r"^model folder not found: a/b; as a hub id .*: a/b is not there; x"):
+        fetch("a/b", "model", download, "; x")
+
+
+def test_a_name_that_is_nothing_and_a_file_are_told_apart(tmp_path):
+    for name in ("model.gguf", "notes.txt"):
+        (tmp_path / name).touch()
+    assert "model folder not found: ./nowhere" in str(not_found("./nowhere", "model"))
+    assert "--engine llama.cpp" in str(not_found(tmp_path / "model.gguf", "model"))
+    assert "--engine" not in str(not_found(tmp_path / "absent.gguf", "model"))
+    assert "notes.txt is a file; pass the folder" in str(not_found(tmp_path / "notes.txt", "tokenizer"))
 
 
 @pytest.mark.slow

@@ -179,6 +179,9 @@ def test_json_is_streamed_as_json_loads_reads_it(tmp_path, monkeypatch, chunk, s
     [
         ('[\n{"a": 1},\n{"a": 2\n]', "4: broken JSON: Expecting ',' delimiter (column 1)"),
         ('[\n{"a": 1}\n{"a": 2}]', "3: broken JSON: expecting ',' or ']' after a record (column 1)"),
+        ('[\n{"a": 1},\n]', "3: broken JSON: a comma before the end of the list; remove it (column 1)"),
+        ("[,]", "1: broken JSON: Expecting value (column 2)"),
+        ('{"a": 1,}', "1: broken JSON: "),
         ('[{"a": 1},\n', "2: broken JSON: the list is not closed by ']' (column 1)"),
         ('[{"a": 1}]\n x', "2: broken JSON: something follows the end of the list (column 2)"),
         ('{"a": 1}\n{"a": tru}\n{"a": 3}' + " " * 50, "2: broken JSON: Expecting value (column 7)"),

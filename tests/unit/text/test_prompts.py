@@ -22,6 +22,7 @@ from utils.text.prompts import (
     renders_tools,
     resolve_template,
     stop_token_ids,
+    warn_of_replaced_template,
     warn_without_end,
     with_system_prompt,
 )
@@ -116,6 +117,20 @@ def test_a_tokenizers_own_template_is_masked_too(tokenizer):
     prompt = encode_prompt(messages[:2], template, own)
     assert ids[: len(prompt)] == prompt
     assert end in stop_token_ids(template, own) and own.eos_token_id in stop_token_ids(template, own)
+
+
+def test_replacing_a_models_own_template_is_said_with_both_texts(tokenizer, caplog):
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    for template in (None, CHAT_TEMPLATES["llama-2"]):
+        own.chat_template = template
+        warn_of_replaced_template(resolve_template(None, own), own)
+    assert caplog.text == "", "what the model has is what it gets"
+    own.chat_template = CHATML
+    assert resolve_template(None, own) == CHATML
+    warn_of_replaced_template(CHAT_TEMPLATES["llama-2"], own)
+    assert "<|im_start|>user\\n你好<|im_end|>" in caplog.text and "<s>[INST] 你好 [/INST] 你好！</s>" in caplog.text
 
 
 def test_a_template_that_strips_contents_is_followed(tokenizer):

@@ -307,7 +307,7 @@ def test_names_that_are_no_folder(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="folder not found: /no/such/folder"):
         config.local_folder("/no/such/folder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="no folder nobody/nothing-of-this-name, and as a hub id"):
+    with pytest.raises(InputError, match="model folder not found: nobody/nothing-of-this-name; as a hub id"):
         config.local_folder("nobody/nothing-of-this-name")
 
 

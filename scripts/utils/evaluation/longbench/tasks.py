@@ -238,7 +238,7 @@ def find_data(name: str) -> Path:
     def download(hub_id: str) -> str:
         return hf_hub_download(hub_id, ARCHIVE, repo_type="dataset")
 
-    return _unpack(fetch(name, "a dataset of the hub", download, f"; {remedy}"))
+    return _unpack(fetch(name, "data", download, f"; {remedy}"))
 
 
 def _unpack(archive: Path) -> Path:

@@ -107,7 +107,8 @@ def test_the_hubs_archive_is_unpacked_once(tmp_path, monkeypatch):
 
 def test_without_a_network_the_remedy_is_named(tmp_path):
     with pytest.raises(
-        InputError, match=r"no folder THUDM/LongBench, .* cannot be fetched: .*; download data\.zip of"
+        InputError,
+        match=r"data folder not found: THUDM/LongBench; .*; download data\.zip of",
     ):
         find_data("THUDM/LongBench")
     with pytest.raises(InputError, match=r"--data_dir nowhere is no folder; download data\.zip"):
