@@ -5,8 +5,13 @@
 #   MODEL 模型目录 folder of a model, LORA 适配器目录（各用自己记录的基座） folders of adapters, each on the base that it records,
 #   MODELS NAME=DIR 更多模型 more models, ANSWERS NAME=FILE 已有的答案文件 files of answers, SERVERS NAME=URL 服务地址 addresses of servers
 # 可选 / optional: JUDGE=URL#MODEL 由模型评判 a model judges, OUT=output/answers, DRY_RUN=0
+# 写出 / writes: OUT: answers.json, answers.html, answers.md, 每个模型的回答 each model's answers
+# 常用 / often used: --metric 以哪个分数论好坏 which score decides, --max_new_tokens 回答最长 longest answer, --batch_size 同时几题 questions at once, --overwrite 重新作答 answer anew
+# 例 / example (make demo 之后 after it): LORA="output/demo/ppo output/demo/dpo" QUESTIONS=examples/data/sft/heldout.json bash scripts/run_eval_answers.sh
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/launch.sh
+source "$HERE/launch.sh"  # shows this head for --help
 : "${QUESTIONS:?set QUESTIONS to a json, jsonl or parquet file or folder of questions with reference answers}"
 if [[ -z ${MODELS:-}${LORA:-}${ANSWERS:-}${SERVERS:-} ]]; then
   : "${MODEL:?set MODEL, LORA, MODELS, ANSWERS or SERVERS to what answers the questions}"
@@ -14,8 +19,6 @@ fi
 read -ra MODELS <<<"${LORA:-} ${MODELS:-}"
 read -ra ANSWERS <<<"${ANSWERS:-}"
 read -ra SERVERS <<<"${SERVERS:-}"
-# shellcheck source=scripts/launch.sh
-source "$HERE/launch.sh"
 FLAGS=(--output_dir "${OUT:-output/answers}" --questions "$QUESTIONS")
 [[ ${#MODELS[@]} -gt 0 ]] && FLAGS+=(--models "${MODELS[@]}")
 [[ ${#ANSWERS[@]} -gt 0 ]] && FLAGS+=(--answers "${ANSWERS[@]}")
