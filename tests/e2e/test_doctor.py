@@ -41,6 +41,7 @@ def test_another_script_says_what_is_missing_without_a_traceback():
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "scripts/doctor.py" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_works_here_and_a_model(quick_imports, tiny_model_folder, capsys):
     told = doctor.main(doctor.DoctorArguments(model=str(tiny_model_folder)))
     assert told["core_works"] and told["works"]["training"]["works"]
@@ -80,6 +81,7 @@ def test_the_whole_of_it():
     assert done.returncode == 0 and told["core_works"] and states["torch"] == states["deepspeed"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_folder_that_other_programs_cut_otherwise_is_said(quick_imports, tiny_model_folder, tmp_path, capsys):
     """tokenizer.model, which this project reads, and a tokenizer.json beside it that has lost its merges."""
     folder = tmp_path / "model"

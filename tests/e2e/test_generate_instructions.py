@@ -106,6 +106,7 @@ def test_it_goes_on_where_it_was_and_with_a_higher_limit(tmp_path, caplog):
             run_main(server, tmp_path, temperature=0.5)
 
 
+@pytest.mark.slow
 def test_the_cost_stays_below_its_limit(tmp_path):
     """A request costs 1000 * 1e-6 + 500 * 2e-6 = 0.002."""
     count = itertools.count()
@@ -117,6 +118,7 @@ def test_the_cost_stays_below_its_limit(tmp_path):
         assert run_main(server, tmp_path, max_cost=0.0125, **settings)["requests"] == 6
 
 
+@pytest.mark.slow
 def test_a_server_that_counts_no_tokens_cannot_keep_a_limit(tmp_path):
     with StandIn(lambda body: reply("写一首关于大海的歌", usage=None)) as server:
         with pytest.raises(InputError, match="--max_cost cannot be kept"):
@@ -124,6 +126,7 @@ def test_a_server_that_counts_no_tokens_cannot_keep_a_limit(tmp_path):
         assert len(written(tmp_path)) == 1  # what was paid for is kept
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_ends_the_run_and_keeps_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoints, "RETRIES", 1)
     count = itertools.count()
@@ -136,6 +139,7 @@ def test_a_server_that_fails_ends_the_run_and_keeps_what_there_is(tmp_path, monk
             run_main(server, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_nothing_new_ends_the_run(tmp_path, caplog):
     with StandIn(lambda body: reply("写一首关于大海的歌")) as server:
         figures = run_main(server, tmp_path, rouge_threshold=1.0)
