@@ -34,6 +34,8 @@ from utils.weights.names import ADAPTER_CONFIG
 
 logger = logging.getLogger("download")
 
+CHAT = ("bash", "scripts/run_inference.sh", "--interactive")
+
 NAMED = 5  # of many files, in messages
 
 
@@ -149,21 +151,20 @@ def report(folder: Path, repository: Repository, done: str) -> None:
     unhashed = sum(file.sha256 is None and file.git_hash is None for file in repository.files)
     if unhashed:
         logger.warning("%d files were checked by their size alone: the hub publishes no hash of them", unhashed)
-    logger.info("%s\n  files in %s\n  next: %s", done, folder, next_command(folder, repository.kind))
+    logger.info("%s\n  files in %s\n  %s", done, folder, next_step(folder, repository.kind))
 
 
-def next_command(folder: Path, kind: str) -> str:
+def next_step(folder: Path, kind: str) -> str:
     """What is mostly done with such a folder."""
+    with_base = "then, with the folder of the base model for BASE: "
     if kind == "dataset":
-        return shell_command("bash", "scripts/run_sft.sh", MODEL="MODEL", DATA=folder)
+        return with_base + shell_command("bash", "scripts/run_sft.sh", MODEL="BASE", DATA=folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        return shell_command("bash", "scripts/run_merge.sh", MODEL="BASE", LORA=folder)
+        return with_base + shell_command("bash", "scripts/run_merge.sh", MODEL="BASE", LORA=folder)
     packed = sorted(folder.rglob("*.gguf"))
     if packed and not (folder / "config.json").is_file():
-        return shell_command(
-            "bash", "scripts/run_inference.sh", "--engine", "llama.cpp", "--interactive", MODEL=packed[0]
-        )
-    return shell_command("bash", "scripts/run_inference.sh", "--interactive", MODEL=folder)
+        return f"next: {shell_command(*CHAT, '--engine', 'llama.cpp', MODEL=packed[0])}"
+    return f"next: {shell_command(*CHAT, MODEL=folder)}"
 
 
 if __name__ == "__main__":

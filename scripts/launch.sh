@@ -6,6 +6,7 @@
 for word in "$@"; do
   if [[ $word == --help || $word == -h ]]; then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+    # shellcheck disable=SC2016  # the launcher's own $HERE is looked for
     script=$(sed -n 's/.*\$HERE\/\([a-z0-9_]*\.py\).*/\1/p' "${BASH_SOURCE[1]}" | tail -n 1)
     echo "全部参数 / every flag: python scripts/${script:-plan_memory.py} --help;  报错 / errors: docs/faq.md, docs/faq_EN.md"
     exit

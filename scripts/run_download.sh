@@ -5,7 +5,7 @@
 #   环境变量 / environment: HF_ENDPOINT 镜像 mirror, HF_TOKEN, MODELSCOPE_API_TOKEN.  中断后重新运行即可继续 / run it again to go on after an interruption
 # 写出 / writes: OUT: 整个模型或数据集，校验过 the whole model or data set, checked
 # 常用 / often used: --include 只要哪些文件 which files alone, --exclude 不要哪些 which not, --dry_run 只列出 list only, --overwrite 替换 replace
-# 例 / example: REPO=Qwen/Qwen2.5-0.5B-Instruct bash scripts/run_download.sh --dry_run
+# 例 / example (不需要 make demo  without make demo): REPO=Qwen/Qwen2.5-0.5B-Instruct bash scripts/run_download.sh --dry_run
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/launch.sh
