@@ -48,6 +48,7 @@ def main(
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
+    from utils.training.before_after import open_trial
     from utils.training.flags import MEANINGLESS_FOR_PAIRS, set_aside
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
@@ -65,6 +66,7 @@ def main(
     training_run = open_run(training_args, *all_args)
     template = resolve_template(preference_args.prompt_template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
+    trial = open_trial(preference_args.questions, tokenizer, template, model_args, lora_args, training_args)
     train_set, eval_sets, keys = load_pair_sets(
         data_args, training_args, tokenizer, template, preference_args.max_seq_length
     )
@@ -93,6 +95,7 @@ def main(
         f"Preference tuning ({preference_args.loss})",
         ("run_inference.sh", "--interactive"),
         planned,
+        trial,
     )
 
 

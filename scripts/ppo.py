@@ -57,6 +57,7 @@ def main(
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
+    from utils.training.before_after import open_trial
     from utils.training.flags import check_ppo_flags
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
@@ -89,6 +90,7 @@ def main(
     all_args = (model_args, lora_args, data_args, rollout_args, reward_args, ppo_args)
     training_run = open_run(training_args, *all_args)
     tokenizer.chat_template = template
+    trial = open_trial(rollout_args.questions, tokenizer, template, model_args, lora_args, training_args)
     sources = Sources(data_args, training_args, f"{RECORD_FILES} of prompts", rollout_args.max_dropped_share)
     prompts, eval_prompts = load_prompt_sets(sources, rollout_args, tokenizer, template)
     check_validation(training_args, list(eval_prompts), METRICS, ("score",))
@@ -118,7 +120,7 @@ def main(
         tuning_set=tuning_set,
         end_ids=end_ids,
     )
-    return train_and_save(trainer, training_run, "PPO", ("run_inference.sh", "--interactive"), planned)
+    return train_and_save(trainer, training_run, "PPO", ("run_inference.sh", "--interactive"), planned, trial)
 
 
 # ---------------------------------------------------------------- checks before anything slow

@@ -44,6 +44,7 @@ def main(
     from utils.text.prompts import resolve_template, warn_of_replaced_template
     from utils.text.tokenizer import choose_tokenizer, embedding_rows, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
+    from utils.training.before_after import open_trial
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import CausalLMTrainer, describe_model, train_and_save
 
@@ -59,6 +60,7 @@ def main(
     template = resolve_template(tuning_args.prompt_template, tokenizer)
     warn_of_replaced_template(template, tokenizer)
     tokenizer.chat_template = template  # saved beside the weights, so every engine prompts as trained
+    trial = open_trial(tuning_args.questions, tokenizer, template, model_args, lora_args, training_args)
     train_set, eval_sets, keys = load_tuning_data(data_args, tuning_args, training_args, tokenizer, template)
     check_validation(training_args, list(eval_sets))
     inputs = {"data": keys, "tokenizer": tokenizer_fingerprint(tokenizer), "processes": training_args.world_size}
@@ -77,7 +79,9 @@ def main(
         first_row = freeze_all_but_new_rows(model, str(model_args.model_name_or_path), tokenizer)
     logger.info("%s", describe_model(model))
     trainer = CausalLMTrainer(model, training_args, train_set, eval_sets, tokenizer, collator, first_row)
-    return train_and_save(trainer, training_run, "Instruction tuning", ("run_inference.sh", "--interactive"), planned)
+    return train_and_save(
+        trainer, training_run, "Instruction tuning", ("run_inference.sh", "--interactive"), planned, trial
+    )
 
 
 def load_tuning_data(

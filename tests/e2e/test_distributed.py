@@ -369,6 +369,21 @@ def test_two_processes_train_as_one(
                 assert 0 < note["gathers"] < 20 and note["sharded"] == [True]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_the_first_of_two_processes_answers_questions(mode, tiny_model_folder, material, tmp_path):
+    """As one process does, before and after; the other one waits."""
+    (tmp_path / "questions.jsonl").write_text('{"instruction": "Tell me about the cat."}\n{"instruction": "Hello."}\n')
+    flags = ["--max_seq_length", "128", "--max_steps", "4", "--save_steps", "100"]
+    flags += ["--questions", tmp_path / "questions.jsonl"]
+    run_jobs([job("dpo", tiny_model_folder, material / "pairs.jsonl", tmp_path / "one", 4, *flags)])
+    more = [*flags, *mode_flags(mode, tmp_path)]
+    start_jobs(tmp_path, [job("dpo", tiny_model_folder, material / "pairs.jsonl", tmp_path / "two", 2, *more)])
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    found, expected = (json.loads((tmp_path / n / "all_results.json").read_text()) for n in ("two", "one"))
+    assert found["questions"] == expected["questions"] and len(found["questions"]) == 2
+
+
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory, base_tokenizer_folder) -> Path:
     """A Mixtral of 4 experts; with few tokens a batch some get none, and other ones in each process."""

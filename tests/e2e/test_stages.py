@@ -1,11 +1,13 @@
 """What holds for all five training scripts alike, each with a few records."""
 
+import json
 import logging
 import subprocess
 import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,6 +15,7 @@ from support.models import model_of, save_llama
 from support.paths import SCRIPTS
 from support.stages import STAGES, run_main, stage_argv, stage_losses, write_records
 from utils.core.errors import InputError
+from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
 from utils.training import arguments
 
@@ -99,6 +102,38 @@ def test_a_type_that_float32_arithmetic_cannot_keep_is_said(stored, records, tmp
     with caplog.at_level(logging.WARNING):
         losses_of("sft", stored, "float32", records, tmp_path / "run", "--precision", "fp32", "--dtype", "float16")
     assert "--dtype float16 has no effect with --precision fp32" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [("dpo",), ("ppo",), ("sft", "--full_finetuning"), ("ppo", "--critic", "adapter")])
+def test_questions_are_answered_before_and_after(run, stored, records, tmp_path):
+    """By what is loaded and what is saved, as transformers has it; and nothing else about the run changes."""
+    stage, *way = run
+    flags = ("--precision", "fp32", "--learning_rate", "0.05", *way)
+    asked = [{"instruction": "Where is a?"}, {"instruction": "Where is b?"}]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    without = losses_of(stage, stored, "float32", records, tmp_path / "without", *flags)
+    flags += ("--questions", tmp_path / "questions.json")
+    assert losses_of(stage, stored, "float32", records, tmp_path / "with", *flags) == without
+    name = "model.safetensors" if "--full_finetuning" in way else "adapter_model.safetensors"
+    first, second = (load_file(tmp_path / run / name) for run in ("without", "with"))
+    assert all(torch.equal(first[key], second[key]) for key in second)
+    rows = json.loads((tmp_path / "with" / "all_results.json").read_text())["questions"]
+    assert [row["question"] for row in rows] == ["Where is a?", "Where is b?"]
+    before = AutoModelForCausalLM.from_pretrained(stored / "float32")
+    if "--full_finetuning" in way:
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    else:
+        copy = AutoModelForCausalLM.from_pretrained(stored / "float32")
+        after = PeftModel.from_pretrained(copy, str(tmp_path / "with"))
+    tokenizer = load_tokenizer(stored / "float32")
+    for row in rows:
+        asked = [{"role": "user", "content": row["question"]}]
+        prompt = torch.tensor([encode_prompt(asked, CHAT_TEMPLATES["llama-2"], tokenizer)])
+        for when, model in (("before", before), ("after", after)):
+            ids = model.generate(input_ids=prompt, max_new_tokens=128, do_sample=False)[0, prompt.shape[1] :]
+            assert row[when] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert any(row["before"] != row["after"] for row in rows)
 
 
 MIXTURES = {

@@ -14,7 +14,9 @@ from support.training import assert_equal_weights, check_kills, losses
 from utils.core.arguments import DataArguments, ExtendArguments, LoraArguments, ModelArguments
 from utils.core.command_line import parse_args
 from utils.core.errors import InputError
+from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
 from utils.text.tokenizer import load_tokenizer
+from utils.training import before_after
 from utils.training.arguments import RunArguments
 
 SMALL = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--per_device_train_batch_size", "2"]
@@ -161,16 +163,54 @@ def test_a_finished_run_is_refused_and_kept(pt_run, tiny_model_folder, extended_
     assert (pt_run / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_the_same_command_gives_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path):
-    run_sft(sft_argv(tiny_model_folder, texts / "sft.json", tmp_path / "again"))
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Twelve tokens: the plain loop reads the whole text again for each."""
+    monkeypatch.setitem(before_after.SETTINGS, "max_new_tokens", 12)
+
+
+def greedy(model, tokenizer, question: str) -> str:
+    """The likeliest answer, by a plain loop over whole texts."""
+    prompt = encode_prompt([{"role": "user", "content": question}], CHAT_TEMPLATES["llama-2"], tokenizer)
+    ids = list(prompt)
+    while len(ids) < len(prompt) + 12 and tokenizer.eos_token_id not in ids[len(prompt) :]:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_the_same_command_gives_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path, caplog, short_answers):
+    """Also if it answers questions: what it says before is the base's answer, what it says after the adapter's."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    caplog.set_level("INFO")
+    asked = tmp_path / "questions.json"
+    asked.write_text(json.dumps([{"instruction": "Hi!", "output": "Hello."}, {"instruction": "Where is the cat?"}]))
+    argv = sft_argv(tiny_model_folder, texts / "sft.json", tmp_path / "again", "--questions", asked)
+    rows = run_sft(argv)["questions"]
     assert_equal_weights(sft_run, tmp_path / "again")
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_folder), load_tokenizer(tiny_model_folder)
+    before = [greedy(base, tokenizer, row["question"]) for row in rows]
+    tuned = PeftModel.from_pretrained(base, str(tmp_path / "again"))
+    after = [greedy(tuned, tokenizer, row["question"]) for row in rows]
+    assert rows == [
+        {"question": "Hi!", "reference": "Hello.", "before": before[0], "after": after[0]},
+        {"question": "Where is the cat?", "before": before[1], "after": after[1]},
+    ]
+    assert before != after and json.loads((tmp_path / "again" / "all_results.json").read_text())["questions"] == rows
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "## Before and after" in card and "**Hi!**\n- reference: Hello.\n- before: " in card
+    assert "before and after:\n  Hi!\n    reference  Hello." in caplog.text
     run_sft([str(tmp_path / "again" / "run_config.yaml"), "--output_dir", str(tmp_path / "from_config")])
     assert_equal_weights(sft_run, tmp_path / "from_config")
 
 
 def test_an_unfinished_run_resumes_with_its_seed_and_refuses_other_settings(
-    sft_run, tiny_model_folder, texts, tmp_path, caplog
+    sft_run, tiny_model_folder, texts, tmp_path, caplog, short_answers
 ):
+    from transformers import AutoModelForCausalLM
+
     folder = tmp_path / "run"
     shutil.copytree(sft_run, folder)
     (folder / "all_results.json").unlink()
@@ -179,7 +219,11 @@ def test_an_unfinished_run_resumes_with_its_seed_and_refuses_other_settings(
     argv = sft_argv(tiny_model_folder, texts / "sft.json", folder, "--seed", 7, "--overwrite_output_dir")
     with pytest.raises(InputError, match=r"other settings \(lora_rank 4 -> 2\)"):
         run_sft([*argv, "--lora_rank", "2"])
-    run_sft(argv)
+    asked = tmp_path / "questions.json"
+    asked.write_text(json.dumps([{"instruction": "Where is the cat?"}]))
+    (row,) = run_sft([*argv, "--questions", str(asked)])["questions"]
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_folder), load_tokenizer(tiny_model_folder)
+    assert row["before"] == greedy(base, tokenizer, "Where is the cat?"), "of the weights the first half began with"
     assert "resuming with the recorded seed 42, not 7" in caplog.text
     assert_equal_weights(sft_run, folder)
     assert losses(folder) == losses(sft_run)

@@ -96,7 +96,15 @@ CAPABILITIES = (
     Capability("chat", ("inference_hf",), _TRAINING, core=True),
     Capability(
         "evaluation",
-        ("eval_alignment", "eval_longbench", "eval_multiple_choice", "eval_perplexity", "eval_answers", "report", "demo"),
+        (
+            "eval_alignment",
+            "eval_longbench",
+            "eval_multiple_choice",
+            "eval_perplexity",
+            "eval_answers",
+            "report",
+            "demo",
+        ),
         (*_TRAINING, "jieba", "rouge", "rapidfuzz"),
     ),
     Capability("web chat, arena", ("gradio_demo", "arena"), (*_TRAINING, "gradio")),

@@ -39,7 +39,17 @@ class PretrainingArguments:
 
 
 @dataclass
-class TuningArguments:
+class QuestionArguments:
+    """What is asked before and after training; of sft.py, ppo.py and dpo.py."""
+
+    questions: list[str] = list_arg(
+        help="Files of questions, in any format that sft.py reads: the first 5 are answered before and after training "
+        "and shown in the log, all_results.json and README.md."
+    )
+
+
+@dataclass
+class TuningArguments(QuestionArguments):
     """How conversations become rows."""
 
     max_seq_length: int = arg(1024, help="Longest sample in tokens; longer ones are cut, their end token is kept.")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..core.arguments import GenerationArguments, arg, list_arg
 from ..core.errors import InputError, raise_problems
+from ..data.arguments import QuestionArguments
 
 
 @dataclass
@@ -43,7 +44,7 @@ class RewardModelArguments:
 
 
 @dataclass
-class PreferenceArguments:
+class PreferenceArguments(QuestionArguments):
     """What is learned from a pair, and against which reference."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = arg(
@@ -116,7 +117,7 @@ class RewardArguments:
 
 
 @dataclass
-class RolloutArguments:
+class RolloutArguments(QuestionArguments):
     """How answers are sampled; lengths are in tokens."""
 
     prompt_template: str | None = arg(

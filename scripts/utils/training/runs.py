@@ -32,8 +32,8 @@ CHECKPOINT_PREFIX = "checkpoint-"
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "restart", "seed", "data_cache_dir", "preprocessing_num_workers",
     "ddp_timeout", "dataloader_num_workers", "disable_tqdm", "log_level", "logging_first_step", "logging_steps",
-    "logging_strategy", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit", "do_train",
-    "local_rank", "resume_from_checkpoint",
+    "logging_strategy", "questions", "report_to", "run_name", "save_steps", "save_strategy", "save_total_limit",
+    "do_train", "local_rank", "resume_from_checkpoint",
 }  # fmt: skip
 
 
@@ -220,6 +220,7 @@ def format_number(value: Any) -> str:
 def finish_run(folder: Path, metrics: dict[str, Any], next_command: str) -> None:
     """Write the results, which marks the run finished, and log its summary."""
     write_json(folder / FINISHED, metrics)
-    width = max(len(name) for name in metrics)
-    lines = [f"  {name:<{width}}  {format_number(value)}" for name, value in metrics.items()]
+    figures = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    width = max(map(len, figures))
+    lines = [f"  {name:<{width}}  {format_number(value)}" for name, value in figures.items()]
     logger.info("finished\n%s\n  files in %s\n  next: %s", "\n".join(lines), folder, next_command)

@@ -29,6 +29,7 @@ from ..text.tokenizer import save_tokenizer
 from ..weights.model_card import write_model_card
 from ..weights.names import is_embedding
 from .arguments import NO_EMBEDDINGS, RunArguments, peak_flops, peak_memory_gb
+from .before_after import Trial, as_notes, as_text
 from .memory import PlannedMemory
 from .plots import plot_losses
 from .runs import (
@@ -341,6 +342,7 @@ def train_and_save(
     title: str,
     next_words: Sequence[str],
     planned: PlannedMemory | None = None,
+    trial: Trial | None = None,
     **next_variables: str,
 ) -> dict[str, Any]:
     """Train (or resume), evaluate, save the model or adapter with its tokenizer, plot, and sum up.
@@ -348,10 +350,13 @@ def train_and_save(
     Args:
         next_words: the launcher that a fully trained model goes into next, with its flags; an adapter is merged first.
         planned: what is compared with the memory that was taken.
+        trial: questions that are answered before the first step and after the last; a run that resumes has its first
+            weights again until it reads its checkpoint.
         next_variables: what that launcher needs besides MODEL.
     Returns: the metrics, as in all_results.json.
     """
     args, folder = trainer.args, run.folder
+    before = trial.answer(trainer) if trial else []
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     seconds = time.perf_counter() - started
@@ -371,6 +376,7 @@ def train_and_save(
         }
     if planned is not None:
         metrics |= planned.compare(folder, metrics["tokens_per_second"], args.world_size)
+    after = trial.answer(trainer) if trial else []
     with named_disk_errors(folder):
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
@@ -378,7 +384,12 @@ def train_and_save(
         # finish_run last: its file marks the run finished, and one killed before that resumes and writes the rest.
         trainer.save_state()
         figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()}
-        write_model_card(folder, title, ["Settings: run_config.yaml. Losses: loss.png."], figures)
+        rows = trial.describe(before, after) if trial else []
+        if rows:
+            metrics["questions"] = rows
+            logger.info("before and after:\n%s", as_text(rows))
+        text = ["Settings: run_config.yaml. Losses: loss.png."]
+        write_model_card(folder, title, text, figures, as_notes(rows) if rows else ())
         trainer.draw(folder, title)
         trained = trainer.accelerator.unwrap_model(trainer.model)
         finish_run(folder, metrics, next_command(trained, folder, next_words, next_variables))
