@@ -105,10 +105,10 @@ def test_a_type_that_float32_arithmetic_cannot_keep_is_said(stored, records, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [("dpo",), ("ppo",), ("sft", "--full_finetuning"), ("ppo", "--critic", "adapter")])
+@pytest.mark.parametrize("run", ["dpo", "ppo", "sft --full_finetuning", "ppo --critic adapter"])
 def test_questions_are_answered_before_and_after(run, stored, records, tmp_path):
     """By what is loaded and what is saved, as transformers has it; and nothing else about the run changes."""
-    stage, *way = run
+    stage, *way = run.split()
     flags = ("--precision", "fp32", "--learning_rate", "0.05", *way)
     asked = [{"instruction": "Where is a?"}, {"instruction": "Where is b?"}]
     (tmp_path / "questions.json").write_text(json.dumps(asked))
