@@ -90,6 +90,7 @@ def answers(out: Path, folder="pred"):
     return {path.stem: read(path) for path in sorted((out / folder).glob("*.jsonl"))}
 
 
+@pytest.mark.slow
 def test_all_of_longbench(model_folder, data, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     result = evaluate(model_folder, data, tmp_path, predict_on="zh,en,code")

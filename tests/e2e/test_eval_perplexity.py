@@ -226,6 +226,7 @@ def trained(tmp_path_factory, base_tokenizer_folder):
     return folder
 
 
+@pytest.mark.slow
 def test_sliding_windows_give_each_token_more_context(trained, documents, tmp_path):
     text = {"mixed": documents["mixed"]}
     blocks, sliding = (

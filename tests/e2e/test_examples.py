@@ -124,6 +124,7 @@ def passages_in(text):
     return re.findall(r"Paragraph \d", text)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("langchain")
 def test_questions_read_the_passages_in_each_way(asked, document):
     common = ["--file_path", document, "--base_url", asked.url, "--question", "Where does the fox live?", "--k", 3]

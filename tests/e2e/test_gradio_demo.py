@@ -385,6 +385,7 @@ x * y * z
 ```"""
 
 
+@pytest.mark.slow
 def test_a_users_text_is_shown_as_it_was_typed(browser, tiny_model_folder, tmp_path):
     messages = [{"role": "user", "content": MARKED_UP}, {"role": "assistant", "content": "**bold**"}]
     (tmp_path / "chat.json").write_text(json.dumps({"messages": messages}))

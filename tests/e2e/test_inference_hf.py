@@ -137,6 +137,7 @@ def test_compiled_layers_give_the_same_answers(grown, tiny_model_folder, questio
         InferenceArguments(torch_compile=True, engine="llama.cpp")
 
 
+@pytest.mark.slow
 def test_adapter_with_a_grown_vocabulary_answers_as_the_merged_model(grown, tiny_model_folder, questions, tmp_path):
     adapter, merged = grown
     settings = {"max_new_tokens": 40}
@@ -445,6 +446,7 @@ def test_one_prompt_is_streamed_and_a_sample_question_stands_in(tiny_model_folde
     assert ask(tiny_model_folder, prompt="Where", settings={"num_beams": 2})["new_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_a_conversation_through_standard_input(tiny_model_folder, tmp_path):
     """History, /clear, invalid UTF-8, and an end without traceback, in a process with an ASCII locale."""
     flags = ("--base_model", tiny_model_folder, "--with_prompt", "--interactive", "--max_new_tokens", "8")

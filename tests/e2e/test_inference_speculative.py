@@ -72,8 +72,8 @@ def ask(folder, questions, path, *, model=None, settings=None, batch_size=2, **d
     [
         ({}, {"draft_layers": 2}),
         ({}, {"prompt_lookup": True, "draft_k": 4}),
-        ({"adapter": True}, {"draft_layers": 3, "draft_k": 3}),
-        ({"load_in_4bit": True}, {"draft_layers": 2, "draft_k": 2}),
+        pytest.param({"adapter": True}, {"draft_layers": 3, "draft_k": 3}, marks=pytest.mark.slow),
+        pytest.param({"load_in_4bit": True}, {"draft_layers": 2, "draft_k": 2}, marks=pytest.mark.slow),
         pytest.param(
             {"load_in_4bit": True, "adapter": True},
             {"draft_layers": 2, "speculative_sampling": True},
@@ -82,7 +82,9 @@ def ask(folder, questions, path, *, model=None, settings=None, batch_size=2, **d
         pytest.param(
             {"load_in_8bit": True, "adapter": True}, {"draft_layers": 1, "draft_k": 2}, marks=pytest.mark.slow
         ),
-        ({}, {"draft_base_model": True, "draft_model_load_in_8bit": True, "draft_k": 3}),
+        pytest.param(
+            {}, {"draft_base_model": True, "draft_model_load_in_8bit": True, "draft_k": 3}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"load_in_4bit": True},
             {"draft_base_model": True, "draft_lora_model": True, "draft_k": 3},

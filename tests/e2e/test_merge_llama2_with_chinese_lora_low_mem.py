@@ -641,6 +641,7 @@ def command(*flags: str | Path) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, flags)]
 
 
+@pytest.mark.slow
 def test_command_line(llama, simple_adapter, tmp_path):
     """The forerunners' spelling works without a warning; a mistake is one line and status 2."""
     flags = ("--base_model", llama, "--lora_model", simple_adapter, "--output_type", "huggingface", "--output_dir")

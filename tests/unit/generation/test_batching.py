@@ -179,6 +179,7 @@ def test_padding_changes_no_logit(monkeypatch, generator, tokenizer):
     torch.testing.assert_close(seen[0], torch.cat(seen[1:]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_next_prompt_joins_when_an_answer_ends(monkeypatch, generator, tokenizer):
     """With room for two, the answers are those of each alone, in the prompts' order, in fewer steps than by twos."""
     steps = []
@@ -259,6 +260,7 @@ def test_log_probabilities_are_the_models_own(engine, model, tokenizer):
     assert len(completion.logprobs) == 5
 
 
+@pytest.mark.slow
 def test_first_tokens_follow_temperature_top_k_top_p_and_penalty(generator, model, tokenizer):
     """Against the distribution computed here step by step from the model's logits."""
     prompt = encode_raw("What is the", tokenizer)

@@ -142,7 +142,8 @@ def compare(generator, kind, requests, plain, slots, join, k):
 # ---------------------------------------------------------------- greedy
 
 
-KINDS = ["similar", "itself", "fewer rows", "layers", "lookup", "other vocabulary", "itself in text"]
+KINDS = ["itself", "fewer rows", "layers", "lookup", "other vocabulary"]
+KINDS += [pytest.param(name, marks=pytest.mark.slow) for name in ("similar", "itself in text")]
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,7 @@ def test_a_failure_leaves_nothing_half_computed(monkeypatch, fails, kinds, model
         engine.close()
 
 
+@pytest.mark.slow
 def test_drafts_rotate_as_the_model_does(tiny_model_folder, tokenizer):
     """auto-NTK: requests of different lengths have rotations of their own."""
     from utils.core.arguments import RopeArguments
@@ -400,10 +402,8 @@ TINY = {
 @pytest.mark.parametrize(
     ("name", "kind", "total"),
     [
-        ("another model", "all", 800),
-        ("another model", "both", 800),
-        ("layers", "cool", 800),
         ("lookup", "top_k", 800),
+        pytest.param("another model", "all", 800, marks=pytest.mark.slow),
         *(pytest.param(name, kind, 8000, marks=pytest.mark.slow) for name in TINY for kind in SAMPLED),
     ],
 )
@@ -423,6 +423,7 @@ def test_sampled_answers_have_the_models_distribution(monkeypatch, name, kind, t
         assert 0.05 * counts["drafted"] < counts["accepted"] < 0.9 * counts["drafted"], "they agree and disagree"
 
 
+@pytest.mark.slow
 def test_the_test_above_would_see_drafts_that_are_always_accepted(monkeypatch):
     monkeypatch.setattr(speculation, "MOST_ROWS", 64)
     monkeypatch.setattr(speculation, "rejection_sample", lambda logits, sampler, token, drafted: token)
@@ -433,6 +434,7 @@ def test_the_test_above_would_see_drafts_that_are_always_accepted(monkeypatch):
     assert statistic > 2 * freedom + 50
 
 
+@pytest.mark.slow
 def test_drafts_that_are_not_drawn_change_no_sampled_answer(kinds, generator, tokenizer):
     generator.stop_ids = [tokenizer.eos_token_id]
     settings = GenerationArguments(max_new_tokens=30, temperature=0.8, top_k=0)

@@ -83,6 +83,7 @@ def test_trained_embeddings_are_copies_in_float32():
     assert trained.frozen == plain.frozen
 
 
+@pytest.mark.slow
 def test_deep_models_are_rehearsed_with_few_layers():
     deep = job(config=LlamaConfig(**SIZES | {"num_hidden_layers": 6}), lora=FULL, checkpointing=True)
     assert footprint(deep) == _rehearse(deep, 6)
@@ -125,6 +126,7 @@ def test_four_bits_are_a_quarter_of_the_linear_layers():
     assert packed.num_weights == whole.num_weights
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_no_attention_matrix_but_eager_does():
     fused = footprint(job(on_gpu=True, attention="sdpa", length=256))
     flash = footprint(job(on_gpu=True, attention="flash_attention_2", length=256))
