@@ -14,6 +14,7 @@ from support.paths import CHROMIUM, EXAMPLES, FLAGS, SHARED_DATA
 from support.tokenizers import NEW_PIECES, train_sentencepiece, write_sentencepiece
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LC_ALL"] = "C.UTF-8"  # a Chinese shell has the scripts print the FAQ before an error
 
 
 def pytest_configure(config):
