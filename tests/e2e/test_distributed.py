@@ -22,7 +22,7 @@ if __name__ == "__main__":  # started by torchrun, not by pytest, which would kn
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from support.models import SIZES, model_of
+from support.models import MIXTURES, SIZES, model_of
 from support.paths import SCRIPTS
 from utils.core import command_line
 from utils.text.tokenizer import load_tokenizer, save_tokenizer
@@ -388,7 +388,7 @@ def test_the_first_of_two_processes_answers_questions(mode, tiny_model_folder, m
 def mixture(tmp_path_factory, base_tokenizer_folder) -> Path:
     """A Mixtral of 4 experts; with few tokens a batch some get none, and other ones in each process."""
     tokenizer, folder = load_tokenizer(base_tokenizer_folder), tmp_path_factory.mktemp("mixture") / "base"
-    sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512}
+    sizes = SIZES | MIXTURES["mixtral"] | {"max_position_embeddings": 512}
     model_of(AutoConfig.for_model("mixtral", vocab_size=len(tokenizer), **sizes), scale=0.05).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.families import make_family
 from support.merging import DENSE
-from support.models import model_of
+from support.models import MIXTURES, model_of
 from support.paths import EXAMPLES
 from support.server import GREEDY, serving
 from support.stages import run_main, stage_argv, stage_losses, write_records
@@ -212,19 +212,6 @@ def test_a_family_goes_from_vocabulary_to_server(family, base_tokenizer_folder, 
     check_served(final)
     check_exported(family, final, tmp_path / "gguf")
     shutil.rmtree(tmp_path)
-
-
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "moe_intermediate_size": 64},
-        "shared_expert_intermediate_size": 64,
-    },
-    "qwen3_moe": {
-        **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 64},
-        "head_dim": 16,
-    },
-}
 
 
 @pytest.mark.slow

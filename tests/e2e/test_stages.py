@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.models import model_of, save_llama
+from support.models import MIXTURES, model_of, save_llama
 from support.paths import SCRIPTS
 from support.stages import STAGES, run_main, stage_argv, stage_losses, write_records
 from utils.core.errors import InputError
@@ -134,13 +134,6 @@ def test_questions_are_answered_before_and_after(run, stored, records, tmp_path)
             ids = model.generate(input_ids=prompt, max_new_tokens=128, do_sample=False)[0, prompt.shape[1] :]
             assert row[when] == tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert any(row["before"] != row["after"] for row in rows)
-
-
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
-}
 
 
 @pytest.mark.parametrize(

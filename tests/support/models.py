@@ -12,6 +12,13 @@ from utils.text.tokenizer import load_tokenizer, save_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2}
+# {model_type: settings} of mixtures whose experts can be linear layers, as wide as no other layer.
+_QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _QWEN_MOE | {"norm_topk_prob": False, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": _QWEN_MOE | {"norm_topk_prob": True, "head_dim": 16},
+}
 
 
 def tiny_llama(vocabulary: int, seed: int = 0, scale: float = 1.0, **changes) -> LlamaForCausalLM:

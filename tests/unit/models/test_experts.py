@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.models import SIZES, model_of
+from support.models import MIXTURES, SIZES, model_of
 from utils.core.arguments import LoraArguments, ModelArguments
 from utils.core.errors import InputError
 from utils.lora.adapter_folder import load_with_peft, names_experts
@@ -22,12 +22,6 @@ from utils.weights.config import load_config
 from utils.weights.model_folder import read_model
 from utils.weights.names import find_spelling
 
-QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": QWEN | {"shared_expert_intermediate_size": 24},
-    "qwen3_moe": QWEN | {"head_dim": 16},
-}
 IDS = torch.tensor([[1, 5, 9, 33, 60, 2, 7, 64], [3, 3, 8, 1, 44, 0, 0, 0]])
 EVERYTHING = LoraArguments(target_modules="all", lora_rank=4, lora_alpha=8, lora_dropout=0.05)
 
