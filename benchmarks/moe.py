@@ -4,7 +4,8 @@
 The dense twin is a Llama of the same active parameters. All linear layers but the head have LoRA of rank 8. Each side
 runs in its own process; sides alternate, medians are reported. Memory is anonymous memory: files that are only mapped
 do not count. Seconds are processor seconds of one thread: those of more count how long they wait for each other, which
-on a busy machine is most. Experts: bytes of their weights with the constants of quantisation.
+on a busy machine is most. The second half of the steps counts, since kernels are compiled in the first. Experts: bytes
+of their weights with the constants of quantisation.
 """
 
 import argparse
@@ -153,9 +154,31 @@ def measure(side: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         "experts_mb": expert_bytes(model) / 1e6,
         "loading_mb": loading.most / 1e6,
         "training_mb": training.most / 1e6,
-        "seconds": statistics.median(seconds[1:]),
+        "seconds": statistics.median(seconds[len(seconds) // 2 :]),  # before, kernels are compiled
         "losses": losses,
     }
+
+
+def product_times() -> str:
+    """Milliseconds of products in 16 bits with row counts not met before, and again: what compilation costs."""
+    import torch
+
+    torch.set_num_threads(1)
+    weight, down = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((1792, 512), (8, 512)))
+    times: dict[str, list[tuple[float, float]]] = {}
+    for rows in range(129, 161):
+        x, wide, low = (torch.randn(rows, size, dtype=torch.bfloat16) for size in (512, 1792, 8))
+        products = {"x W": (x, weight.T), "grad W": (wide, weight), "x A": (x, down.T), "grad A": (low, down)}
+        for name, (left, right) in products.items():
+            spent = []
+            for _ in range(2):
+                start = time.process_time_ns()
+                left @ right
+                spent.append((time.process_time_ns() - start) / 1e6)
+            times.setdefault(name, []).append((spent[0], spent[1]))
+    medians = {name: [statistics.median(side) for side in zip(*pairs, strict=True)] for name, pairs in times.items()}
+    parts = [f"{name} {first:.2f}, then {again:.2f}" for name, (first, again) in medians.items()]
+    return "One expert's products for a row count not met before, then again (ms): " + "; ".join(parts) + "."
 
 
 def main() -> None:
@@ -196,6 +219,7 @@ def main() -> None:
         pairs = zip(runs["linear"][0]["losses"], runs["linear4"][0]["losses"], strict=True)
         largest = max(abs(four / sixteen - 1) for sixteen, four in pairs)
         lines.append(f"\nLoss in 4 bits against 16, largest difference over {args.steps} steps: {largest:.2%}.")
+    lines.append("\n" + product_times())
     print("\n".join(lines))
     if not args.no_record:
         from record import describe_run, record
