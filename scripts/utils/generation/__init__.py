@@ -5,6 +5,7 @@
   cache                a KV cache of slots, for sequences of different lengths that come and go, and share prefixes
   batching             the scheduler: continuous batching, prefill in chunks, the prefix cache
   transformers_engine  a thread works for whoever submits, with one set of slots for each adapter
+  prepacking           weights packed as the processor reads them; adapters in training folded in meanwhile
   speculation          speculative decoding: a draft writes ahead, and the model checks it in one forward pass
   drafts               what drafts: a smaller model, the first layers of the model itself, or the text so far
   llamacpp_engine      GGUF files, answered in batches like any other model

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core.arguments import GenerationArguments
 from .cache import SlotCache, common_prefix
 from .engine import Answer, Completion, Prompter, Request, TextDecoder, TokenSequence
+from .prepacking import adapters_folded
 from .sampling import choose
 
 if TYPE_CHECKING:
@@ -358,8 +359,9 @@ class Generator(Prompter):
         sequences = [TokenSequence(request, self, Answer(len(request.prompt))) for request in requests]
         scheduler = BatchScheduler(self.model, min(max_batch_size or len(sequences), len(sequences)))
         scheduler.waiting.extend(sequences)
-        while scheduler.step():
-            pass
+        with adapters_folded(self.model):
+            while scheduler.step():
+                pass
         return [sequence.answer.completion for sequence in sequences if sequence.answer.completion is not None]
 
 

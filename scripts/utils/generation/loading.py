@@ -28,6 +28,7 @@ from ..weights.model_folder import read_model
 from .drafts import EarlyExitDraft, ModelDraft, PromptLookup, RetokenizedDraft, same_vocabulary
 from .engine import Engine, Prompter
 from .llamacpp_engine import GgufFile
+from .prepacking import prepack
 from .speculation import Speculation
 from .transformers_engine import TransformersEngine
 from .vllm_engine import load_vllm
@@ -135,6 +136,23 @@ def load_for_inference(
     if adapters:
         return _wrap(model, adapters).eval()
     return model.eval()
+
+
+def load_for_decoding(
+    what: str, args: InferenceArguments, config: PreTrainedConfig, adapters: Mapping[str, str] | None = None
+) -> Any:
+    """The model of load_for_inference, made fast at tokens that come one by one; the log calls it `what`.
+
+    Its weights are no longer there to be read, as likelihoods in chunks would.
+    """
+    start = time.perf_counter()
+    model = load_for_inference(args, config, adapters)
+    logger.info(
+        "%s loaded in %.1f s: %.3g parameters, %s on %s",
+        *(what, time.perf_counter() - start, model.num_parameters(), model.dtype, model.device),
+    )
+    prepack(model, compiled=args.torch_compile)
+    return model
 
 
 def adapts_single_experts(adapters: Sequence[str], kbits: int) -> bool:
@@ -270,12 +288,7 @@ class EnginePlan(Prompter):
                 adapters=adapters,
                 url=self.args.vllm_url,
             )
-        start = time.perf_counter()
-        model = load_for_inference(self.args, self.config, adapters)
-        logger.info(
-            "model loaded in %.1f s: %.3g parameters, %s on %s",
-            *(time.perf_counter() - start, model.num_parameters(), model.dtype, model.device),
-        )
+        model = load_for_decoding("model", self.args, self.config, adapters)
         return TransformersEngine(
             model,
             self.tokenizer,
@@ -344,9 +357,7 @@ class DraftPlan:
         """Read the weights of what drafts, if it has any of its own."""
         speculation = self._speculation
         if self._args is not None:
-            model = load_for_inference(self._args, self._config)
-            size = model.num_parameters()
-            logger.info("draft model loaded: %.3g parameters, %s on %s", size, model.dtype, model.device)
+            model = load_for_decoding("draft model", self._args, self._config)
             if same_vocabulary(self._tokenizer, self._own_tokenizer):
                 return Speculation(partial(ModelDraft, model), speculation.draft_k)
             logger.info("the draft model has another vocabulary: its text is cut into tokens anew")
