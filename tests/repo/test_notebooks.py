@@ -1,12 +1,19 @@
 """The notebooks as files: sound, without outputs, in both languages, and every command in them parses."""
 
 import ast
+import os
 import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
+from plan_memory import split_command
 
 from support.notebooks import FOLDER, as_python, read, shell_commands, sources
-from support.scripts import command_mistakes
+from support.paths import ROOT
+from support.scripts import command_mistakes, script_types
+from utils.core.command_line import parse_args
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
@@ -57,6 +64,33 @@ def test_its_code_and_its_commands_parse(path):
     for text in sources(notebook, "markdown"):
         for block in re.findall(r"```bash\n(.*?)```", text, re.S):
             assert [mistake for line in block.splitlines() for mistake in command_mistakes(line)] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_launchers_print_commands_that_their_scripts_take(path):
+    """Values too, as the scripts' own dataclasses check them; a plan's flags are its stage's."""
+    names = {"DRY_RUN": "1", "PYTHON": "python", "STEPS": "4", "PPO_STEPS": "2", "DATA_DIR": "d", "SERVER_PORT": "1"}
+    names |= dict.fromkeys(("DEMO", "WORK", "RUN", "MINE", "QUESTIONS"), "folder") | {"SMALL": small_flags(path)}
+    for source in sources(read(path), "code"):
+        for command in shell_commands(source):
+            if "bash scripts/" not in command:
+                continue
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=ROOT, env=os.environ | names, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            script, *words = shlex.split(done.stdout)[1:]
+            stage = Path(script).name
+            if stage == "plan_memory.py":
+                own, (stage, *words) = split_command(words)
+                parse_args(*script_types("plan_memory.py"), argv=own)
+                stage += ".py"
+            parse_args(*script_types(stage), argv=[*words, *(["--output_dir", "o"] if "PLAN=1" in command else [])])
+
+
+def small_flags(path):
+    found = re.search(r'environ\["SMALL"\] = "(.*)"', "".join(sources(read(path), "code")))
+    return found[1] if found else ""
 
 
 def test_a_cell_becomes_python():

@@ -57,6 +57,11 @@ def execute(path: Path, monkeypatch) -> dict:
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.chdir(path.parent)
     names: dict = {"run_shell": run_shell}
-    for number, source in enumerate(sources(read(path), "code"), 1):
-        exec(compile(as_python(source), f"{path.name}, code cell {number}", "exec"), names)
+    try:
+        for number, source in enumerate(sources(read(path), "code"), 1):
+            exec(compile(as_python(source), f"{path.name}, code cell {number}", "exec"), names)
+    finally:
+        for started in names.values():
+            if isinstance(started, subprocess.Popen) and started.poll() is None:
+                started.terminate()
     return names
