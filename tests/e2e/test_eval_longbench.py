@@ -175,6 +175,7 @@ def test_longbench_e(model_folder, data, tmp_path, capsys):
     assert "en 4-8k" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(model_folder, data, tmp_path, monkeypatch):
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     whole = evaluate(model_folder, data, tmp_path / "whole", settings, batch_size=2)

@@ -105,6 +105,7 @@ def test_answers_are_those_without_drafts(model, drafts, deep_model, adapter, qu
     assert "drafted tokens accepted" in caplog.text and "tokens a pass of the model" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_draft_of_another_vocabulary_is_told_by_its_tokenizer(
     deep_model, extended_tokenizer_folder, questions, tmp_path, caplog
 ):

@@ -40,9 +40,8 @@ def test_the_flags_are_those_of_the_scripts():
         assert script_types(f"{stage}.py")[:-1] == STAGES[stage]
 
 
-@pytest.mark.parametrize(
-    "stage", [stage if stage == "pt" else pytest.param(stage, marks=pytest.mark.slow) for stage in LAUNCHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", LAUNCHERS)
 def test_every_launcher_plans(stage, config_folder, tmp_path):
     environment = {**os.environ, "PLAN": "1", "DRY_RUN": "1", "MODEL": str(config_folder), "DATA": "none"}
     environment |= {"NPROC": "4", "NNODES": "2", "OUT": str(tmp_path / "out"), "REWARD": "", "PYTHON": sys.executable}
@@ -95,6 +94,7 @@ def test_what_cannot_fit_is_said(config_folder, capsys):
     assert "no setting of this model and batch fits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_time_and_price_from_a_given_or_a_measured_rate(config_folder):
     given = run_plan("pt", config_folder, tokens="7.2M", tokens_per_second=1000, price=2.5, processes=2)
     assert (given["hours"], given["price"]) == (2.0, 10.0)

@@ -575,6 +575,7 @@ def test_long_prompts_are_dropped_and_counted(tiny_model_folder, function, tmp_p
     assert entries(tmp_path / "out", "updates") == [4.0]  # fewer prompts than answers of an iteration
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_loses_nothing(tiny_model_folder, prompts, function, tmp_path):
     """Once it is mended, the same command goes on."""
     own = tmp_path / "rewards.py"

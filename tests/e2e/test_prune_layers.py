@@ -169,6 +169,7 @@ def test_adapters_and_quantised_models_are_refused(llama, tmp_path):
 # ---------------------------------------------------------------- what becomes of the result
 
 
+@pytest.mark.slow
 def test_the_result_is_trained_and_drafts_for_the_model_it_came_from(base_tokenizer_folder, tmp_path):
     import inference_hf
     import pt

@@ -40,6 +40,7 @@ def test_main_writes_three_files(folder, caplog):
     assert report.main(report.ReportArguments(run_dir=str(folder)))["seconds"] == summary["seconds"] - 50
 
 
+@pytest.mark.slow
 def test_command_line_names_what_is_missing(folder):
     (folder / "pretrain" / "all_results.json").unlink()
     environment = {**os.environ, "RUN_DIR": str(folder), "PYTHON": sys.executable}

@@ -274,6 +274,7 @@ def test_a_fully_trained_model_is_loaded_by_transformers(tiny_model_folder, pair
     assert run_rm(rm_argv(tmp_path / "rm", pairs, tmp_path / "more", *more))["eval_new_accuracy"] > 0.95
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_training_where_it_was(rm_run, tiny_model_folder, pairs, tmp_path):
     more = ("--adapter_name_or_path", rm_run, "--max_steps", 1, "--learning_rate", "1e-30")
     results = run_rm(rm_argv(tiny_model_folder, pairs, tmp_path / "more", *more))

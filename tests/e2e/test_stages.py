@@ -138,12 +138,9 @@ def test_questions_are_answered_before_and_after(run, stored, records, tmp_path)
 
 @pytest.mark.parametrize(
     ("kind", "stage"),
-    [
-        pytest.param(kind, stage, marks=() if (kind, stage) == ("mixtral", "dpo") else pytest.mark.slow)
-        for kind in MIXTURES
-        for stage in STAGES
-    ],
+    [(kind, stage) for kind in MIXTURES for stage in STAGES],
 )
+@pytest.mark.slow
 def test_experts_and_routers_of_mixtures_are_trained_in_4_bits(
     kind, stage, base_tokenizer_folder, records, tmp_path, caplog
 ):

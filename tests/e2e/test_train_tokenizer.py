@@ -114,6 +114,7 @@ def test_all_wrong_settings_are_reported_together():
         assert name in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_line_fails_with_one_line(tmp_path):
     done = run_script("--input", CORPUS, "--output_dir", tmp_path / "out", "--vocab_size", 100_000)
     assert done.returncode == 2
@@ -121,6 +122,7 @@ def test_the_command_line_fails_with_one_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: --vocab_size 100000 is too high")
 
 
+@pytest.mark.slow
 def test_interrupting_leaves_nothing(tmp_path):
     big = tmp_path / "big.txt"
     big.write_text(CORPUS.read_text(encoding="utf-8") * 400, encoding="utf-8")

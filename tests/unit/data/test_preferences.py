@@ -250,7 +250,7 @@ def read_back(file):
     ]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_files_hold_what_a_plain_loop_reads(tmp_path, monkeypatch, tokenizer, num_workers):
     import pyarrow
     import pyarrow.parquet

@@ -65,7 +65,7 @@ def read_back(file) -> list[tuple[list[int], list[int]]]:
     return result
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_are_those_of_a_plain_loop(tmp_path, monkeypatch, tokenizer, num_workers):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(cache, "RECORDS_PER_UNIT", 3)

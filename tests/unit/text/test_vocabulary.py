@@ -264,7 +264,7 @@ def plain_bpe(text, pattern, vocab, ranks, ignore_merges):
     return ids
 
 
-@pytest.fixture(scope="module", params=sorted(PATTERNS))
+@pytest.fixture(scope="module", params=["llama-bpe", pytest.param("qwen2", marks=pytest.mark.slow)])
 def byte_level(request, tmp_path_factory):
     """(name, base, extended, its folder) for one split pattern; Llama-3 takes whole words without merging them."""
     name = request.param
@@ -339,6 +339,7 @@ def test_byte_level_training_equals_training_in_one_go(tmp_path):
                 position += 1
 
 
+@pytest.mark.slow
 def test_a_qwen2_tokenizer_beside_its_model_config(tmp_path, texts):
     """Beside a qwen2 config AutoTokenizer takes its own class whatever the tokenizer says: it must agree too."""
     base = make_byte_level(tmp_path / "base", PATTERNS["qwen2"], ignore_merges=False, normalizer=normalizers.NFC())

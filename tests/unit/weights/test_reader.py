@@ -311,6 +311,7 @@ def test_names_that_are_no_folder(tmp_path, monkeypatch):
         config.local_folder("nobody/nothing-of-this-name")
 
 
+@pytest.mark.slow
 def test_reading_does_not_fill_memory(tmp_path):
     """64 MB read in row blocks: the process grows by a block, not by the file."""
     save_file({"a": torch.zeros(16_000, 1000)}, tmp_path / "model.safetensors")

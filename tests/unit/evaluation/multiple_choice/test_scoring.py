@@ -89,6 +89,7 @@ def test_scores_are_those_of_plain_passes(name, tail):
     assert scorer.counts["computed_tokens"] < scorer.counts["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter():
     """One question at a time (no padding), some, and all at once (padded), in the order given and another."""
     model, requests = model_of(CONFIGS["llama"]), questions(count=13, tail=3)
