@@ -80,7 +80,7 @@ def test_a_data_set_in_pages(hub, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     figures = run_main(tmp_path / "d", hub="modelscope", kind="dataset")
     assert figures["files"] == 4 and set(contents(tmp_path / "d")) == WANTED | {"pytorch_model.bin"}
-    assert next_words(caplog.text) == ["MODEL=MODEL", f"DATA={tmp_path}/d", "bash", "scripts/run_sft.sh"]
+    assert next_words(caplog.text) == ["MODEL=BASE", f"DATA={tmp_path}/d", "bash", "scripts/run_sft.sh"]
 
 
 def test_what_broke_off_goes_on(hub, tmp_path, caplog):

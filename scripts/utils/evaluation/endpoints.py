@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -129,7 +130,7 @@ class Endpoint:
             response = self._create(messages, options, stream=False)
         except openai.APIError as error:
             raise EndpointError(_describe(error)) from None
-        except ValueError as error:  # the client lets it pass
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the client lets it pass
             raise EndpointError(f"the server's reply is no JSON: {error}") from None
         if not getattr(response, "choices", None):
             raise EndpointError("the server's answer has no choice in it")
