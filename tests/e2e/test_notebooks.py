@@ -19,7 +19,7 @@ NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if path.stem != "grad
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     if path.stem != "recipe" and not (DEMO_RUN / "summary.json").is_file():
         pytest.skip(f"no finished demo in {DEMO_RUN}: make demo, or set DEMO_RUN")
-    for name, value in {"STEPS": "4", "PPO_STEPS": "2", "SERVER_PORT": str(free_port())}.items():
+    for name, value in {"STEPS": "8", "PPO_STEPS": "2", "SERVER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DEMO", str(DEMO_RUN))
     monkeypatch.setenv("WORK", str(tmp_path))

@@ -112,10 +112,8 @@ def test_the_header_has_a_planned_figure(name):
     assert f"python scripts/{OTHERS.get(name, name)}.py examples/configs/{name}.yaml" in lines[1]
 
 
-# Each costs some seconds: the others are asked by make test-all.
-@pytest.mark.parametrize(
-    "name", [name if name == "1.3b_sft" else pytest.param(name, marks=pytest.mark.slow) for name in [*STAGES, *OTHERS]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*STAGES, *OTHERS])
 def test_the_header_says_what_the_planner_says(name):
     path = CONFIGS / f"{name}.yaml"
     assert plan_headers.memory_line(path) in path.read_text(encoding="utf-8").splitlines()
