@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import demo
+import pytest
 
 from support.paths import SCRIPTS
 from support.scripts import script_flags
@@ -73,6 +74,7 @@ def test_a_dry_run_prints_all_and_makes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_ends_it_with_the_status_of_the_stage_and_without_a_report(tmp_path, monkeypatch):
     """As a command: the launcher, whose stages fail here since their python is none."""
     fails = tmp_path / "python"

@@ -147,6 +147,7 @@ def test_questions_read_the_passages_in_each_way(asked, document):
     assert "Make one answer of them" in asked.prompts[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("langchain")
 def test_summaries_read_the_whole_text_in_each_way(asked, document):
     common = ["--file_path", document, "--base_url", asked.url, "--chunk_size", 120, "--chunk_overlap", 0]

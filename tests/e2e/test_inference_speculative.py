@@ -141,6 +141,7 @@ def test_every_adapter_is_drafted_for_by_itself(deep_model, adapter):
     assert engine.statistics()["accepted"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_drafts_where_answers_stay_the_same(deep_model, questions, tmp_path):
     path = tmp_path / "p.json"
     ask(deep_model, questions, path, draft_layers=1)

@@ -830,6 +830,7 @@ def test_verify_compares_logits_and_publishes_nothing_where_they_part(llama, sim
 # ---------------------------------------------------------------- what a review found
 
 
+@pytest.mark.slow
 def test_weighted_adapters_that_grow_the_vocabulary_after_others(llama, tmp_path, base_tokenizer_folder):
     """Rows that only the second adapter has come from it alone; the first one's file ends before them."""
     tokenizer = str(grown_tokenizer(base_tokenizer_folder, tmp_path / "tokenizer", 434))

@@ -58,8 +58,15 @@ def assert_parts_are(folder, expected):
             assert torch.equal(loaded[name], weight), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, id="bf16"),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["mha", "gqa", "llama3"])
 def test_pth_to_huggingface_to_pth_gives_the_same_bits(tmp_path, kind, parts, dtype):
     params = meta_model.make_params(**(MHA if kind == "mha" else GQA))

@@ -587,6 +587,7 @@ class Script:
         return self.process.returncode, [json.loads(line) for line in output.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_script_serves_and_sigterm_lets_streams_end(tiny_model_folder, tmp_path, engine, endless):
     keys = tmp_path / "keys"
     keys.write_text("from-file\n", encoding="utf-8")

@@ -102,6 +102,7 @@ def test_time_and_price_from_a_given_or_a_measured_rate(config_folder):
         run_plan("pt", config_folder, tokens="7.2M")
 
 
+@pytest.mark.slow
 def test_earlier_runs_calibrate(config_folder, capsys):
     from utils.planning.advice import describe
     from utils.planning.request import PlannedRun, read_request

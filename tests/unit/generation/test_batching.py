@@ -421,7 +421,7 @@ def answered(scheduler, generator, requests, join=1):
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
-@pytest.mark.parametrize("join", [0, 1, 3])
+@pytest.mark.parametrize("join", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_answers_that_join_and_leave_are_those_they_would_be_alone(generator, tokenizer, slots, join):
     generated = torch.Generator().manual_seed(slots)
     texts = [PROMPTS[number % 5] * (1 + number % 3) for number in range(12)]

@@ -354,7 +354,9 @@ def test_cached_generation_equals_uncached():
 # ---------------------------------------------------------------- requests to an engine
 
 
-@pytest.mark.parametrize("max_batch_size", [4, 3, 1])
+@pytest.mark.parametrize(
+    "max_batch_size", [pytest.param(4, marks=pytest.mark.slow), 3, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_each_request_of_an_engine_has_its_own_rotation(tiny_model_folder, max_batch_size):
     """Short and long prompts at once, two that begin alike with different and two with equal rotations; a second
     round finds the first one's keys in the slots. Against plain models with each base, without a cache."""
