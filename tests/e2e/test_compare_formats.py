@@ -28,6 +28,7 @@ def table_arguments(base: Path, folder: Path, **settings):
     return compare_formats.FormatArguments(str(base), [str(HELDOUT)], output=output, plot=plot, **settings)
 
 
+@pytest.mark.slow
 def test_the_table_of_formats(base, tmp_path, monkeypatch, capsys):
     """GGUF files are written by this process here; the slow test below runs the command as the demo does."""
     pytest.importorskip("llama_cpp")

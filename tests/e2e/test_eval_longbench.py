@@ -258,6 +258,7 @@ def test_another_models_answers_are_not_mixed_in(model_folder, data, tmp_path):
     assert list(model["weights"]) == [str(other)]
 
 
+@pytest.mark.slow
 def test_answers_that_are_there_are_scored_without_a_model(model_folder, data, tmp_path, capsys):
     made = evaluate(model_folder, data, tmp_path)
     with pytest.raises(InputError, match="is finished"):

@@ -155,7 +155,7 @@ def test_adapter_with_a_grown_vocabulary_answers_as_the_merged_model(grown, tiny
     assert [row["Input"] for row in read_rows(tmp_path / "a.json")] == QUESTIONS
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_tied_embeddings(tie, tiny_model_folder, extended_tokenizer_folder, questions, tmp_path):
     """A tied base: the adapter's two matrices stay one, or become two, as it was trained."""
     base = tmp_path / "tied"

@@ -129,7 +129,9 @@ def test_a_grown_vocabulary_reaches_the_config(llama, tmp_path, variant, base_to
     assert_logits_close(tmp_path / "out", expected)
 
 
-@pytest.mark.parametrize("rows", [None, 434], ids=["same_vocabulary", "grown"])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(None, id="same_vocabulary", marks=pytest.mark.slow), pytest.param(434, id="grown")]
+)
 @pytest.mark.parametrize("variant", TIED)
 def test_a_tie_is_kept_or_broken_as_training_left_it(tmp_path, variant, rows, base_tokenizer_folder):
     """The oracle is the model with the adapter on: PEFT's own merge changes both tied weights in place."""

@@ -75,7 +75,8 @@ def quantise_on_load(base: Path, method: str, dtype: torch.dtype = torch.float32
 # ---------------------------------------------------------------- bitsandbytes
 
 
-@pytest.mark.parametrize("method", [pytest.param("bnb-4bit", marks=pytest.mark.slow), "bnb-8bit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bnb-4bit", "bnb-8bit"])
 def test_a_saved_folder_answers_as_quantising_on_load(base, tmp_path, method):
     report = run_quantize(base, tmp_path / "out", method)
     assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(quantise_on_load(base, method)))

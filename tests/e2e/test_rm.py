@@ -141,6 +141,7 @@ def test_losses_are_means_over_the_pairs_of_a_step_however_it_is_cut(tiny_model_
         torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_evaluation_equals_a_plain_loop(tiny_model_folder, pairs, tmp_path):
     """The untrained model's loss with margin and centering, from transformers' own forward passes."""
     from transformers import AutoModelForSequenceClassification

@@ -179,6 +179,7 @@ def greedy(model, tokenizer, question: str) -> str:
     return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits(sft_run, tiny_model_folder, texts, tmp_path, caplog, short_answers):
     """Also if it answers questions: what it says before is the base's answer, what it says after the adapter's."""
     from peft import PeftModel

@@ -84,7 +84,19 @@ def llama(tmp_path_factory):
 DORA_EMBEDDING = {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "dora_embedding"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "lora",
+        "dora",
+        "tokens",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*VARIANTS, "dora_embedding"]
+            if name not in ("lora", "dora", "tokens")
+        ),
+    ],
+)
 def test_a_right_merge_passes_and_one_half_is_peft(llama, tmp_path, variant):
     expected = make_adapter(llama, tmp_path / "adapter", **(VARIANTS | {"dora_embedding": DORA_EMBEDDING})[variant])
     run_merge(llama, tmp_path / "adapter", tmp_path / "out")
@@ -114,7 +126,13 @@ def test_tied_and_untied_heads(tmp_path, variant):
             verify(base, tmp_path / "adapter", tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Here a few; that these merge as PEFT does is asked of all of them by default (test_merge...).
+QUICK = ("mistral", "qwen3", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_other_architectures(tmp_path, kind):
     base = make_base(tmp_path / "base", kind.split("_")[0], **({"head_dim": 16} if kind == "qwen3" else {}))
     expected = make_adapter(base, tmp_path / "adapter", **KINDS[kind])

@@ -150,7 +150,7 @@ def test_published_tokenizer_on_chinese_text(tmp_path, shared_data):
 # ---------------------------------------------------------------- bad text
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_text_stops_or_is_counted(tmp_path, monkeypatch, caplog, sentencepiece_tokenizer, num_workers):
     parallel_always(monkeypatch)
     monkeypatch.setattr(data_corpora, "UNIT_BYTES", 8)

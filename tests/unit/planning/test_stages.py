@@ -74,6 +74,7 @@ def test_weights_are_those_of_the_model_and_its_adapter():
     assert count_weights(LLAMA) == base
 
 
+@pytest.mark.slow
 def test_trained_embeddings_are_copies_in_float32():
     lora = dataclasses.replace(job().lora_args, modules_to_save="embed_tokens,lm_head")
     plain, trained = footprint(job(dtype=torch.bfloat16)), footprint(job(lora=lora, dtype=torch.bfloat16))
@@ -112,6 +113,7 @@ def test_packed_layers_have_the_size_of_bitsandbytes(bits, double):
     assert packed.weight.numel() + packed.scales.numel() == size
 
 
+@pytest.mark.slow
 def test_four_bits_are_a_quarter_of_the_linear_layers():
     pytest.importorskip("bitsandbytes")
     config = LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 512})
@@ -136,7 +138,9 @@ def test_a_gpu_keeps_no_attention_matrix_but_eager_does():
     assert flash.kept < fused.kept
 
 
-@pytest.mark.parametrize("critic", ["head", "adapter", "model", "group"])
+@pytest.mark.parametrize(
+    "critic", ["head", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapter", "model", "group"))]
+)
 def test_ppo_has_its_critic(critic):
     lora = LoraArguments(target_modules="q_proj", lora_dropout=0.0)
     step, plain = footprint(job("ppo", lora=lora, critic=critic)), footprint(job(lora=lora))
@@ -152,6 +156,7 @@ def test_a_reward_model_has_no_logits():
     assert scores.moments[FORWARD].activations < text.moments[FORWARD].activations
 
 
+@pytest.mark.slow
 def test_dpo_asks_the_reference_before():
     assert footprint(job("dpo", reference=True)).kept == footprint(job("dpo")).kept
 
