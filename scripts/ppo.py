@@ -48,11 +48,9 @@ def main(
 ) -> dict[str, Any]:
     """Run the stage; returns the metrics of all_results.json."""
     from utils.data.sources import RECORD_FILES, Sources
-    from utils.models.training_model import check_training_request
     from utils.planning.request import plan_run
     from utils.rlhf.objectives import AdaptiveKL, FixedKL
     from utils.rlhf.ppo_trainer import METRICS, PPOTrainer
-    from utils.rlhf.reference import check_reference, check_reference_model
     from utils.rlhf.rewards import load_reward_function
     from utils.text.prompts import resolve_template
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -73,16 +71,7 @@ def main(
     tokenizer = load_tokenizer(folder)
     names = (lora_args.adapter_name_or_path, model_args.model_name_or_path)
     end_ids = named_end_ids([local_folder(name) for name in names if name])
-    check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
-    if lora_args.output_router_logits:
-        raise InputError("--output_router_logits: PPO adds no balancing loss; leave it out")
-    reference = ppo_args.reference_model
-    check_reference(lora_args, reference, "PPO")
-    if lora_args.full_finetuning and not reference:
-        reference = model_args.model_name_or_path
-    if reference:
-        check_reference_model(reference, tokenizer)
-    check_critic(ppo_args, lora_args, tokenizer)
+    reference = check_models(model_args, lora_args, ppo_args, tokenizer)
     check_sizes(model_args, rollout_args, ppo_args, training_args)
     function = load_reward_function(reward_args.reward_function) if reward_args.reward_function else None
     template = resolve_template(rollout_args.prompt_template, tokenizer)
@@ -124,6 +113,26 @@ def main(
 
 
 # ---------------------------------------------------------------- checks before anything slow
+
+
+def check_models(
+    model_args: ModelArguments, lora_args: LoraArguments, ppo_args: PPOArguments, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """The reference model's folder; None where it is the policy without its adapter. Raises: InputError."""
+    from utils.models.training_model import check_training_request
+    from utils.rlhf.reference import check_reference, check_reference_model
+
+    check_training_request(model_args, ExtendArguments(), lora_args, tokenizer)
+    if lora_args.output_router_logits:
+        raise InputError("--output_router_logits: PPO adds no balancing loss; leave it out")
+    reference = ppo_args.reference_model
+    check_reference(lora_args, reference, "PPO")
+    if lora_args.full_finetuning and not reference:
+        reference = model_args.model_name_or_path
+    if reference:
+        check_reference_model(reference, tokenizer)
+    check_critic(ppo_args, lora_args, tokenizer)
+    return reference
 
 
 def check_critic(ppo_args: PPOArguments, lora_args: LoraArguments, tokenizer: PreTrainedTokenizerBase) -> None:
