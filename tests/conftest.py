@@ -14,11 +14,14 @@ from support.paths import CHROMIUM, EXAMPLES, FLAGS, SHARED_DATA
 from support.tokenizers import NEW_PIECES, train_sentencepiece, write_sentencepiece
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As each script does: bitsandbytes loads the compiler when it is imported, which takes seconds of each worker.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["LC_ALL"] = "C.UTF-8"  # a Chinese shell has the scripts print the FAQ before an error
 
 
 def pytest_configure(config):
     """Let Ctrl-C tests work in background jobs, which a shell starts with SIGINT ignored; children inherit that."""
+    gc.disable()  # until all modules are there, see pytest_collection_finish
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,10 +40,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What all test modules have brought in lives to the end; collections, one at each end of a training run, need not
-    look through it time and again."""
+    """What all test modules have brought in lives to the end; collections, many while it grows and one at each end of
+    a training run, need not look through it time and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

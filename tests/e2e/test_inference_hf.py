@@ -119,10 +119,11 @@ def grown(tmp_path_factory, tiny_model_folder, extended_tokenizer_folder) -> tup
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_answers(grown, tiny_model_folder, questions, tmp_path):
+def test_compiled_layers_give_the_same_answers(grown, tiny_model_folder, questions, tmp_path, monkeypatch):
     """Through an adapter, with batches that grow and shrink; the compiled parts are really what runs."""
     import torch._dynamo
 
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py sets 1
     settings, task = {"max_new_tokens": 40}, {"data_file": str(questions), "batch_size": 3}
     ask(tiny_model_folder, adapter=grown[0], settings=settings, predictions_file=str(tmp_path / "a.json"), **task)
     torch._dynamo.reset()

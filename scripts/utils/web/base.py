@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
 from fastapi.middleware import Middleware
 
+from .markup import CONTENT_POLICY
 from .texts import LANGUAGES, TEXTS, translate
 
-# Takes no room, and is white space to the browser's markdown reader, which no emphasis begins before.
-MARK = "\ufeff"
-# What that reader would not show as it is typed: blocks at the beginning of a line, and signs within it
-# (or that the mark itself, typed by a user, comes after).
-_MARKUP = re.compile(
-    rf"^(?={MARK}|[ \t]*(?:[-#>+=|:~`]|\d+[.)])|[ \t]{{2}})|(?P<code>`)"
-    rf"|[\\*_~$]|<(?=[A-Za-z/!?{MARK}])|!(?=[\[{MARK}])|\](?=[(\[:{MARK}])|&(?=#?\w+;|{MARK})",
-    re.MULTILINE,
-)
 MAX_FILE_SIZE = "4mb"
 LATEX_DELIMITERS = [
     {"left": "$$", "right": "$$", "display": True},
@@ -103,11 +94,6 @@ DOWNLOAD = """(text) => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
-# Whatever a text may hold, the page loads nothing from elsewhere and sends nothing there.
-CONTENT_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'"
-)
 
 
 class ContentPolicy:
@@ -147,24 +133,6 @@ def launch_settings() -> dict[str, Any]:
         "max_file_size": MAX_FILE_SIZE,
         "app_kwargs": {"middleware": [Middleware(ContentPolicy)], "docs_url": None, "redoc_url": None},
     }
-
-
-def escape_question(text: str) -> str:
-    """A user's text so that the page shows it as it was typed: no tags, pictures, links, headings, bold words.
-
-    The edit box shows it so too, but for a backslash before backticks: no invisible sign keeps code from being code.
-    """
-    return _MARKUP.sub(lambda match: f"\\`{MARK}" if match["code"] else f"{match[0]}{MARK}", text)
-
-
-def unescape_question(text: str) -> str:
-    """What escape_question was given."""
-    return re.sub(rf"(?m)(?:^|(?<=[\\*_~$<!\]&])){MARK}", "", text.replace(f"\\`{MARK}", "`"))
-
-
-def escape_answer(text: str) -> str:
-    """An answer so that its pictures are shown as links; other markup stays."""
-    return re.sub(r"!(?=\[)", rf"\g<0>{MARK}", text)
 
 
 class TranslatedPage:

@@ -13,8 +13,9 @@ import gradio as gr
 from ..core.arguments import GenerationArguments
 from ..core.errors import InputError
 from ..generation.engine import Engine
-from .base import DOWNLOAD, LATEX_DELIMITERS, TranslatedPage, escape_answer, escape_question, unescape_question
+from .base import DOWNLOAD, LATEX_DELIMITERS, TranslatedPage
 from .chat import Conversation, describe_context, describe_reply, read_controls, read_stops, show_stops
+from .markup import escape_answer, escape_question, unescape_question
 from .saved_chats import load_chat, save_chat
 from .texts import TEXTS, translate
 

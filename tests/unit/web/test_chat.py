@@ -18,7 +18,6 @@ from utils.core.errors import InputError
 from utils.generation.engine import Answer, Delta, Prompter
 from utils.text.prompts import CHAT_TEMPLATES, encode_prompt
 from utils.text.tokenizer import load_tokenizer
-from utils.web.base import CONTENT_POLICY, escape_answer, escape_question, unescape_question
 from utils.web.chat import (
     SETTINGS,
     Conversation,
@@ -31,6 +30,7 @@ from utils.web.chat import (
     read_stops,
     show_stops,
 )
+from utils.web.markup import CONTENT_POLICY, escape_answer, escape_question, unescape_question
 from utils.web.saved_chats import load_chat, save_chat
 from utils.web.texts import TEXTS, translate
 

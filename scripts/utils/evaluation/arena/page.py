@@ -17,8 +17,9 @@ import gradio as gr
 from ...core.arguments import GenerationArguments
 from ...core.errors import InputError
 from ...generation.engine import Answer, Delta
-from ...web.base import LATEX_DELIMITERS, TranslatedPage, escape_answer, escape_question
+from ...web.base import LATEX_DELIMITERS, TranslatedPage
 from ...web.chat import Reply, add_delta, next_news, put_news
+from ...web.markup import escape_answer, escape_question
 from ..endpoints import EndpointError
 from .matchmaking import Arena, PendingBattle
 from .players import Player
