@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     "serving.http": "unit/serving/test_app: asks the app, as clients do",
     "serving.planning": "unit/serving/test_app: asks the app, as clients do",
     "serving.responses": "unit/serving/test_app: asks the app, as clients do",
+    "web.base": "e2e/test_gradio_demo: needs a browser",
     "web.page": "e2e/test_gradio_demo: needs a browser",
 }
 
