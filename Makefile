@@ -12,7 +12,7 @@ WORKERS ?= 2
 # One thread a test process, no network, no telemetry. Hundreds of processes are started: they keep their bytecode.
 TEST_ENV := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: help setup setup-llamacpp doctor demo test test-all check style bench house clean
+.PHONY: help setup setup-llamacpp doctor quick demo test test-all check style bench house clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
 
@@ -38,6 +38,9 @@ setup-llamacpp: setup  ## llama-cpp-python for the full tests, for this processo
 
 doctor:  ## what is installed, what works here, what mends the rest
 	PYTHON=$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) bash scripts/run_doctor.sh
+
+quick: setup  ## a first look at the recipe in three minutes: up to a tuned model, its answers before and after
+	PYTHON=$(PY) bash scripts/run_demo.sh --quick
 
 demo: setup  ## the whole recipe on a laptop CPU, with a report in output/demo
 	PYTHON=$(PY) bash scripts/run_demo.sh

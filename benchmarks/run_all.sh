@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python} SHARED=${SHARED:-../shared/data}
 "$PYTHON" benchmarks/train_step.py
 "$PYTHON" benchmarks/moe.py
+"$PYTHON" benchmarks/adapter_dropout.py
 "$PYTHON" benchmarks/ppo_step.py
 "$PYTHON" benchmarks/evaluation_cost.py
 if [[ -d $SHARED ]]; then

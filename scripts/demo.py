@@ -4,6 +4,7 @@ A tiny English base -> Chinese vocabulary -> merge -> continued pre-training -> 
 other formats -> reward model, PPO, DPO -> answers and evaluations -> report.html in the folder of the run.
 
 bash scripts/run_demo.sh
+bash scripts/run_demo.sh --quick
 bash scripts/run_demo.sh --dry_run
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from string import Template
 
 from utils.core.arguments import arg
-from utils.core.command_line import run
+from utils.core.command_line import run, shell_command
 from utils.report.stage_runner import Stage, run_stages
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -45,31 +46,62 @@ WORDS = {
 class DemoArguments:
     """Where the run goes, and its seed."""
 
-    output_dir: str = arg("output/demo", help="Folder of all stages; finished ones are skipped.")
+    quick: bool = arg(
+        False,
+        help="A first look of some three minutes: a quarter of the training steps, up to the tuned model, whose "
+        "answers stand beside those before tuning.",
+    )
+    output_dir: str | None = arg(
+        help="Folder of all stages; finished ones are skipped. Default: output/demo, with --quick output/quick."
+    )
     seed: int = arg(42, help="Of every training stage.")
     dry_run: bool = arg(False, help="Print the commands of all stages instead of running them.")
 
 
 def main(args: DemoArguments) -> None:
     """Run what is not finished, then the report; a failure ends this process with the exit status of its stage."""
-    stages = list_stages(args.output_dir, args.seed)
+    output_dir = args.output_dir or ("output/quick" if args.quick else "output/demo")
+    stages = list_stages(output_dir, args.seed, args.quick)
     if args.dry_run:
         print("\n".join(f"== {stage.name}\n{shlex.join(stage.words)}" for stage in stages))
         return
-    folder = Path(args.output_dir)
+    folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    status = run_stages(stages, folder)
+    if status := run_stages(stages, folder):
+        sys.exit(status)
+    if args.quick:
+        print_look(folder)
     # The report is always made anew: it takes a second and sums up whatever was run again.
-    if status := status or subprocess.run(report_command(args.output_dir)).returncode:
+    elif status := subprocess.run(report_command(output_dir)).returncode:
         sys.exit(status)
 
 
-def list_stages(output_dir: str, seed: int) -> list[Stage]:
-    """STAGES with the paths and the seed of a run."""
+def print_look(folder: Path) -> None:
+    """Where a first look's answers are, and how to have some of one's own."""
+    chat = ("bash", "scripts/run_inference.sh", "--interactive")
+    print("\nA first look, after a quarter of the training steps")
+    print(f"  what tuning changed: {folder / LOOK.makes}/answers.html")
+    print(f"  next: {shell_command(*chat, MODEL=folder / 'assistant')}")
+    print("  the whole recipe, ten to twenty minutes: make demo")
+
+
+def list_stages(output_dir: str, seed: int, quick: bool = False) -> list[Stage]:
+    """STAGES with the paths and the seed of a run; quick: those of a first look."""
     places = {"OUT": output_dir, "SCRIPTS": SCRIPTS, "EXAMPLES": EXAMPLES, "DATA": EXAMPLES / "data", "SEED": seed}
     quoted = {name: shlex.quote(str(value)) for name, value in places.items()}
     words = {name: Template(text).substitute(quoted) for name, text in WORDS.items()} | quoted
-    return [dataclasses.replace(stage, command=Template(stage.command).substitute(words)) for stage in STAGES]
+    stages = quick_stages() if quick else STAGES
+    return [dataclasses.replace(stage, command=Template(stage.command).substitute(words)) for stage in stages]
+
+
+def quick_stages() -> list[Stage]:
+    """STAGES up to the tuned model, with fewer steps, and then a look at its answers."""
+    names = [stage.name for stage in STAGES]
+    stages = STAGES[: names.index("assistant") + 1]
+    return [
+        *(dataclasses.replace(stage, command=f"{stage.command} {QUICK.get(stage.name, '')}") for stage in stages),
+        LOOK,
+    ]
 
 
 def report_command(output_dir: str) -> list[str]:
@@ -211,6 +243,16 @@ STAGES = [
         --max_documents 60 --dtype float32""",
         needs=["base", "pretrained", "assistant", "ppo_merged", "dpo_merged"], beside=True),
 ]
+# A first look: what --quick adds to the commands of these stages, and its last one.
+QUICK = {
+    "base": "--max_steps 50",
+    "pretrain": "--max_steps 45 --compare_embedding_init False",
+    "sft": "--max_steps 120",
+}
+LOOK = Stage("look", "look", "answers.md", """
+        MODEL=$OUT/pretrained MODELS=after_tuning=$OUT/assistant QUESTIONS=$DATA/sft/heldout.json OUT=$OUT/look
+        bash $SCRIPTS/run_eval_answers.sh --max_new_tokens 48 --batch_size 32 --dtype float32""",
+        needs=["pretrained", "assistant"])
 # fmt: on
 
 

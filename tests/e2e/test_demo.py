@@ -28,8 +28,9 @@ def settings(stage):
     return dict(word.split("=", 1) for word in words[:bash]), Path(words[bash + 1]), words[bash + 2 :]
 
 
-def test_a_stage_needs_the_stages_whose_output_its_command_names():
-    stages = demo.list_stages(RUN, 7)
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_stage_needs_the_stages_whose_output_its_command_names(quick):
+    stages = demo.list_stages(RUN, 7, quick)
     for number, stage in enumerate(stages):
         places = re.findall(rf"{RUN}/([\w/.]+)", "\n".join(stage.words))
         read = {other.name for other in stages for place in places if f"{place}/".startswith(f"{other.makes}/")}
@@ -39,7 +40,8 @@ def test_a_stage_needs_the_stages_whose_output_its_command_names():
 
 
 def test_commands_are_those_of_launchers_and_their_files_exist():
-    for stage in demo.list_stages(RUN, 7):
+    whole, quick = demo.list_stages(RUN, 7), demo.list_stages(RUN, 7, quick=True)
+    for stage in [*whole, *(stage for stage in quick if stage not in whole)]:
         environment, launcher, flags = settings(stage)
         assert launcher.parent == SCRIPTS and launcher.is_file()
         assert environment.get("SEED", "7") == "7"
@@ -67,11 +69,25 @@ def test_the_report_knows_every_stage_in_its_launcher_and_place():
 
 
 def test_a_dry_run_prints_all_and_makes_nothing(tmp_path, capsys):
-    demo.main(demo.DemoArguments(str(tmp_path / "run"), 3, dry_run=True))
+    demo.main(demo.DemoArguments(output_dir=str(tmp_path / "run"), seed=3, dry_run=True))
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "== base_tokenizer" and len(printed) == 2 * len(demo.STAGES)
     assert f"SEED=3 bash {SCRIPTS}/run_pt.sh" in printed[3]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_first_look_is_the_recipe_with_fewer_steps_up_to_the_tuned_model(monkeypatch, capsys, tmp_path):
+    whole, quick = ({stage.name: stage for stage in demo.list_stages(RUN, 7, quick)} for quick in (False, True))
+    *recipe, look = quick
+    assert recipe == list(whole)[: len(recipe)] and recipe[-1] == "assistant" and look == "look"
+    for name in recipe:
+        words = whole[name].words
+        assert quick[name].words[: len(words)] == words
+        assert (quick[name].words != words) == ("SEED=7" in words), "training alone is shorter"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "run_stages", lambda stages, folder: 0)
+    demo.main(demo.DemoArguments(quick=True))
+    assert "MODEL=output/quick/assistant bash" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
   loading         weights loaded or created, and in which precision, attention and quantisation
   new_rows        embeddings and head of a model whose vocabulary grew
   training_model  the model that is trained: checked, loaded, grown, with its adapter; its size and FLOPs
+  dropout         dropout of adapters, quick on CPUs too
   lm_loss         losses over the vocabulary, computed in chunks: logits of all positions never exist at once
   gathering       weights that DeepSpeed ZeRO-3 or FSDP spread over the processes, gathered for a while
   experts         mixtures of experts as linear layers, where they get LoRA or 4 bits; what their balancing loss

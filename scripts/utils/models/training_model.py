@@ -22,6 +22,7 @@ from ..weights.config import expert_count, load_config, local_folder, model_of_s
 from ..weights.model_folder import ModelFolder, read_model
 from ..weights.names import EMBEDDING, EXPERT_PARTS, HEAD, SCORE, is_embedding
 from ..weights.reader import open_checkpoint
+from .dropout import quicken_dropout
 from .experts import check_linear_experts
 from .gathering import full_shape
 from .lm_loss import LossHead, install_loss_head, restore_loss_heads
@@ -305,6 +306,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, kbits: int, task
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW in 16 bits loses small updates
     convert_at_borders(wrapped)
+    quicken_dropout(wrapped)
     return wrapped
 
 
