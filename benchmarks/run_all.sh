@@ -13,6 +13,7 @@ if [[ -d $SHARED ]]; then
   "$PYTHON" benchmarks/sft_packing.py --data "$SHARED/sft/alpaca_zh_10k.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/dpo_step.py --data "$SHARED/preference/dpo_zh_demo.json" --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/serving.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
+  "$PYTHON" benchmarks/startup.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/decoding_step.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/merge.py --tokenizer "$SHARED/tokenizers/chinese_llama2_55296"
   "$PYTHON" benchmarks/long_context.py --shared "$SHARED"

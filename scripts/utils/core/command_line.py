@@ -6,12 +6,13 @@ line says counts more than the file, and the file more than defaults.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
 import errno
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -68,11 +69,11 @@ def build_parser(types: Sequence[type], description: str | None = None) -> Argum
     import argparse
 
     try:
-        from transformers.hf_argparser import HfArgumentParser  # 1 s of imports, no torch
+        base = _parser_class()
     except ImportError as error:  # absent, or beside other packages than it needs
         return _plain_parser(types, description, str(error).strip().partition("\n")[0])
 
-    class Parser(HfArgumentParser):
+    class Parser(base):  # type: ignore[misc, valid-type]
         def error(self, message: str) -> typing.NoReturn:
             raise InputError(f"{message}; --help tells of every flag")  # without the list of all in front of it
 
@@ -89,6 +90,26 @@ def build_parser(types: Sequence[type], description: str | None = None) -> Argum
         if action.dest in optional and action.choices is None and callable(action.type):
             action.type = _or_null(action.type)
     return parser
+
+
+def _parser_class() -> type[ArgumentParser]:
+    """transformers' parser of dataclasses, from its file alone: the package around it takes a second.
+
+    Raises: ImportError.
+    """
+    package = None if "transformers" in sys.modules else importlib.util.find_spec("transformers")
+    if package is not None and package.submodule_search_locations:
+        file = Path(package.submodule_search_locations[0]) / "hf_argparser.py"
+        spec = importlib.util.spec_from_file_location("hf_argparser", file)
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            with contextlib.suppress(ImportError, FileNotFoundError):  # a version in which it needs the package
+                spec.loader.exec_module(module)
+                alone: type[ArgumentParser] = module.HfArgumentParser
+                return alone
+    from transformers.hf_argparser import HfArgumentParser
+
+    return HfArgumentParser
 
 
 def _plain_parser(types: Sequence[type], description: str | None, reason: str) -> ArgumentParser:
@@ -408,6 +429,8 @@ def run(
     undecided = "TORCHDYNAMO_DISABLE" not in os.environ
     if undecided:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Nearly all that imports make stays: looking for cycles as often as Python does takes a seventh of a start.
+    gc.set_threshold(10_000, 10, 10)
     try:
         arguments = parse_args(*types, documented=documented, description=description)
         if undecided and any(getattr(part, "torch_compile", False) for part in arguments):
@@ -422,6 +445,11 @@ def run(
         if str(error.name).partition(".")[0] in ("utils", "None"):
             raise  # this project's own fault
         _fail(f"error: the package {error.name} is not installed; {INSTALL}", 2)
+    except ImportError as error:
+        if error.name:
+            raise  # a module lacks what another wants of it
+        reason = str(error).strip().partition("\n")[0]  # transformers, of packages that it needs otherwise
+        _fail(f"error: packages do not go together: {reason}; {INSTALL}", 2)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):  # of reading, too: the system does not say which it was
             place = f"{error.filename}: " if error.filename else ""

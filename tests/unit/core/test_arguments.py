@@ -142,6 +142,21 @@ def test_a_file_that_cannot_be_read_is_not_called_written(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: data.jsonl: Permission denied; pass files that you may read")
 
 
+def test_packages_that_do_not_go_together_are_one_line(monkeypatch, capsys):
+    """As transformers says it when it is imported, which a script may do long after its flags are read."""
+
+    def main():
+        raise ImportError("huggingface-hub>=2.0 is required, but found 1.0.\nTry: pip install")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert "do not go together: huggingface-hub>=2.0 is required, but found 1.0.; run `make setup`" in (
+        capsys.readouterr().err
+    )
+
+
 COMPILES = """
 import sys
 from dataclasses import dataclass
