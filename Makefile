@@ -49,7 +49,7 @@ test: setup  ## the tests, at most 6 minutes
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" tests
 
 test-all: setup-llamacpp  ## all counts: kills, fuzz, llama.cpp, full disks (at most 75 minutes)
-	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) tests
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
 
 check: setup  ## lint, format, types, shell
 	$(PY) -m ruff check .
