@@ -49,11 +49,11 @@ def main(
     from utils.text.tokenizer import choose_tokenizer, load_tokenizer, tokenizer_fingerprint
     from utils.training.arguments import check_validation
     from utils.training.before_after import open_trial
-    from utils.training.flags import MEANINGLESS_FOR_PAIRS, set_aside
+    from utils.training.flags import MEANINGLESS_FOR_PAIRS, REFUSED_FOR_PAIRS, set_aside
     from utils.training.runs import open_run, start_run
     from utils.training.trainer import describe_model, train_and_save
 
-    set_aside(training_args, MEANINGLESS_FOR_PAIRS)
+    set_aside(training_args, MEANINGLESS_FOR_PAIRS, REFUSED_FOR_PAIRS)
     folder = model_args.tokenizer_name_or_path or choose_tokenizer(
         lora_args.adapter_name_or_path, model_args.model_name_or_path
     )

@@ -59,7 +59,12 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path, or --config_name with --tokenizer_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size, full_rows=True)
+    parts = training_args.sequence_parallel_size
+    check_training_request(
+        *(model_args, extend_args, lora_args, tokenizer, pretraining_args.block_size),
+        full_rows=True,
+        sequence_parallel_size=parts,
+    )
     all_args = (model_args, extend_args, lora_args, data_args, pretraining_args)
     training_run = open_run(training_args, *all_args)
     train_set, eval_sets, keys = load_pretraining_data(data_args, pretraining_args, training_args, tokenizer)
@@ -68,7 +73,9 @@ def main(
     start_run(training_run, inputs, training_args.process_index == 0)
 
     attention = choose_attention(model_args.attn_implementation)
-    collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
+    collator = Collator(
+        tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2", pad_to_multiple_of=parts
+    )
     planned = plan_run("pt", all_args, training_args, embedding_rows(tokenizer))
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed

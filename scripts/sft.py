@@ -54,7 +54,10 @@ def main(
     if folder is None:
         raise InputError("pass --model_name_or_path")
     tokenizer = load_tokenizer(folder)
-    check_training_request(model_args, extend_args, lora_args, tokenizer, tuning_args.max_seq_length)
+    parts = training_args.sequence_parallel_size
+    check_training_request(
+        *(model_args, extend_args, lora_args, tokenizer, tuning_args.max_seq_length), sequence_parallel_size=parts
+    )
     all_args = (model_args, extend_args, lora_args, data_args, tuning_args)
     training_run = open_run(training_args, *all_args)
     template = resolve_template(tuning_args.prompt_template, tokenizer)
@@ -67,7 +70,9 @@ def main(
     start_run(training_run, inputs, training_args.process_index == 0)
 
     attention = choose_attention(model_args.attn_implementation)
-    collator = Collator(tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2")
+    collator = Collator(
+        tokenizer.pad_token_id or 0, flatten=attention == "flash_attention_2", pad_to_multiple_of=parts
+    )
     planned = plan_run("sft", all_args, training_args, embedding_rows(tokenizer), train_set.longest)
     model: Any = build_training_model(
         model_args, extend_args, lora_args, tokenizer, training_args.compute_dtype, training_args.seed

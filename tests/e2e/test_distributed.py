@@ -1,4 +1,4 @@
-"""rm.py, dpo.py, ppo.py and sft.py under several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP, on CPUs.
+"""rm.py, dpo.py, ppo.py, sft.py and pt.py under several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP, on CPUs.
 
 Each is compared with one process on the same global batches. A start costs seconds, so several stages run in one: this
 file, started by torchrun with a list of jobs, is what the processes execute (run_jobs).
@@ -32,7 +32,8 @@ ZERO2 = ["--deepspeed", str(CONFIGS / "ds_zero2_no_offload.json")]
 FSDP = json.loads((CONFIGS / "fsdp.json").read_text())
 COMMON = ["--precision", "fp32", "--preprocessing_num_workers", "1", "--lora_rank", "4", "--lora_alpha", "8"]
 COMMON += ["--lora_dropout", "0", "--target_modules", "q_proj,v_proj,down_proj", "--learning_rate", "5e-3"]
-COMMON += ["--logging_steps", "1", "--disable_tqdm", "True", "--report_to", "none", "--prompt_template", "llama-2"]
+COMMON += ["--logging_steps", "1", "--disable_tqdm", "True", "--report_to", "none"]
+TEMPLATE = ["--prompt_template", "llama-2"]  # of all scripts but pt.py
 NOTES = "notes.json"
 
 
@@ -49,6 +50,7 @@ def run_script(name: str, argv: list[str], fsdp: dict | None = None, stop_after:
     shared = (arguments.ModelArguments, arguments.LoraArguments, arguments.DataArguments)
     script = importlib.import_module(name)
     own = {
+        "pt": lambda: (shared[0], arguments.ExtendArguments, *shared[1:], script.PretrainingArguments),
         "sft": lambda: (shared[0], arguments.ExtendArguments, *shared[1:], script.TuningArguments),
         "rm": lambda: (*shared, script.RewardModelArguments),
         "dpo": lambda: (*shared, script.PreferenceArguments),
@@ -219,6 +221,7 @@ def material(tmp_path_factory) -> Path:
 
 def job(name: str, model: Path, data: Path, folder: Path, batch: int, *extra, fsdp: dict | None = None) -> dict:
     argv = ["--model_name_or_path", model, "--train_data", data, "--output_dir", folder, *COMMON]
+    argv += TEMPLATE if name != "pt" else []
     argv += [
         "--per_device_train_batch_size",
         batch,
@@ -270,8 +273,9 @@ def one_process(tmp_path_factory, tiny_model_folder, extended_tokenizer_folder, 
 
 
 def history(folder: Path) -> list[dict]:
+    """Lines of the log, without what depends on the machine, or (train_loss) on where a run was resumed."""
     entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    machine = re.compile("second|memory|runtime|flos")
+    machine = re.compile("second|memory|runtime|flos|^train_loss")
     return [
         {name: value for name, value in entry.items() if isinstance(value, (int, float)) and not machine.search(name)}
         for entry in entries
@@ -408,6 +412,67 @@ def test_experts_are_trained_by_two_processes_as_by_one(mode, mixture, material,
     )
     assert any(".experts.3.w2.lora_B" in name for name in load_file(tmp_path / "two" / "adapter_model.safetensors"))
     assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+# ---------------------------------------------------------------- rows that processes share
+
+
+def shared_row_jobs(folder: Path, model: Path, extended: Path, material: Path, batch: int, *extra, fsdp=None) -> list:
+    """Several conversations a row with LoRA and trained embeddings; padded ones; and documents cut into blocks."""
+
+    def make(kind: str, name: str, data: str, *own) -> dict:
+        return job(name, model, material / data, folder / kind, batch, *own, *steps, *extra, fsdp=fsdp)
+
+    steps = ["--max_steps", "4", "--save_steps", "100", "--gradient_accumulation_steps", "2"]
+    packed = ["--tokenizer_name_or_path", extended, "--modules_to_save", "embed_tokens,lm_head"]
+    packed += ["--max_seq_length", "256", "--gradient_checkpointing", "True"]
+    whole = ["--full_finetuning", "True"]
+    return [
+        make("packed", "sft", "sft.jsonl", *packed),
+        make("padded", "sft", "sft.jsonl", *whole, "--max_seq_length", "128", "--no_packing"),
+        make("blocks", "pt", "texts.txt", *whole, "--block_size", "64"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def rows_of_one(tmp_path_factory, tiny_model_folder, extended_tokenizer_folder, material) -> Path:
+    records = (material / "sft.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["output"] * (1 + number % 3) for number, line in enumerate(records)]
+    (material / "texts.txt").write_text("\n".join(texts * 2), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("rows") / "one"
+    run_jobs(shared_row_jobs(folder, tiny_model_folder, extended_tokenizer_folder, material, 2))
+    return folder
+
+
+SHARED_ROWS = ["--sequence_parallel_size", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp"])
+def test_two_processes_share_each_row(
+    mode, rows_of_one, tiny_model_folder, extended_tokenizer_folder, material, tmp_path
+):
+    """Each computes its half of the rows that one process has whole."""
+    arguments = (tmp_path, tiny_model_folder, extended_tokenizer_folder, material, 2, *mode_flags(mode, tmp_path))
+    start_jobs(tmp_path, shared_row_jobs(*arguments, *SHARED_ROWS, fsdp=FSDP if mode == "fsdp" else None))
+    for kind in ("packed", "padded", "blocks"):
+        assert_same_run(tmp_path / kind, rows_of_one / kind)
+
+
+@pytest.mark.slow
+def test_two_pairs_of_processes_share_rows_and_resume(
+    rows_of_one, tiny_model_folder, extended_tokenizer_folder, material, tmp_path
+):
+    """Four processes, two to a row, so that a step has the rows of two; killed after two steps."""
+    jobs = shared_row_jobs(tmp_path, tiny_model_folder, extended_tokenizer_folder, material, 1, *SHARED_ROWS)
+    _, padded, blocks = jobs  # the packed rows are nine, of which two groups take one twice, as two DDP processes do
+    stopped = padded | {"argv": [*padded["argv"], "--save_steps", "2"]}
+    (tmp_path / "jobs.json").write_text(json.dumps([stopped | {"stop_after": 2}]))
+    assert start(4, __file__, tmp_path / "jobs.json", check=False).returncode != 0
+    assert [path.name for path in (tmp_path / "padded").glob("checkpoint-*")] == ["checkpoint-2"]
+    start_jobs(tmp_path, [stopped, blocks], nproc=4)
+    for kind in ("padded", "blocks"):
+        assert_same_run(tmp_path / kind, rows_of_one / kind)
 
 
 @pytest.mark.slow

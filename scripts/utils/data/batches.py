@@ -33,16 +33,19 @@ class Collator:
     Padding is a segment of its own: positions from 0, no targets; is_token (B, T) bool says where there is none.
     """
 
-    def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
-        """Args: flatten: one row (1, sum of lengths), which flash_attention_2 needs to see where segments begin."""
-        self.pad_token_id, self.flatten = pad_token_id, flatten
+    def __init__(self, pad_token_id: int, *, flatten: bool = False, pad_to_multiple_of: int = 1) -> None:
+        """Args:
+        flatten: one row (1, sum of lengths), which flash_attention_2 needs to see where segments begin.
+        pad_to_multiple_of: what T is a multiple of.
+        """
+        self.pad_token_id, self.flatten, self.pad_to_multiple_of = pad_token_id, flatten, pad_to_multiple_of
 
     def __call__(self, items: Sequence[Item]) -> Item:
         names = ("input_ids", "position_ids", "labels", "shift_labels")
         if self.flatten:
-            batch = {name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in names}
-            return batch | {"is_token": torch.ones_like(batch["input_ids"], dtype=torch.bool)}
+            items = [{name: torch.cat([item[name] for item in items]) for name in names}]
         length = max(len(item["input_ids"]) for item in items)
+        length += -length % self.pad_to_multiple_of
         batch = {name: torch.full((len(items), length), IGNORE_INDEX, dtype=torch.int64) for name in names}
         batch["input_ids"].fill_(self.pad_token_id)
         for row, item in enumerate(items):
@@ -52,6 +55,24 @@ class Collator:
             batch["position_ids"][row, count:] = torch.arange(length - count)
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         return batch | {"is_token": torch.arange(length) < lengths[:, None]}
+
+
+@dataclass(frozen=True)
+class PartCollator:
+    """Items -> one of `parts` equal parts of each row of a Collator's batch, (B, T / parts).
+
+    row_position_ids (B, T): of the whole rows. Targets are those of the whole rows too: the last token of a part has
+    the first one of the next part for its target.
+    """
+
+    whole: Collator
+    parts: int
+    part: int
+
+    def __call__(self, items: Sequence[Item]) -> Item:
+        batch = self.whole(items)
+        own = {name: rows.chunk(self.parts, 1)[self.part] for name, rows in batch.items()}
+        return own | {"row_position_ids": batch["position_ids"]}
 
 
 # ---------------------------------------------------------------- preference pairs

@@ -36,6 +36,7 @@ from .new_rows import (
     refuse_untrained_rows,
 )
 from .rope import rope_overrides, scaled_config
+from .sequence_parallel import check_sequence_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,15 +103,23 @@ def check_training_request(
     tokenizer: PreTrainedTokenizerBase,
     length: int = 0,
     full_rows: bool = False,
+    sequence_parallel_size: int = 1,
 ) -> None:
     """Find, before data is read, what would fail once weights are loaded.
 
     Args:
         length: the longest row in tokens; beyond the model's window there is a warning.
         full_rows: all rows are that long; beyond the window that is an error.
+        sequence_parallel_size: processes that share a row.
     Raises: InputError.
     """
     check_loading(model_args)
+    attention = model_args.attn_implementation
+    if full_rows and length % sequence_parallel_size:
+        raise InputError(
+            f"--block_size {length}: --sequence_parallel_size {sequence_parallel_size} cuts a row into equal parts; "
+            f"pass a multiple of {sequence_parallel_size}"
+        )
     if extend_args.config_name:
         if extend_args.train_new_rows_only:
             raise InputError("--train_new_rows_only: in a model from scratch all rows are new; leave it out")
@@ -121,7 +130,9 @@ def check_training_request(
                 f"--rope_scaling {extend_args.rope_scaling} makes the window of a trained model longer; a model from "
                 "scratch has the one that its config says: --config_overrides max_position_embeddings=16384"
             )
-        _check_window(new_config(extend_args, embedding_rows(tokenizer)), length, full_rows)
+        config = new_config(extend_args, embedding_rows(tokenizer))
+        _check_window(config, length, full_rows)
+        check_sequence_parallel(sequence_parallel_size, config, attention)
         return
     if not model_args.model_name_or_path:
         raise InputError("pass --model_name_or_path (a model to go on with) or --config_name (a new model)")
@@ -132,7 +143,9 @@ def check_training_request(
             "on; make a base with it first (merge_llama2_with_chinese_lora_low_mem.py --base_model BASE --output_dir "
             f"LONG --rope_scaling {extend_args.rope_scaling}) and train on that, or add --full_finetuning"
         )
-    _check_window(scaled_config(base.config, extend_args, TRAINING), length, full_rows)
+    config = scaled_config(base.config, extend_args, TRAINING)
+    _check_window(config, length, full_rows)
+    check_sequence_parallel(sequence_parallel_size, config, attention)
     old_tokenizer = find_tokenizer(model_args.model_name_or_path)
     if old_tokenizer is not None:
         check_extends(old_tokenizer, tokenizer)

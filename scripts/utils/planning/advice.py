@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..models.sequence_parallel import heads_of
 from ..training.memory import Record
 from .ledger import Footprint
 from .memory import GB, Plan, Setting, Sharing, plan, with_job
@@ -84,6 +86,10 @@ def knobs(setting: Setting, accumulation: int) -> Iterator[tuple[str, Setting]]:
         trained = replace(job.lora_args, modules_to_save=None)
         yield "without --modules_to_save (new rows stay untrained)", with_job(setting, lora_args=trained)
     yield f"half the length ({job.length // 2})", with_job(setting, length=max(job.length // 2, 8))
+    parts = math.gcd(setting.sharing.processes, job.length, *heads_of(job.config))
+    if parts > 1 and job.stage in ("pt", "sft") and job.attention != "eager" and job.sequence_parallel_size == 1:
+        flags = f"--sequence_parallel_size {parts} --gradient_accumulation_steps {accumulation * parts}"
+        yield flags, with_job(setting, sequence_parallel_size=parts, accumulates=True)
     if setting.sharing.kind == "ddp" and setting.sharing.processes > 1:
         for flags, sharing in _sharings(setting.sharing):
             yield flags, replace(setting, sharing=sharing)
@@ -184,6 +190,7 @@ def describe(setting: Setting) -> str:
         "checkpointing" if job.checkpointing else "no checkpointing",
         setting.optim,
         f"{setting.sharing.kind} {setting.sharing.processes}" if setting.sharing.processes > 1 else "",
+        f"{job.sequence_parallel_size} to a row" if job.sequence_parallel_size > 1 else "",
     ]
     return ", ".join(part for part in parts if part)
 

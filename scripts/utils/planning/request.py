@@ -20,11 +20,13 @@ from ..generation.cache import GROWTH
 from ..lora.config import load_adapter_config
 from ..models.gathering import whole_models_loaded
 from ..models.loading import choose_attention, new_config, training_dtype
+from ..models.sequence_parallel import check_sequence_parallel
 from ..models.training_model import check_bits, check_modules
 from ..rlhf.arguments import PPOArguments, PreferenceArguments, RewardArguments, RewardModelArguments, RolloutArguments
 from ..rlhf.dpo_trainer import REFERENCE_LOSSES
 from ..rlhf.reward_model import find_reward_model
 from ..training.arguments import RunArguments
+from ..training.flags import ROWS_ONLY, check_shared_rows, set_aside
 from ..training.memory import PlannedMemory
 from ..weights.config import load_config
 from ..weights.model_folder import REWARD_MODEL
@@ -81,6 +83,11 @@ def read_request(
     check_bits(model_args, lora_args)
     config = _config(model_args, extend_args, vocabulary)
     check_modules(lora_args, config)
+    parts = run.sequence_parallel_size
+    if stage not in ("pt", "sft"):
+        set_aside(run, {}, {"sequence_parallel_size": ROWS_ONLY})
+    check_shared_rows(run, parts, processes)
+    check_sequence_parallel(parts, config, model_args.attn_implementation)
     compute_dtype = _compute_dtype(run, on_gpu)
     dtype = _dtype(model_args, extend_args, lora_args, config, compute_dtype)
     rows, masked = run.per_device_train_batch_size, True
@@ -121,6 +128,7 @@ def read_request(
         masked,
         reference,
         critic,
+        parts,
     )
     return Setting(
         job, str(getattr(run.optim, "value", run.optim)), _sharing(run, config, processes), rollouts, others

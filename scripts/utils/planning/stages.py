@@ -45,6 +45,7 @@ class Job:
         accumulates: whether an optimizer step has several micro-batches.
         reference: dpo: whether each step asks the policy without its adapter.
         critic: ppo, as --critic.
+        sequence_parallel_size: processes that share a row.
     """
 
     stage: Stage
@@ -62,6 +63,7 @@ class Job:
     masked: bool = True
     reference: bool = False
     critic: str = "head"
+    sequence_parallel_size: int = 1
 
 
 _known: dict[str, Footprint] = {}  # what this process has rehearsed
@@ -297,7 +299,9 @@ def _batch(job: Job) -> Any:
         rows, length = job.rows, job.length
         if job.attention == "flash_attention_2":
             rows, length = 1, rows * length  # the collators lay rows end to end for it
-        ids = torch.zeros(rows, length, dtype=torch.int64)
+        # A process's part of a row. At attention it has the whole row for its part of the heads, as many bytes; the
+        # mask is whole.
+        ids = torch.zeros(rows, -(-length // job.sequence_parallel_size), dtype=torch.int64)
         batch = {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
         if job.masked and job.attention != "flash_attention_2":
             seen = torch.ones(rows, 1, length, length, dtype=torch.bool)

@@ -65,6 +65,11 @@ class RunArguments(TrainingArguments):
     embedding_learning_rate: float | None = arg(
         help="Learning rate of embed_tokens and lm_head, where they are trained; default: --learning_rate."
     )
+    sequence_parallel_size: int = arg(
+        1,
+        help="pt, sft: processes that share each row, each with its part of the tokens; divides the processes, the "
+        "model's attention heads and --block_size.",
+    )
     overwrite_output_dir: bool = arg(
         False, help="Replace a finished run in output_dir (an unfinished one is resumed)."
     )

@@ -31,7 +31,7 @@ REFUSED = {
     "eval_use_gather_object": "evaluation gathers tensors",
     "ignore_data_skip": "a run that resumes sees each sample as an uninterrupted one does",
     "label_smoothing_factor": "the losses here have no smoothing (dpo.py has --label_smoothing)",
-    "parallelism_config": "weights are sharded by --deepspeed or --fsdp",
+    "parallelism_config": "weights are sharded by --deepspeed or --fsdp, rows by --sequence_parallel_size",
     "prediction_loss_only": "evaluation needs its figures",
     "push_to_hub": "nothing is uploaded; use `hf upload` on the finished folder",
     "save_only_model": "a checkpoint is what a run resumes from; each holds a usable model or adapter anyway",
@@ -64,6 +64,8 @@ MEANINGLESS_FOR_PAIRS = {
     "data_seed": "--seed decides the order",
     "train_sampling_strategy": "batches are always of pairs of about the same length",
 }
+ROWS_ONLY = "pairs and rollouts are not spread over processes; pt.py and sft.py have it"
+REFUSED_FOR_PAIRS = {"sequence_parallel_size": ROWS_ONLY}
 # What PPO's own loop does not ask: it reads no batches from files, and answers prompts in an order of its own.
 MEANINGLESS_FOR_PPO = {
     "data_seed": "--seed decides the order",
@@ -82,6 +84,7 @@ REFUSED_FOR_PPO = {
     "auto_find_batch_size": "an iteration is cut into batches of a fixed size; lower --per_device_train_batch_size",
     "neftune_noise_alpha": "PPO compares probabilities, which noise would change at random",
     "optim_target_modules": "PPO's optimizer has groups of its own for the critic",
+    "sequence_parallel_size": ROWS_ONLY,
 }
 NONE: dict[str, str] = {}
 # Optimizers that transformers makes for a model alone: for some of its modules, and for all of it.
@@ -118,10 +121,38 @@ def check_ppo_flags(args: TrainingArguments) -> None:
         raise InputError(f"--lr_scheduler_type {schedule} waits for evaluations; PPO needs a schedule over its steps")
 
 
+def check_shared_rows(args: TrainingArguments, size: int, processes: int) -> None:
+    """Raises: InputError where `size` of so many processes cannot share each row."""
+    if size == 1:
+        return
+    flag = f"--sequence_parallel_size {size}"
+    problems = []
+    if processes % size:
+        count = f"{processes} processes" if processes > 1 else "1 process"
+        problems.append(
+            f"{flag}: {count}; start a multiple of {size}, with NPROC={size} for a launcher, or torchrun "
+            f"--nproc_per_node {size}"
+        )
+    if args.neftune_noise_alpha is not None:
+        problems.append(
+            f"{flag} with --neftune_noise_alpha: its noise depends on a row's length; leave one of them out"
+        )
+    if args.torch_compile:
+        problems.append(f"{flag} with --torch_compile: the exchange of heads is not compiled; leave one of them out")
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy == "batch_rebalance":
+        problems.append(
+            f"{flag} with --train_sampling_strategy {strategy}: it deals rows to all processes; leave it out"
+        )
+    if getattr(args.accelerator_config, "dispatch_batches", None):
+        problems.append(f"{flag} with dispatch_batches in --accelerator_config: leave the latter out")
+    raise_problems(problems)
+
+
 def check_values(args: TrainingArguments) -> None:
     """Raises: InputError for values that a library would refuse, or take for something else, once training runs."""
     at_least = {
-        **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps"), 1),
+        **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps", "sequence_parallel_size"), 1),
         **dict.fromkeys(("save_total_limit", "dataloader_num_workers", "weight_decay", "max_grad_norm"), 0),
     }
     above_zero = ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"]

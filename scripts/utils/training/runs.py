@@ -21,6 +21,7 @@ from ..core.command_line import RUN_CONFIG, describe_arguments, save_run_config
 from ..core.errors import InputError
 from ..core.files import HeldFolder, atomic_file, read_json, remove, write_json
 from .arguments import RunArguments, check_embeddings
+from .flags import check_shared_rows
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def open_run(args: RunArguments, *arguments: Any) -> Run:
     kinds = {type(each): each for each in arguments}
     if LoraArguments in kinds:
         check_embeddings(args, kinds.get(ExtendArguments), kinds[LoraArguments])
+    check_shared_rows(args, args.sequence_parallel_size, args.world_size)
     folder = Path(args.output_dir)
     run = Run(folder, None, describe_arguments(*arguments, args), replaces=False)
     if folder.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -18,11 +19,13 @@ from transformers.trainer_callback import ProgressCallback
 from ..core.command_line import shell_command
 from ..core.errors import InputError
 from ..core.files import remove
-from ..data.batches import Collator
+from ..data.batches import Collator, PartCollator
 from ..lora.base_record import record_base
 from ..models.experts import counted_by_router
 from ..models.lm_loss import loss_targets
+from ..models.loading import causal_model
 from ..models.new_rows import rows_from
+from ..models.sequence_parallel import SequenceParallel
 from ..models.training_model import train_flops_per_token, trainable_summary
 from ..text.prompts import IGNORE_INDEX
 from ..text.tokenizer import save_tokenizer
@@ -79,6 +82,7 @@ class CausalLMTrainer(Trainer):
     """
 
     args: RunArguments
+    data_collator: Any  # a Collator; while training batches are made of shared rows, a PartCollator
     loss_unit = "nats a token"
 
     def __init__(
@@ -110,10 +114,34 @@ class CausalLMTrainer(Trainer):
             self.add_callback(LogLines())
         # The loss is divided by the number of scored tokens of the whole optimizer step, over all devices.
         self.loss_is_scaled_for_ga = True
+        size = args.sequence_parallel_size
+        self.sequence_parallel = SequenceParallel(causal_model(model).config, size) if size > 1 else None
         self.eval_bytes = 0
         self.flops_per_token = train_flops_per_token(model, self._tokens_per_row())
         self.tokens_done = 0.0
         self._last_log = (time.perf_counter(), 0.0)
+
+    # ------------------------------------------------------------ rows that processes share
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's, where processes that share rows get the same ones, each its part of them."""
+        if self.sequence_parallel is None:
+            return super().get_train_dataloader()
+        size, whole = self.sequence_parallel.size, self.data_collator
+        self.data_collator = PartCollator(whole, size, self.sequence_parallel.rank)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = whole  # evaluation has whole rows in each process
+        shards = loader.batch_sampler  # accelerate's, which deals the batches to so many processes
+        shards.num_processes, shards.process_index = shards.num_processes // size, shards.process_index // size
+        # One group alone need not have as many rows in its last batch as others: no row comes twice.
+        shards.even_batches = shards.even_batches and shards.num_processes > 1
+        return loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of an optimizer step."""
+        return super().get_total_train_batch_size(args) // args.sequence_parallel_size
 
     # ------------------------------------------------------------ optimizer
 
@@ -201,7 +229,9 @@ class CausalLMTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward pass. Raises: InputError when the loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        shared = self.sequence_parallel
+        with shared.attention_over(inputs["row_position_ids"]) if shared else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):  # found before the optimizer's step, so no checkpoint holds such weights
             last = last_checkpoint(Path(self.args.output_dir))
             raise InputError(
@@ -214,7 +244,7 @@ class CausalLMTrainer(Trainer):
     def _tokens_in(self, inputs: dict[str, Any]) -> float:
         """Tokens without padding of the batches of all processes, from their mean number in a row."""
         rows = len(inputs["input_ids"]) if not self.data_collator.flatten else self.args.per_device_train_batch_size
-        return rows * self._tokens_per_row() * self.args.world_size
+        return rows * self._tokens_per_row() * self.args.world_size / self.args.sequence_parallel_size
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run stopped after its last step, but before its results were written, has no step left; transformers
@@ -327,7 +357,8 @@ class CausalLMTrainer(Trainer):
 
 def _features(inputs: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model gets."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels", "is_token")}
+    others = ("labels", "shift_labels", "is_token", "row_position_ids")
+    return {name: value for name, value in inputs.items() if name not in others}
 
 
 def describe_model(model: nn.Module) -> str:

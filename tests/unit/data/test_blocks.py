@@ -297,6 +297,10 @@ def test_collator_pads_with_a_segment_of_its_own(tmp_path):
     assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert flat["is_token"].all()
+    flat = Collator(PAD, flatten=True, pad_to_multiple_of=4)(items)
+    assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, PAD, PAD]]
+    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
+    assert flat["is_token"].tolist() == [[True] * 6 + [False] * 2]
     for name, rows in [*flat.items(), *Collator(PAD)(items).items()]:
         assert rows.dtype == (torch.bool if name == "is_token" else torch.int64), name
 

@@ -96,3 +96,11 @@ def test_what_training_would_refuse_is_refused(folder):
         request("pt", folder, "--full_finetuning", "--load_in_kbits", "4")
     with pytest.raises(InputError, match="no module is called head"):
         request("pt", folder, "--modules_to_save", "head")
+    shared = ["--sequence_parallel_size", "2"]
+    assert request("pt", folder, *shared, processes=4).job.sequence_parallel_size == 2
+    with pytest.raises(InputError, match="3 processes; start a multiple of 2"):
+        request("sft", folder, *shared, processes=3)
+    with pytest.raises(InputError, match="divisor of both"):
+        request("sft", folder, "--sequence_parallel_size", "8", processes=8)
+    with pytest.raises(InputError, match="--sequence_parallel_size 2: pairs and rollouts"):
+        request("dpo", folder, *shared, processes=2)

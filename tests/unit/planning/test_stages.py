@@ -63,6 +63,12 @@ def test_what_is_kept_is_what_autograd_saves(config, lora):
     assert real <= planned <= 1.03 * real + 20_000  # with the batch itself
 
 
+def test_processes_that_share_a_row_keep_their_part_of_it_and_the_whole_mask():
+    whole, half = (footprint(job(sequence_parallel_size=size)).kept for size in (1, 2))
+    masks = SIZES["num_hidden_layers"] * ROWS * LENGTH * LENGTH * 4  # of float32 in each layer
+    assert 2 * half - whole == pytest.approx(masks, rel=0.15)  # what is not divided; with the batch's own mask
+
+
 def test_weights_are_those_of_the_model_and_its_adapter():
     step = footprint(job())
     real = AutoModelForCausalLM.from_config(LLAMA)

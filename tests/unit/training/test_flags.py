@@ -51,8 +51,10 @@ def test_what_changes_nothing_is_said(name, tmp_path, caplog):
 
 def test_tables_of_the_stages(tmp_path, caplog):
     args = make(tmp_path, data_seed=7, train_sampling_strategy="sequential")
-    flags.set_aside(args, flags.MEANINGLESS_FOR_PAIRS)
+    flags.set_aside(args, flags.MEANINGLESS_FOR_PAIRS, flags.REFUSED_FOR_PAIRS)
     assert "--data_seed has no effect" in caplog.text and "--train_sampling_strategy has no effect" in caplog.text
+    with pytest.raises(InputError, match="--sequence_parallel_size 2: pairs and rollouts"):
+        flags.set_aside(make(tmp_path, sequence_parallel_size=2), flags.NONE, flags.REFUSED_FOR_PAIRS)
     with pytest.raises(InputError, match="neftune_noise_alpha"):
         flags.check_ppo_flags(make(tmp_path, neftune_noise_alpha=5))
     with pytest.raises(InputError, match="reduce_lr_on_plateau waits"):
@@ -63,6 +65,7 @@ def test_tables_of_the_stages(tmp_path, caplog):
     ("given", "message"),
     [
         ({"seed": -1}, "--seed -1: need 0 to 4294967295"),
+        ({"sequence_parallel_size": 0}, "--sequence_parallel_size 0: need at least 1"),
         ({"save_steps": 0}, "--save_steps 0: need a number above 0"),
         ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size 0: need at least 1"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr.*min_lr"),
@@ -78,6 +81,22 @@ def test_tables_of_the_stages(tmp_path, caplog):
 def test_values_that_a_library_would_refuse_later(given, message, tmp_path):
     with pytest.raises(InputError, match=message):
         make(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "message"),
+    [
+        ({}, 1, "--sequence_parallel_size 2: 1 process; start a multiple of 2"),
+        ({}, 3, "3 processes; start a multiple of 2"),
+        ({"neftune_noise_alpha": 5}, 2, "--neftune_noise_alpha"),
+        ({"accelerator_config": {"dispatch_batches": True}}, 2, "dispatch_batches"),
+    ],
+)
+def test_rows_that_processes_cannot_share(given, processes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        flags.check_shared_rows(make(tmp_path, **given), 2, processes)
+    flags.check_shared_rows(make(tmp_path, **given), 1, processes)
+    flags.check_shared_rows(make(tmp_path), 2, 4)
 
 
 def test_trackers_that_are_not_installed(tmp_path, monkeypatch):
