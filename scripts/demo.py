@@ -48,7 +48,7 @@ class DemoArguments:
 
     quick: bool = arg(
         False,
-        help="A first look of some three minutes: a quarter of the training steps, up to the tuned model, whose "
+        help="A first look of some four minutes: a third of the training steps, up to the tuned model, whose "
         "answers stand beside those before tuning.",
     )
     output_dir: str | None = arg(
@@ -79,7 +79,7 @@ def main(args: DemoArguments) -> None:
 def print_look(folder: Path) -> None:
     """Where a first look's answers are, and how to have some of one's own."""
     chat = ("bash", "scripts/run_inference.sh", "--interactive")
-    print("\nA first look, after a quarter of the training steps")
+    print("\nA first look, after a third of the training steps")
     print(f"  what tuning changed: {folder / LOOK.makes}/answers.html")
     print(f"  next: {shell_command(*chat, MODEL=folder / 'assistant')}")
     print("  the whole recipe, ten to twenty minutes: make demo")
@@ -245,9 +245,9 @@ STAGES = [
 ]
 # A first look: what --quick adds to the commands of these stages, and its last one.
 QUICK = {
-    "base": "--max_steps 50",
-    "pretrain": "--max_steps 45 --compare_embedding_init False",
-    "sft": "--max_steps 120",
+    "base": "--max_steps 25",
+    "pretrain": "--max_steps 25 --compare_embedding_init False",
+    "sft": "--max_steps 250",
 }
 LOOK = Stage("look", "look", "answers.md", """
         MODEL=$OUT/pretrained MODELS=after_tuning=$OUT/assistant QUESTIONS=$DATA/sft/heldout.json OUT=$OUT/look
