@@ -39,7 +39,7 @@ setup-llamacpp: setup  ## llama-cpp-python for the full tests, for this processo
 doctor:  ## what is installed, what works here, what mends the rest
 	PYTHON=$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) bash scripts/run_doctor.sh
 
-quick: setup  ## a first look at the recipe in three or four minutes: up to a tuned model, its answers before and after
+quick: setup  ## a first look at the recipe in four or five minutes: up to a tuned model, its answers before and after
 	PYTHON=$(PY) bash scripts/run_demo.sh --quick
 
 demo: setup  ## the whole recipe on a laptop CPU, with a report in output/demo

@@ -48,7 +48,7 @@ class DemoArguments:
 
     quick: bool = arg(
         False,
-        help="A first look of some four minutes: a third of the training steps, up to the tuned model, whose "
+        help="A first look of four or five minutes: a third of the training steps, up to the tuned model, whose "
         "answers stand beside those before tuning.",
     )
     output_dir: str | None = arg(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..models.sequence_parallel import heads_of
+from ..core.errors import InputError
+from ..models.sequence_parallel import check_sequence_parallel, heads_of
 from ..training.memory import Record
 from .ledger import Footprint
 from .memory import GB, Plan, Setting, Sharing, plan, with_job
@@ -87,7 +88,7 @@ def knobs(setting: Setting, accumulation: int) -> Iterator[tuple[str, Setting]]:
         yield "without --modules_to_save (new rows stay untrained)", with_job(setting, lora_args=trained)
     yield f"half the length ({job.length // 2})", with_job(setting, length=max(job.length // 2, 8))
     parts = math.gcd(setting.sharing.processes, job.length, *heads_of(job.config))
-    if parts > 1 and job.stage in ("pt", "sft") and job.attention != "eager" and job.sequence_parallel_size == 1:
+    if parts > 1 and job.stage in ("pt", "sft") and job.sequence_parallel_size == 1 and _shares_rows(job, parts):
         flags = f"--sequence_parallel_size {parts} --gradient_accumulation_steps {accumulation * parts}"
         yield flags, with_job(setting, sequence_parallel_size=parts, accumulates=True)
     if setting.sharing.kind == "ddp" and setting.sharing.processes > 1:
@@ -98,6 +99,14 @@ def knobs(setting: Setting, accumulation: int) -> Iterator[tuple[str, Setting]]:
 def _packed(setting: Setting) -> Setting:
     job = setting.job
     return with_job(setting, model_args=replace(job.model_args, load_in_kbits=4), dtype=job.compute_dtype)
+
+
+def _shares_rows(job: Job, parts: int) -> bool:
+    try:
+        check_sequence_parallel(parts, job.config, job.attention)
+    except InputError:
+        return False
+    return True
 
 
 def _sharings(sharing: Sharing) -> Iterator[tuple[str, Sharing]]:

@@ -26,7 +26,7 @@ from ..rlhf.arguments import PPOArguments, PreferenceArguments, RewardArguments,
 from ..rlhf.dpo_trainer import REFERENCE_LOSSES
 from ..rlhf.reward_model import find_reward_model
 from ..training.arguments import RunArguments
-from ..training.flags import ROWS_ONLY, check_shared_rows, set_aside
+from ..training.flags import REFUSED_FOR_PAIRS, check_shared_rows, set_aside
 from ..training.memory import PlannedMemory
 from ..weights.config import load_config
 from ..weights.model_folder import REWARD_MODEL
@@ -85,7 +85,7 @@ def read_request(
     check_modules(lora_args, config)
     parts = run.sequence_parallel_size
     if stage not in ("pt", "sft"):
-        set_aside(run, {}, {"sequence_parallel_size": ROWS_ONLY})
+        set_aside(run, {}, REFUSED_FOR_PAIRS)
     check_shared_rows(run, parts, processes)
     check_sequence_parallel(parts, config, model_args.attn_implementation)
     compute_dtype = _compute_dtype(run, on_gpu)

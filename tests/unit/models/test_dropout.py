@@ -60,6 +60,16 @@ def test_without_training_or_without_a_share_nothing_is_changed():
     assert torch.equal(AdapterDropout(0.5).eval()(x), x) and torch.equal(AdapterDropout(0.0)(x), x)
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_has_torch_s_own(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py sets 1
+    torch.manual_seed(0)
+    x = torch.ones(1000, requires_grad=True)
+    y = torch.compile(AdapterDropout(0.5), backend="eager", fullgraph=True)(x)
+    y.sum().backward()
+    assert 0 < (y == 0).sum() < 1000 and torch.equal(x.grad, y)
+
+
 def test_adapters_have_it(tmp_path):
     lora = LoraArguments(lora_rank=2, target_modules="all", lora_dropout=0.25)
     wrapped = attach_adapter(tiny_llama(50), lora, 16)

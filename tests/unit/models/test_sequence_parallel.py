@@ -125,7 +125,7 @@ def shared_rows(tmp_path_factory):
             try:
                 take_part(rank, folder)
                 code = 0
-            except BaseException:
+            except BaseException:  # whatever it was: a child must not go on as a second pytest
                 traceback.print_exc()
             finally:
                 os._exit(code)

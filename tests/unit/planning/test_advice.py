@@ -82,6 +82,16 @@ def test_knobs_change_one_thing_each():
         assert changed.optim != base.optim or changed.sharing != base.sharing or differ
 
 
+def test_rows_are_shared_where_training_would_share_them():
+    base = setting(sharing=Sharing("ddp", 4))
+    flags = "--sequence_parallel_size 4 --gradient_accumulation_steps 16"
+    assert flags in dict(knobs(base, 4)) and dict(knobs(base, 4))[flags].job.sequence_parallel_size == 4
+    dynamic = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    for changes in ({"attention": "eager"}, {"config": dynamic}, {"stage": "dpo"}):
+        refused = dataclasses.replace(base, job=dataclasses.replace(base.job, **changes))
+        assert not any("--sequence_parallel_size" in name for name, _ in knobs(refused, 4)), changes
+
+
 def test_a_rate_is_that_of_the_last_run_alike():
     key = describe(setting())
     records = [Record("pt", key, "cpu", 1, 1, rate, 1) for rate in (100.0, 120.0)] + [
